@@ -98,7 +98,7 @@ class LossConfig:
     base_fake_share: float = _setting(0.5, low=0, high=1)
     lambda_adv: float = _setting(1.0, low=0)
     lambda_base: float = _setting(1.0, low=0)
-    lambda_rec: float = _setting(1.0, low=0)
+    lambda_vae: float = _setting(1.0, low=0)
     beta: float = _setting(1.0, low=0)
     lambda_update: float = _setting(0.01, low=0)
     lambda_video: float = _setting(0.0, low=0)
@@ -152,3 +152,238 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+
+
+SECTIONS: dict[str, type] = {section.name: section.default_factory for section in fields(Config)}  # type: ignore[misc]
+"""Section name -> its dataclass, in the order of `config.yaml`."""
+
+
+def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Reads the settings: the defaults, then `file` (YAML), then `overrides` (`section.key=value`, YAML values).
+
+    Later layers win. `training.steps` and `training.epochs` exclude each other, so a layer that sets one of them
+    drops what an earlier layer said of the other.
+
+    Raises:
+        UserError: the file is missing or is no YAML mapping, a key is unknown or given twice, a value has the wrong
+            type or is out of range, or settings contradict each other.
+    """
+    layers = [] if file is None else [(str(file), _read_yaml(Path(file)))]
+    layers += [(f"override '{text}'", _read_override(text)) for text in overrides]
+    return _merge(layers)
+
+
+def config_from_dict(settings: dict[str, Any], source: str) -> Config:
+    """Rebuilds the settings that `config_to_dict` made; `source` names them in errors (a checkpoint's path, say)."""
+    return _merge([(source, settings)])
+
+
+def config_to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """The settings as plain dicts, lists, numbers and strings: safe for YAML, JSON and `weights_only` checkpoints."""
+    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+
+
+def config_to_yaml(config: Config) -> str:
+    """The resolved settings as YAML text, in the order of `config.yaml`."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True, default_flow_style=None)
+
+
+def range_text(section: str, key: str) -> str:
+    """The allowed range of a setting as `config.yaml` words it: `1 to 256`, `more than 0`, `crop | pad`, or ``."""
+    setting = next(setting for setting in fields(SECTIONS[section]) if setting.name == key)
+    limits = setting.metadata
+    if "choices" in limits:
+        return " | ".join(limits["choices"])
+    if "above" in limits:
+        return f"more than {_short(limits['above'])}" + (f", at most {_short(limits['high'])}" if "high" in limits else "")
+    if "high" in limits:
+        return f"{_short(limits['low'])} to {_short(limits['high'])}"
+    return f"{_short(limits['low'])} or more" if "low" in limits else ""
+
+
+# ---------------------------------------------------------------------------------------------------- reading layers
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file; give the path of a YAML file such as config.yaml")
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{path} is not valid YAML{where}: {_one_line(error.problem)}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a YAML text file: {_one_line(error)}") from None
+    except (OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {_one_line(error)}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} must hold sections such as 'data:' and 'training:', but holds {_kind(loaded)}")
+    return loaded  # type: ignore[return-value]
+
+
+def _read_override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not (equals and dot and section and name):
+        raise UserError(f"override '{text}' must look like section.key=value, for example training.steps=1000")
+    try:
+        # OmegaConf's reader, not yaml's: it takes 2e-4 for the number that it is.
+        parsed = OmegaConf.to_container(OmegaConf.create(f"value: {value}" if value.strip() else "value: ''"), resolve=False)
+        return {section: {name: parsed["value"]}}  # type: ignore[call-overload, index]
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError):
+        raise UserError(f"override '{text}': the value is not valid YAML; lists look like vae.channels=[16,32]") from None
+
+
+def _merge(layers: Iterable[tuple[str, dict[str, Any]]]) -> Config:
+    config = Config()
+    for source, sections in layers:
+        length_keys = set()
+        for section, settings in sections.items():
+            if section not in SECTIONS:
+                raise UserError(f"{source}: unknown section '{section}'{_nearest_key(str(section))}")
+            if settings is None:  # `training:` with every line under it commented out
+                continue
+            if not isinstance(settings, dict):
+                raise UserError(f"{source}: section '{section}' must hold settings, but is {_kind(settings)}")
+            for key, value in settings.items():
+                setting = next((setting for setting in fields(SECTIONS[section]) if setting.name == key), None)
+                if setting is None:
+                    raise UserError(f"{source}: unknown setting '{section}.{key}'{_nearest_key(f'{section}.{key}')}")
+                try:
+                    setattr(getattr(config, section), key, _checked(setting, value))
+                except ValueError as error:
+                    raise UserError(f"{source}: {section}.{key} {error}, but is {_shown(value)}") from None
+                if section == "training" and key in ("steps", "epochs") and value is not None:
+                    length_keys.add(key)
+        if len(length_keys) == 2:
+            raise UserError(
+                f"{source}: training.steps={config.training.steps} and training.epochs={config.training.epochs} "
+                "contradict each other; set one of them to null"
+            )
+        if length_keys:
+            setattr(config.training, "epochs" if "steps" in length_keys else "steps", None)
+    _check_together(config)
+    return config
+
+
+# --------------------------------------------------------------------------------------------------------- checking
+
+
+def _checked(setting: Any, value: Any) -> Any:
+    """`value` in the setting's type, or ValueError saying what it must be (the caller adds key and value)."""
+    wanted = typing.get_type_hints(_owner(setting))[setting.name]
+    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    if value is None:
+        if types.NoneType in options:
+            return None
+        raise ValueError(f"must be {_wanted_text(setting, options[0])}")
+    kind = next(option for option in options if option is not types.NoneType)
+    if typing.get_origin(kind) is list:
+        if not isinstance(value, list):
+            raise ValueError(f"must be a list such as {_shown(setting.default_factory() or list(setting.metadata['choices']))}")
+        (element,) = typing.get_args(kind)
+        return [_checked_scalar(setting, element, item, "must hold") for item in value]
+    return _checked_scalar(setting, kind, value, "must be")
+
+
+def _checked_scalar(setting: Any, kind: Any, value: Any, verb: str) -> Any:
+    limits = setting.metadata
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    right = {
+        bool: isinstance(value, bool),
+        int: is_number and math.isfinite(value) and value == int(value),
+        float: is_number and math.isfinite(value),
+        str: isinstance(value, str),
+        Any: True,
+    }[kind]
+    if right and is_number and kind in (int, float):
+        value = kind(value)
+        right = limits.get("low", -math.inf) <= value <= limits.get("high", math.inf) and value > limits.get("above", -math.inf)
+    if right and "choices" in limits:
+        right = value in limits["choices"]
+    if not right:
+        raise ValueError(f"{verb} {_wanted_text(setting, kind)}")
+    return value
+
+
+def _check_together(config: Config) -> None:
+    """What no single setting can show: lengths of lists, and settings that contradict each other."""
+    image, video, training = config.image, config.video, config.training
+    if image.size & (image.size - 1):
+        smaller, larger = 1 << (image.size.bit_length() - 1), 1 << image.size.bit_length()
+        raise UserError(f"image.size must be a power of two from 16 to 256, but is {image.size}; try {smaller} or {larger}")
+    if image.channels == 2:
+        raise UserError("image.channels must be 1 (grey) or 3 (colour), but is 2")
+    for section in ("vae", "discriminator"):
+        channels = getattr(config, section).channels
+        deepest = image.size.bit_length() - 1
+        if not 1 <= len(channels) <= deepest:
+            raise UserError(
+                f"{section}.channels must list 1 to {deepest} stages for image.size={image.size} (each halves the "
+                f"picture), but is {_shown(channels)}"
+            )
+    if len(training.adam_betas) != 2:
+        raise UserError(f"training.adam_betas must list two numbers such as [0.0, 0.9], but is {_shown(training.adam_betas)}")
+    if training.steps is None and training.epochs is None:
+        raise UserError("training.steps and training.epochs are both null; set one of them, for example training.steps=30000")
+    if not config.weight_predictor.layers:
+        raise UserError("weight_predictor.layers is empty; name at least one pattern, for example [decoder.stage1.*]")
+    update_size = config.weight_predictor.update_size
+    if update_size != "auto" and not (isinstance(update_size, int) and not isinstance(update_size, bool) and update_size > 0):
+        raise UserError(f"weight_predictor.update_size must be auto or a whole number above 0, but is {_shown(update_size)}")
+    for side in ("height", "width"):
+        length = getattr(video, side)
+        if length is not None and length > image.size:
+            raise UserError(
+                f"video.{side}={length} is larger than image.size={image.size}; use {image.size} or less, or null for the "
+                "image's own"
+            )
+    name = config.output.name
+    if not name.strip() or name in (".", "..") or any(character in name for character in '/\\\0\n\r\t:*?"<>|'):
+        raise UserError(f"output.name must be one plain folder name, for example my-run, but is {_shown(name)}")
+
+
+# ------------------------------------------------------------------------------------------------------------- words
+
+
+def _owner(setting: Any) -> type:
+    return next(section for section in SECTIONS.values() if any(setting is one for one in fields(section)))
+
+
+def _wanted_text(setting: Any, kind: Any) -> str:
+    noun = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Any: "a value"}.get(kind, "a list")
+    section = next(name for name, cls in SECTIONS.items() if cls is _owner(setting))
+    limits = range_text(section, setting.name)
+    if "choices" in setting.metadata:
+        return f"one of {limits}"
+    return f"{noun}, {limits}" if limits else noun
+
+
+def _nearest_key(key: str) -> str:
+    """`; did you mean 'training.batch_size'?` for a mistyped key, a key in the wrong section, or a section."""
+    known = [f"{section}.{setting.name}" for section, cls in SECTIONS.items() for setting in fields(cls)]
+    tail = key.rpartition(".")[2]
+    same_name = [name for name in known if name.rpartition(".")[2] == tail]
+    close = same_name or difflib.get_close_matches(key, [*SECTIONS, *known], 1, 0.6)
+    if not close:
+        by_tail = {name.rpartition(".")[2]: name for name in known}
+        close = [by_tail[name] for name in difflib.get_close_matches(tail, by_tail, 1, 0.6)]
+    return f"; did you mean '{close[0]}'?" if close else f"; config.yaml lists every setting ({', '.join(SECTIONS)})"
+
+
+def _short(number: float) -> str:
+    return f"{number:g}" if number < 1e6 else f"2^{round(math.log2(number))}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if not isinstance(value, list) else "[" + ", ".join(str(item) for item in value) + "]"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _kind(value: Any) -> str:
+    return {dict: "a mapping", list: "a list", str: "a text", type(None): "nothing"}.get(type(value), _shown(value))
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())[:200]

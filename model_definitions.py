@@ -1,0 +1,437 @@
+"""The networks, and the one path that draws pictures with them.
+
+    z --VAE decoder θ--> x_base --VideoSynthesizer--> video --WeightPredictorRNN--> Δ --VAE decoder θ + Δ--> x_fake
+
+`VAE`, `Discriminator` and `WeightPredictorRNN` are plain modules; `Generator` owns the first and the last, the video
+synthesis and the update head. Training, samples and every other command draw through it.
+"""
+
+import math
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from configuration import Config
+from video_synth import Motion, MotionStrengths, VideoSynthesizer
+from weight_updates import UpdateSpec, bounded_update, build_head, build_update_spec, check_update_size, weight_scales
+
+LEAKY_SLOPE = 0.2
+
+
+class VAE(nn.Module):
+    """Variational autoencoder (Kingma & Welling 2013, https://arxiv.org/abs/1312.6114); its decoder is the generator.
+
+    Stages are numbered from the picture inwards on both sides: `encoder.stage1` sees the picture and
+    `decoder.stage1` draws it, whatever the depth.
+
+    Args:
+        image_size: H = W, a power of two.
+        image_channels: C.
+        latent_dim: length of z, mu and logvar.
+        channels: width of each encoder stage, from the picture inwards; each stage halves the picture.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 128,
+        image_channels: int = 3,
+        latent_dim: int = 128,
+        channels: tuple[int, ...] | list[int] = (32, 64, 128, 256),
+    ) -> None:
+        super().__init__()
+        self.image_shape = (image_channels, image_size, image_size)
+        self.latent_dim = latent_dim
+        widths = [image_channels, *channels]
+        smallest = _smallest_side(image_size, channels)
+        features = channels[-1] * smallest**2
+
+        self.encoder = nn.Sequential(
+            OrderedDict(  #                                                            (B, C, H, W)
+                (f"stage{number}", _conv_stage(narrow, wide, nn.ReLU()))  #            (B, wide, H / 2^n, W / 2^n)
+                for number, (narrow, wide) in enumerate(zip(widths[:-1], widths[1:], strict=True), start=1)
+            )
+        )
+        self.to_mu = nn.Linear(features, latent_dim)
+        self.to_logvar = nn.Linear(features, latent_dim)
+
+        decoder: OrderedDict[str, nn.Module] = OrderedDict()
+        decoder["projection"] = nn.Linear(latent_dim, features)  #                     (B, features)
+        decoder["unflatten"] = nn.Unflatten(1, (channels[-1], smallest, smallest))  #  (B, channels[-1], smallest, smallest)
+        decoder["relu"] = nn.ReLU()
+        for number in range(len(channels), 0, -1):
+            # Kernel 4 with stride 2 doubles the picture, and every pixel gets the same number of contributions.
+            decoder[f"stage{number}"] = nn.ConvTranspose2d(widths[number], widths[number - 1], 4, stride=2, padding=1)
+            decoder[f"relu{number}" if number > 1 else "sigmoid"] = nn.ReLU() if number > 1 else nn.Sigmoid()
+        self.decoder = nn.Sequential(decoder)  #                                       (B, C, H, W)
+        _initialise(self)
+        # Half the usual spread on what becomes mu, logvar and pixels: KL and Sigmoid start in their calm range.
+        for layer in (self.to_mu, self.to_logvar, self.decoder.stage1):
+            with torch.no_grad():
+                layer.weight.mul_(0.5)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (B, C, H, W) in [0, 1] -> mu, logvar of q(z | x), each (B, latent_dim)."""
+        features = self.encoder(x).flatten(1)
+        return self.to_mu(features), self.to_logvar(features)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents (B, latent_dim), normally from N(0, I) -> pictures (B, C, H, W) in [0, 1]."""
+        return self.decoder(z)
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstructs pictures through z = mu + e^(logvar / 2) · noise (Kingma & Welling 2013, section 2.4).
+
+        Args:
+            x: (B, C, H, W) in [0, 1].
+            noise: (B, latent_dim) standard normal; drawn here if None.
+
+        Returns:
+            x_rec (B, C, H, W) in [0, 1], mu and logvar (B, latent_dim).
+        """
+        mu, logvar = self.encode(x)
+        if noise is None:
+            noise = torch.randn_like(mu)
+        return self.decode(mu + (0.5 * logvar).exp() * noise), mu, logvar
+
+
+class Discriminator(nn.Module):
+    """Wasserstein critic with the encoder's stages and one unbounded score (Gulrajani et al. 2017, section 4).
+
+    No BatchNorm: it would mix the pictures of a batch, and the gradient penalty is a property of each one.
+
+    Args:
+        image_size, image_channels, channels: as for the `VAE`.
+    """
+
+    def __init__(
+        self, image_size: int = 128, image_channels: int = 3, channels: tuple[int, ...] | list[int] = (32, 64, 128, 256)
+    ) -> None:
+        super().__init__()
+        widths = [image_channels, *channels]
+        self.stages = nn.Sequential(
+            OrderedDict(
+                (f"stage{number}", _conv_stage(narrow, wide, nn.LeakyReLU(LEAKY_SLOPE)))
+                for number, (narrow, wide) in enumerate(zip(widths[:-1], widths[1:], strict=True), start=1)
+            )
+        )
+        self.to_score = nn.Linear(channels[-1] * _smallest_side(image_size, channels) ** 2, 1)
+        _initialise(self)
+        self.calibration = ScoreCalibration()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) in [0, 1] -> scores (B,): higher is more real, without unit or zero."""
+        return self.to_score(self.stages(x).flatten(1)).squeeze(1)
+
+    def probability(self, x: Tensor) -> Tensor:
+        """Calibrated probability (B,) in [0, 1] that each picture (B, C, H, W) is real, were half of all pictures real.
+
+        Fitted to the scores of real and generated pictures seen lately in training; 0.5 for all before the first fit.
+        """
+        return self.calibration(self(x))
+
+
+class ScoreCalibration(nn.Module):
+    """Turns critic scores into probabilities: p = sigmoid(slope · score + intercept), fitted by logistic regression.
+
+    Platt 1999, "Probabilistic outputs for support vector machines". A Wasserstein score has neither zero nor unit, so a
+    plain sigmoid of it means nothing; this one is fitted to the last `window` scores of real and of generated pictures.
+    All state lies in buffers and so in the checkpoint.
+    """
+
+    recent: Tensor
+    seen: Tensor
+    slope: Tensor
+    intercept: Tensor
+
+    def __init__(self, window: int = 1024) -> None:
+        super().__init__()
+        self.register_buffer("recent", torch.zeros(2, window))  # real and generated scores, the newest overwriting
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.register_buffer("slope", torch.zeros(()))
+        self.register_buffer("intercept", torch.zeros(()))
+
+    def forward(self, score: Tensor) -> Tensor:
+        """Scores (B,) -> probabilities (B,) in [0, 1]."""
+        return torch.sigmoid(self.slope * score.float() + self.intercept)
+
+    @torch.no_grad()
+    def observe(self, score_real: Tensor, score_fake: Tensor) -> None:
+        """Remembers a batch of scores, (B,) each. Stays on the device."""
+        window = self.recent.shape[1]
+        count = min(len(score_real), window)
+        place = (self.seen + torch.arange(count, device=score_real.device)) % window
+        self.recent[:, place] = torch.stack([score_real[-count:], score_fake[-count:]]).float()
+        self.seen += count
+
+    @torch.no_grad()
+    def fit(self) -> None:
+        """Fits slope and intercept to the remembered scores by Newton's method, in float64. Stays on the device.
+
+        Targets are Platt's (n + 1) / (n + 2) instead of 1, which keeps separable scores from an infinite slope.
+        """
+        window = self.recent.shape[1]
+        known = (torch.arange(window, device=self.recent.device) < self.seen).double()  # what has been filled so far
+        scores = self.recent.double()
+        count = known.sum().clamp_min(1)
+        centre = (scores * known).sum() / (2 * count)
+        spread = (((scores - centre).square() * known).sum() / (2 * count)).sqrt().clamp_min(1e-12)
+        x = ((scores - centre) / spread).flatten()
+        weight = known.expand(2, -1).flatten()
+        high = (count + 1) / (count + 2)
+        target = torch.stack([high.expand(window), (1 - high).expand(window)]).flatten()
+        design = torch.stack([x, torch.ones_like(x)], dim=1)  # (2 window, 2)
+        ridge = 1e-6 * torch.eye(2, dtype=torch.float64, device=x.device)
+        solution = torch.zeros(2, dtype=torch.float64, device=x.device)
+        for _ in range(25):
+            p = torch.sigmoid(design @ solution)
+            gradient = design.T @ (weight * (p - target)) / count + ridge @ solution
+            hessian = (design * (weight * p * (1 - p))[:, None]).T @ design / count + ridge
+            # A full Newton step can overshoot where scores separate cleanly; steps of at most 2 cannot.
+            solution = solution - torch.linalg.solve(hessian, gradient).clamp(-2, 2)
+        self.slope.copy_(solution[0] / spread)
+        self.intercept.copy_(solution[1] - solution[0] * centre / spread)
+
+
+class WeightPredictorRNN(nn.Module):
+    """Watches a synthetic video, one frame a step, and predicts an update code at every frame.
+
+    LayerNorm, GRU, Linear. The Linear layer is zero and has no bias, so that θ + Δ = θ before training.
+
+    Args:
+        input_size: C · height · width of one video frame.
+        update_size: length of the predicted code; for the head `full`, the number of updated weights.
+        hidden_size, num_layers: of the GRU.
+    """
+
+    def __init__(self, input_size: int, update_size: int, hidden_size: int = 128, num_layers: int = 2) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(input_size)
+        self.gru = nn.GRU(input_size, hidden_size, num_layers, batch_first=True)
+        self.to_update = nn.Linear(hidden_size, update_size, bias=False)
+        nn.init.zeros_(self.to_update.weight)
+
+    def watch(self, video: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Runs the GRU over (more of) a video.
+
+        Args:
+            video: (B, T, C, height, width) in [0, 1].
+            hidden: (num_layers, B, hidden_size) from the frames before, None at the beginning.
+
+        Returns:
+            states (B, T, hidden_size), what the GRU knows at each frame, and the new `hidden`.
+        """
+        return self.gru(self.norm(video.flatten(2)), hidden)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """Video (B, T, C, height, width) in [0, 1] -> update codes (B, T, update_size); the last is the picture's."""
+        states, _ = self.watch(video)
+        return self.to_update(states)
+
+
+class GeneratorOutput(NamedTuple):
+    """What one pass through the generator makes."""
+
+    x_base: Tensor
+    """(B, C, H, W) in [0, 1], drawn with θ."""
+    video: Tensor
+    """(B, T, C, height, width) in [0, 1], the synthetic video that the GRU watched."""
+    states: Tensor
+    """(B, T, hidden_size), the GRU's state at each frame."""
+    relative_update: Tensor
+    """(B, total_size), Δ in units of each tensor's RMS; (1, total_size) where it is shared."""
+    x_fake: Tensor
+    """(B, C, H, W) in [0, 1], drawn with θ + Δ."""
+
+
+class Generator(nn.Module):
+    """The whole generator: VAE, synthetic video, weight predictor and update head, with the one path through them.
+
+    Args:
+        vae: its decoder draws.
+        synthesizer: makes the video that the predictor watches.
+        layers: patterns of the decoder tensors that are updated.
+        head, rank: how the predicted code becomes an update; see `weight_updates`.
+        update_size: "auto" or the code's length, which is checked.
+        hidden_size, num_layers: of the GRU.
+        bound: α, the largest update of a weight in units of its tensor's RMS.
+        shared: average the update over the batch, instead of one for each picture.
+        detach_video: keep gradients from flowing through the video into x_base.
+
+    Raises:
+        UserError: a pattern or an `update_size` that doesn't fit.
+    """
+
+    def __init__(
+        self,
+        vae: VAE,
+        synthesizer: VideoSynthesizer,
+        layers: list[str],
+        *,
+        head: str = "full",
+        rank: int = 4,
+        update_size: int | str = "auto",
+        hidden_size: int = 128,
+        num_layers: int = 2,
+        bound: float = 0.5,
+        shared: bool = False,
+        detach_video: bool = True,
+    ) -> None:
+        super().__init__()
+        self.vae = vae
+        self.synthesizer = synthesizer
+        self.spec: UpdateSpec = build_update_spec(vae, layers)
+        self.head = build_head(head, self.spec, rank)
+        channels = vae.image_shape[0]
+        height, width = synthesizer.video_size(torch.empty(0, *vae.image_shape))
+        code_size = check_update_size(update_size, self.head, self.spec)
+        self.predictor = WeightPredictorRNN(channels * height * width, code_size, hidden_size, num_layers)
+        self.bound = bound
+        self.shared = shared
+        self.detach_video = detach_video
+        # Decoder layers before the first updated one draw the same with θ and θ + Δ: they run once for both.
+        updated_layers = {tensor.name.split(".")[1] for tensor in self.spec.tensors}
+        order = list(vae.decoder._modules)
+        self._split = min(order.index(name) for name in updated_layers)
+
+    def forward(self, z: Tensor, motion: Motion, frame: Tensor | None = None) -> GeneratorOutput:
+        """One pass: base picture, its video, the update predicted at `frame`, and the picture drawn with it.
+
+        Args:
+            z: (B, latent_dim) from N(0, I).
+            motion: of the synthetic video, from `draw_motion`.
+            frame: (B,) frame number whose update draws x_fake; None takes the last frame's.
+        """
+        features = self.features(z)
+        x_base = self.draw_base(features)
+        video, states = self.watch(x_base, motion)
+        state = states[:, -1] if frame is None else states[torch.arange(len(z), device=z.device), frame]
+        relative_update = self.predict_update(state)
+        return GeneratorOutput(x_base, video, states, relative_update, self.draw_updated(features, relative_update))
+
+    def draw_motion(self, batch: int, generator: torch.Generator | None = None) -> Motion:
+        """The random numbers of the synthetic videos of `batch` pictures, on the generator's device."""
+        device = self.vae.decoder.projection.weight.device
+        return self.synthesizer.draw_motion(torch.empty(batch, *self.vae.image_shape, device=device), generator)
+
+    # The steps of the path, for those who need only some of them.
+
+    def features(self, z: Tensor) -> Tensor:
+        """z (B, latent_dim) through the decoder layers that no update changes."""
+        return self.vae.decoder[: self._split](z)
+
+    def draw_base(self, features: Tensor) -> Tensor:
+        """`features` -> x_base (B, C, H, W), drawn with θ."""
+        return self.vae.decoder[self._split :](features)
+
+    def watch(self, x_base: Tensor, motion: Motion) -> tuple[Tensor, Tensor]:
+        """x_base (B, C, H, W) -> its synthetic video (B, T, C, height, width) and the GRU's states (B, T, hidden_size)."""
+        video = self.synthesizer(x_base.detach() if self.detach_video else x_base, motion)
+        return video, self.predictor.watch(video)[0]
+
+    def predict_update(self, states: Tensor) -> Tensor:
+        """GRU states (B, hidden_size) -> Δ in units of each tensor's RMS, (B, total_size), within ± `bound`.
+
+        With a shared update: (1, total_size), of the batch's mean.
+        """
+        code = self.predictor.to_update(states)
+        if self.shared:
+            code = code.mean(dim=0, keepdim=True)
+        relative_weights = self.spec.flatten(self._decoder_parameters()).detach() / self.scales()
+        return bounded_update(self.head(code, relative_weights), self.bound)
+
+    def draw_updated(self, features: Tensor, relative_update: Tensor) -> Tensor:
+        """`features` (B, ...) and relative updates (B or 1, total_size) -> x_fake (B, C, H, W), drawn with θ + Δ.
+
+        A picture depends on its own z and update alone, never on the rest of the batch.
+        """
+        suffix = self.vae.decoder[self._split :]
+        own = {name: parameter for name, parameter in suffix.named_parameters()}
+        update = self.spec.split(relative_update * self.scales())
+
+        def draw(features: Tensor, update: dict[str, Tensor]) -> Tensor:
+            updated = {name: own[name] + delta for name, delta in update.items()}
+            return functional_call(suffix, own | updated, (features,), strict=True)
+
+        update = {name.removeprefix("decoder."): delta for name, delta in update.items()}
+        if len(relative_update) == 1:  # one update for all (or one picture): an ordinary pass
+            return draw(features, {name: delta[0] for name, delta in update.items()})
+        return vmap(lambda one, delta: draw(one[None], delta)[0])(features, update)
+
+    def draw_frames(self, features: Tensor, states: Tensor) -> Tensor:
+        """The weight-driven video: `features` (B, ...) and GRU states (B, K, hidden_size) -> (B, K, C, H, W)."""
+        count = states.shape[1]
+        if self.shared:
+            return torch.stack([self.draw_updated(features, self.predict_update(state)) for state in states.unbind(1)], 1)
+        frames = self.draw_updated(features.repeat_interleave(count, 0), self.predict_update(states.flatten(0, 1)))
+        return frames.unflatten(0, (-1, count))
+
+    def scales(self) -> Tensor:
+        """The unit of the relative update for every updated weight, (total_size,): see `weight_scales`."""
+        return weight_scales(self.spec, self._decoder_parameters())
+
+    def _decoder_parameters(self) -> dict[str, Tensor]:
+        return {f"decoder.{name}": parameter for name, parameter in self.vae.decoder.named_parameters()}
+
+
+def build_generator(config: Config) -> Generator:
+    """The generator that the settings describe, freshly initialised from torch's global random state.
+
+    Raises:
+        UserError: `weight_predictor` settings that don't fit the VAE.
+    """
+    video, predictor = config.video, config.weight_predictor
+    strengths = MotionStrengths(
+        video.shift, video.zoom, video.rotation, video.brightness, video.contrast, video.noise
+    )  # fmt: skip
+    return Generator(
+        VAE(config.image.size, config.image.channels, config.vae.latent_dim, config.vae.channels),
+        VideoSynthesizer(video.frames, strengths, video.height, video.width),
+        predictor.layers,
+        head=predictor.head,
+        rank=predictor.rank,
+        update_size=predictor.update_size,
+        hidden_size=predictor.hidden_size,
+        num_layers=predictor.num_layers,
+        bound=predictor.bound,
+        shared=predictor.sharing == "shared",
+        detach_video=video.detach,
+    )
+
+
+def build_discriminator(config: Config) -> Discriminator:
+    """The critic that the settings describe, freshly initialised from torch's global random state."""
+    return Discriminator(config.image.size, config.image.channels, config.discriminator.channels)
+
+
+def _conv_stage(narrow: int, wide: int, activation: nn.Module) -> nn.Sequential:
+    """(B, narrow, H, W) -> (B, wide, H / 2, W / 2)."""
+    return nn.Sequential(
+        OrderedDict(conv=nn.Conv2d(narrow, wide, 3, padding=1), activation=activation, pool=nn.MaxPool2d(2))
+    )
+
+
+def _smallest_side(image_size: int, channels: tuple[int, ...] | list[int]) -> int:
+    """Side of the picture after all stages.
+
+    Raises:
+        ValueError: sides that the stages cannot halve evenly.
+    """
+    side, rest = divmod(image_size, 2 ** len(channels))
+    if rest or not side:
+        raise ValueError(f"image_size {image_size} cannot be halved {len(channels)} times; give fewer channels")
+    return side
+
+
+def _initialise(network: nn.Module) -> None:
+    """He et al. 2015 (https://arxiv.org/abs/1502.01852): keeps the signal's size through ReLU layers, which have no norm
+    layer here to mend it. torch's own fan-in is wrong for ConvTranspose2d, where kernel² / stride² terms meet a pixel."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            fan_in = module.weight[0].numel()
+            if isinstance(module, nn.ConvTranspose2d):
+                fan_in = module.in_channels * math.prod(module.kernel_size) // math.prod(module.stride)
+            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_in))
+            nn.init.zeros_(module.bias)
