@@ -64,8 +64,9 @@ def gradient_penalty(
         epsilon: (B,) in [0, 1].
     """
     with torch.autocast(x_real.device.type, enabled=False):
-        epsilon = epsilon.float().view(-1, 1, 1, 1)
-        x_hat = (epsilon * x_real.float() + (1 - epsilon) * x_fake.float()).detach()
+        precision = torch.promote_types(x_real.dtype, torch.float32)  # fp32, or fp64 for a check in double precision
+        epsilon = epsilon.to(precision).view(-1, 1, 1, 1)
+        x_hat = (epsilon * x_real.to(precision) + (1 - epsilon) * x_fake.to(precision)).detach()
         # Scores of different pictures don't mix, so the gradient of their sum is each picture's own gradient.
         gradient = torch.func.grad(lambda x: discriminator(x).sum())(x_hat)
         # The small number inside the root keeps its derivative finite where the gradient vanishes.

@@ -74,7 +74,7 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures (B, C, H, W) in [0, 1] -> mu, logvar of q(z | x), each (B, latent_dim)."""
-        features = self.encoder(x).flatten(1)
+        features = self.encoder(_centred(x)).flatten(1)
         return self.to_mu(features), self.to_logvar(features)
 
     def decode(self, z: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class Discriminator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pictures (B, C, H, W) in [0, 1] -> scores (B,): higher is more real, without unit or zero."""
-        return self.to_score(self.stages(x).flatten(1)).squeeze(1)
+        return self.to_score(self.stages(_centred(x)).flatten(1)).squeeze(1)
 
     def probability(self, x: Tensor) -> Tensor:
         """Calibrated probability (B,) in [0, 1] that each picture (B, C, H, W) is real, were half of all pictures real.
@@ -411,6 +411,11 @@ def _conv_stage(narrow: int, wide: int, activation: nn.Module) -> nn.Sequential:
     return nn.Sequential(
         OrderedDict(conv=nn.Conv2d(narrow, wide, 3, padding=1), activation=activation, pool=nn.MaxPool2d(2))
     )
+
+
+def _centred(x: Tensor) -> Tensor:
+    """[0, 1] -> [-1, 1]: the first convolution sees differences, not a large common part (a white page, say)."""
+    return 2 * x - 1
 
 
 def _smallest_side(image_size: int, channels: tuple[int, ...] | list[int]) -> int:

@@ -110,6 +110,7 @@ class VideoSynthesizer(nn.Module):
             (B, T or K, C, height, width) in [0, 1].
         """
         strengths = self.strengths
+        aspect = images.shape[-2] / images.shape[-1]
         height, width = images.shape[-2:] if full_size else self.video_size(images)
         if (height, width) != images.shape[-2:]:
             images = functional.interpolate(images, size=(height, width), mode="area")
@@ -123,7 +124,7 @@ class VideoSynthesizer(nn.Module):
         paths = dict(zip(PATHS, torch.stack(harmonics).sum(dim=0).unbind(dim=-1), strict=True))  # each (B, K)
 
         if strengths.shift or strengths.zoom or strengths.rotation:
-            video = _warp(images, paths, strengths)
+            video = _warp(images, paths, strengths, aspect)
         else:
             video = images[:, None].expand(-1, times.shape[1], -1, -1, -1)  # exact copies, and no memory for them
         if strengths.brightness:
@@ -160,16 +161,18 @@ def _per_frame(values: Tensor) -> Tensor:
     return values[..., None, None, None]
 
 
-def _warp(images: Tensor, paths: dict[str, Tensor], strengths: MotionStrengths) -> Tensor:
-    """Shifts, zooms and turns: (B, C, H, W) -> (B, K, C, H, W). Beyond its border a picture goes on as its edge."""
+def _warp(images: Tensor, paths: dict[str, Tensor], strengths: MotionStrengths, aspect: float) -> Tensor:
+    """Shifts, zooms and turns: (B, C, H, W) -> (B, K, C, H, W). Beyond its border a picture goes on as its edge.
+
+    `aspect` is the picture's height / width: it keeps a turn a turn where the video's sides are in another proportion.
+    """
     (batch, channels, height, width), count = images.shape, paths["zoom"].shape[1]
     angle = math.radians(strengths.rotation) * paths["rotation"]
     inverse_zoom = 1 / (1 + strengths.zoom * paths["zoom"])
     cos, sin = angle.cos() * inverse_zoom, angle.sin() * inverse_zoom
     # affine_grid maps places in the frame to places in the picture, in units of half a side: the inverse of the motion.
-    # Sines are scaled by the sides' ratio, so that a turn stays a turn where a video isn't square.
     shift_x, shift_y = 2 * strengths.shift * paths["shift_x"], 2 * strengths.shift * paths["shift_y"]
-    sin_x, sin_y = sin * (height / width), sin * (width / height)
+    sin_x, sin_y = sin * aspect, sin / aspect
     theta = torch.stack(
         [
             torch.stack([cos, sin_x, -(cos * shift_x + sin_x * shift_y)], dim=-1),

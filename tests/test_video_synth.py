@@ -1,0 +1,161 @@
+"""The synthetic video: smooth, bounded, repeatable, differentiable, and off when told so."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from video_synth import MotionStrengths, VideoSynthesizer, synthesize_video
+
+STILL = MotionStrengths(0, 0, 0, 0, 0, 0)
+NAMES = [strength.name for strength in dataclasses.fields(MotionStrengths)]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pictures(batch: int = 3, side: int = 16, channels: int = 3) -> torch.Tensor:
+    return torch.rand(batch, channels, side, side, generator=seeded(5)) * 0.6 + 0.2
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    frames=st.integers(1, 6),
+    channels=st.sampled_from([1, 3]),
+    height=st.sampled_from([None, 4, 9, 16]),
+    width=st.sampled_from([None, 5, 16]),
+    values=st.lists(st.floats(0, 0.9), min_size=6, max_size=6),
+)
+def test_any_strengths_and_sizes_give_values_in_range(batch, frames, channels, height, width, values) -> None:
+    strengths = MotionStrengths(*values[:2], values[2] * 200, *values[3:])
+    video = synthesize_video(torch.rand(batch, channels, 16, 16), frames, strengths, seeded(), height, width)
+    assert video.shape == (batch, frames, channels, height or 16, width or 16)
+    assert video.min() >= 0
+    assert video.max() <= 1
+
+
+def test_no_motion_gives_exact_copies() -> None:
+    x = pictures()
+    video = synthesize_video(x, 5, STILL, seeded())
+    assert torch.equal(video, x[:, None].expand(-1, 5, -1, -1, -1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_motion_alone_changes_the_picture_more_when_stronger(name: str) -> None:
+    x = pictures()
+    unit = {"rotation": 5.0}.get(name, 0.05)
+    changes = []
+    for factor in (1, 4):
+        strengths = dataclasses.replace(STILL, **{name: unit * factor})
+        changes.append((synthesize_video(x, 8, strengths, seeded()) - x[:, None]).square().mean().item())
+    assert 0 < changes[0] < changes[1]
+
+
+def test_the_same_seed_gives_the_same_video_and_another_another() -> None:
+    x = pictures()
+    assert torch.equal(synthesize_video(x, generator=seeded(1)), synthesize_video(x, generator=seeded(1)))
+    assert not torch.equal(synthesize_video(x, generator=seeded(1)), synthesize_video(x, generator=seeded(2)))
+
+
+def test_a_video_depends_on_its_own_picture_and_motion_alone() -> None:
+    synthesizer = VideoSynthesizer(4)
+    x = pictures(4)
+    motion = synthesizer.draw_motion(x, seeded())
+    alone = synthesizer(x[2:3], type(motion)(*(part[2:3] for part in motion)))
+    assert torch.allclose(synthesizer(x, motion)[2:3], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_paths_are_smooth_and_closed(name: str) -> None:
+    """Neighbouring frames, the last and the first too, differ far less than frames drawn at random would."""
+    strengths = dataclasses.replace(STILL, **{name: {"rotation": 20.0}.get(name, 0.2)})
+    x = torch.nn.functional.interpolate(pictures(8, 8), size=(32, 32), mode="bilinear")
+    video = synthesize_video(x, 32, strengths, seeded())
+    step = (video - video.roll(1, dims=1)).square().mean(dim=(0, 2, 3, 4)).sqrt()
+    far = (video - video.roll(16, dims=1)).square().mean().sqrt()
+    assert step.max() < 0.4 * far
+    assert step[0] < 1.5 * step[1:].max()  # from the last frame back to the first
+
+
+def test_shift_moves_by_that_share_of_the_picture() -> None:
+    """A bright square's centre stays within ± shift and comes near to it, in both directions."""
+    x = torch.zeros(16, 1, 64, 64)
+    x[:, :, 28:36, 28:36] = 1
+    video = synthesize_video(x, 64, dataclasses.replace(STILL, shift=0.2), seeded())
+    places = torch.arange(64) + 0.5
+    mass = video.sum(dim=(2, 3, 4))
+    for marginal in (video.sum(dim=(2, 3)), video.sum(dim=(2, 4))):  # along x, along y
+        centre = (marginal * places).sum(-1) / mass / 64 - 0.5
+        assert centre.abs().max() < 0.2 + 1e-3
+        assert centre.max() > 0.14
+        assert centre.min() < -0.14
+
+
+def test_zoom_changes_the_area_by_its_square() -> None:
+    x = torch.zeros(8, 1, 64, 64)
+    x[:, :, 24:40, 24:40] = 1
+    video = synthesize_video(x, 64, dataclasses.replace(STILL, zoom=0.3), seeded())
+    scale = (video.sum(dim=(2, 3, 4)) / 16**2).sqrt()
+    assert scale.min() > 0.7 - 0.02
+    assert scale.max() < 1.3 + 0.02
+    assert scale.max() > 1.2
+
+
+def test_rotation_turns_by_degrees_and_keeps_the_shape_in_a_wide_video() -> None:
+    """A bar's axis turns within ± rotation; in a half-height video the same turn is seen in squeezed pixels."""
+    x = torch.zeros(8, 1, 64, 64)
+    x[:, :, 30:34, 12:52] = 1
+
+    def angles(height: int) -> torch.Tensor:
+        video = synthesize_video(x, 48, dataclasses.replace(STILL, rotation=30), seeded(), height=height)
+        rows = ((torch.arange(height) + 0.5) / height - 0.5)[:, None]
+        columns = ((torch.arange(64) + 0.5) / 64 - 0.5)[None, :]
+        weight = video[:, :, 0] / video[:, :, 0].sum(dim=(2, 3), keepdim=True)
+        xx, yy, xy = ((weight * part).sum(dim=(2, 3)) for part in (columns**2, rows**2, rows * columns))
+        return torch.rad2deg(0.5 * torch.atan2(2 * xy, xx - yy))
+
+    square, wide = angles(64), angles(32)
+    assert 24 < square.abs().max() < 30.5
+    assert torch.allclose(square, wide, atol=2)
+
+
+def test_brightness_and_contrast_follow_their_formulas() -> None:
+    x = pictures()
+    bright = synthesize_video(x, 16, dataclasses.replace(STILL, brightness=0.2), seeded())
+    ratio = bright / x[:, None]
+    assert torch.allclose(ratio, ratio.mean(dim=(2, 3, 4), keepdim=True).expand_as(ratio), atol=1e-5)
+    assert (ratio - 1).abs().max() <= 0.2 + 1e-5
+    hard = synthesize_video(x, 16, dataclasses.replace(STILL, contrast=0.2), seeded())
+    assert torch.allclose(hard.mean(dim=(2, 3, 4)), x.mean(dim=(1, 2, 3))[:, None].expand(-1, 16), atol=1e-5)
+
+
+def test_noise_has_its_strength_at_every_frame() -> None:
+    x = torch.full((2, 3, 64, 64), 0.5)
+    video = synthesize_video(x, 8, dataclasses.replace(STILL, noise=0.05), seeded())
+    spread = (video - 0.5).std(dim=(2, 3, 4))
+    assert torch.allclose(spread, torch.full_like(spread, 0.05), rtol=0.05)
+
+
+def test_frames_at_given_times_are_the_videos_own() -> None:
+    synthesizer = VideoSynthesizer(6)
+    x = pictures()
+    motion = synthesizer.draw_motion(x, seeded())
+    whole = synthesizer(x, motion)
+    times = torch.tensor([[0, 5], [3, 3], [1, 2]])
+    some = synthesizer(x, motion, times)
+    for row in range(3):
+        assert torch.allclose(some[row], whole[row, times[row]], atol=1e-6)
+    assert torch.allclose(synthesizer(x, motion, times + 6), some, atol=1e-4)  # once round the closed path
+
+
+def test_gradients_match_finite_differences() -> None:
+    # Kinks lie where a sampling place crosses a pixel's centre and at the clamp; pictures away from 0 and 1 avoid the latter.
+    synthesizer = VideoSynthesizer(3, MotionStrengths(0.1, 0.1, 10, 0.1, 0.1, 0.01), 5, 4)
+    x = (torch.rand(1, 1, 8, 8, generator=seeded(3), dtype=torch.float64) * 0.4 + 0.3).requires_grad_()
+    motion = synthesizer.draw_motion(x, seeded())
+    motion = type(motion)(*(part.double() for part in motion))
+    assert torch.autograd.gradcheck(lambda x: synthesizer(x, motion), (x,))

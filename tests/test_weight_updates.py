@@ -1,0 +1,157 @@
+"""Which tensors are updated, by which head, and how far."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configuration import UserError
+from model_definitions import VAE
+from weight_updates import bounded_update, build_head, build_update_spec, check_update_size, weight_scales
+
+LAYERS = {
+    "last layer": ["decoder.stage1.*"],
+    "last weight": ["decoder.stage1.weight"],
+    "last two": ["decoder.stage2.*", "decoder.stage1.*"],
+    "all weights": ["decoder.*.weight"],
+    "projection": ["decoder.projection.*"],
+}
+
+
+@pytest.fixture(scope="module")
+def vae() -> VAE:
+    torch.manual_seed(0)
+    return VAE(16, 3, 8, (4, 6))
+
+
+@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+def test_spec_counts_every_weight_once_in_decoder_order(vae: VAE, layers: list[str]) -> None:
+    spec = build_update_spec(vae, layers)
+    shapes = {name: tuple(tensor.shape) for name, tensor in vae.named_parameters()}
+    offset = 0
+    for tensor in spec.tensors:
+        assert tensor.shape == shapes[tensor.name]
+        assert tensor.offset == offset
+        offset += tensor.size
+    assert spec.total_size == offset == sum(vae.get_parameter(tensor.name).numel() for tensor in spec.tensors)
+    assert spec == build_update_spec(vae, layers[::-1])
+    order = [name for name in shapes if name in {tensor.name for tensor in spec.tensors}]
+    assert [tensor.name for tensor in spec.tensors] == order
+
+
+def test_the_source_sizes_by_hand() -> None:
+    vae = VAE()
+    last = build_update_spec(vae, ["decoder.stage1.*"])
+    assert last.total_size == 32 * 3 * 4 * 4 + 3
+    both = build_update_spec(vae, ["decoder.stage1.*", "decoder.stage2.*"])
+    assert both.total_size == 32 * 3 * 16 + 3 + 64 * 32 * 16 + 32
+    assert build_head("full", both).update_size == 34339
+    assert build_head("per_channel", both).update_size == 2 * 3 + 2 * 32
+    # rank 3 is all that a tensor of 3 output channels can have
+    assert build_head("low_rank", both, rank=4).update_size == 3 * (3 + 32 * 16) + 3 + 4 * (32 + 64 * 16) + 32
+
+
+def test_split_and_flatten_are_inverse(vae: VAE) -> None:
+    spec = build_update_spec(vae, LAYERS["all weights"])
+    named = {name: tensor for name, tensor in vae.named_parameters()}
+    flat = spec.flatten(named)
+    for name, piece in spec.split(flat).items():
+        assert torch.equal(piece, named[name])
+    with pytest.raises(ValueError, match="not 3"):
+        spec.split(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("kind", ["full", "low_rank", "per_channel"])
+def test_heads_give_zero_for_a_zero_code_and_move_off_it(vae: VAE, kind: str, layers: list[str]) -> None:
+    spec = build_update_spec(vae, layers)
+    torch.manual_seed(0)
+    head = build_head(kind, spec, rank=2)
+    relative = torch.randn(spec.total_size)
+    code = torch.zeros(5, head.update_size, requires_grad=True)
+    u = head(code, relative)
+    assert u.shape == (5, spec.total_size)
+    assert not u.any()
+    gradient = torch.autograd.grad(u.square().sum() + (u * torch.randn_like(u)).sum(), code)[0]
+    assert gradient.abs().sum() > 0  # or it would stay at zero for ever
+
+
+def test_low_rank_update_has_that_rank_in_output_channels_by_the_rest(vae: VAE) -> None:
+    spec = build_update_spec(vae, ["decoder.stage2.weight"])  # (in 6, out 4, 4, 4)
+    torch.manual_seed(0)
+    head = build_head("low_rank", spec, rank=2)
+    code = torch.randn(head.update_size)
+    u = spec.split(head(code, torch.zeros(spec.total_size)))["decoder.stage2.weight"]
+    by_output = u.transpose(0, 1).flatten(1)
+    assert torch.linalg.matrix_rank(by_output) == 2
+    a = code[: 4 * 2].view(4, 2)
+    v = code[4 * 2 :].view(2, 6 * 16)
+    assert torch.allclose(by_output, a @ (head.start_factors[0] + v) / 2**0.5, atol=1e-5)
+
+
+def test_per_channel_scales_whole_output_channels(vae: VAE) -> None:
+    spec = build_update_spec(vae, ["decoder.stage2.weight"])
+    head = build_head("per_channel", spec)
+    weights = torch.randn(spec.total_size)
+    factors = torch.tensor([0.5, -1.0, 0.0, 2.0])
+    u = head(factors, weights).view(6, 4, 4, 4)
+    for channel, factor in enumerate(factors):
+        assert torch.allclose(u[:, channel], factor * weights.view(6, 4, 4, 4)[:, channel])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20), st.floats(1e-3, 10))
+def test_bound_holds_for_any_prediction_and_keeps_its_sign(values: list[float], bound: float) -> None:
+    u = torch.tensor(values, dtype=torch.float64)
+    limited = bounded_update(u, bound)
+    assert (limited.abs() <= bound * (1 + 1e-12)).all()
+    assert (limited * u >= 0).all()
+
+
+def test_bound_leaves_small_updates_alone() -> None:
+    u = torch.linspace(-1e-3, 1e-3, 11, dtype=torch.float64)
+    assert torch.allclose(bounded_update(u, 0.5), u, rtol=1e-5)
+
+
+def test_scales_are_each_tensors_rms_with_a_floor_for_zero_biases(vae: VAE) -> None:
+    spec = build_update_spec(vae, ["decoder.stage1.*"])
+    named = {name: tensor for name, tensor in vae.named_parameters()}
+    pieces = spec.split(weight_scales(spec, named))
+    rms = named["decoder.stage1.weight"].detach().double().square().mean().sqrt()
+    assert torch.allclose(pieces["decoder.stage1.weight"].double(), rms.expand(4, 3, 4, 4))
+    assert torch.allclose(pieces["decoder.stage1.bias"], torch.tensor(0.01))
+    assert not weight_scales(spec, named).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        (["decoder.stage9.*"], ["decoder.stage9.*", "did you mean 'decoder.stage"]),
+        (["decodr.stage1.weight"], ["decodr.stage1.weight", "did you mean 'decoder.stage1.weight'"]),
+        (["encoder.*"], ["encoder.*", "draw no picture"]),
+        (["decoder.stage1.*", "decoder.stage1.weight"], ["decoder.stage1.weight", "remove it"]),
+    ],
+)
+def test_wrong_patterns_name_themselves_and_the_nearest(vae: VAE, layers: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        build_update_spec(vae, layers)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_frozen_tensors_are_refused() -> None:
+    vae = VAE(16, 3, 8, (4, 6))
+    vae.decoder.stage1.weight.requires_grad_(False)
+    with pytest.raises(UserError, match=r"stage1\.weight, which is frozen"):
+        build_update_spec(vae, ["decoder.stage1.*"])
+
+
+@pytest.mark.parametrize(("kind", "given_size"), list(itertools.product(["full", "low_rank", "per_channel"], [1, 10**6])))
+def test_a_wrong_update_size_is_answered_with_the_right_one(vae: VAE, kind: str, given_size: int) -> None:
+    spec = build_update_spec(vae, ["decoder.stage1.*"])
+    head = build_head(kind, spec, rank=2)
+    assert check_update_size("auto", head, spec) == check_update_size(head.update_size, head, spec) == head.update_size
+    with pytest.raises(UserError, match=f"write {head.update_size} or auto"):
+        check_update_size(given_size, head, spec)
