@@ -195,7 +195,9 @@ def range_text(section: str, key: str) -> str:
     if "choices" in limits:
         return " | ".join(limits["choices"])
     if "above" in limits:
-        return f"more than {_short(limits['above'])}" + (f", at most {_short(limits['high'])}" if "high" in limits else "")
+        return f"more than {_short(limits['above'])}" + (
+            f", at most {_short(limits['high'])}" if "high" in limits else ""
+        )
     if "high" in limits:
         return f"{_short(limits['low'])} to {_short(limits['high'])}"
     return f"{_short(limits['low'])} or more" if "low" in limits else ""
@@ -229,10 +231,14 @@ def _read_override(text: str) -> dict[str, Any]:
         raise UserError(f"override '{text}' must look like section.key=value, for example training.steps=1000")
     try:
         # OmegaConf's reader, not yaml's: it takes 2e-4 for the number that it is.
-        parsed = OmegaConf.to_container(OmegaConf.create(f"value: {value}" if value.strip() else "value: ''"), resolve=False)
+        parsed = OmegaConf.to_container(
+            OmegaConf.create(f"value: {value}" if value.strip() else "value: ''"), resolve=False
+        )
         return {section: {name: parsed["value"]}}  # type: ignore[call-overload, index]
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError):
-        raise UserError(f"override '{text}': the value is not valid YAML; lists look like vae.channels=[16,32]") from None
+        raise UserError(
+            f"override '{text}': the value is not valid YAML; lists look like vae.channels=[16,32]"
+        ) from None
 
 
 def _merge(layers: Iterable[tuple[str, dict[str, Any]]]) -> Config:
@@ -281,7 +287,9 @@ def _checked(setting: Any, value: Any) -> Any:
     kind = next(option for option in options if option is not types.NoneType)
     if typing.get_origin(kind) is list:
         if not isinstance(value, list):
-            raise ValueError(f"must be a list such as {_shown(setting.default_factory() or list(setting.metadata['choices']))}")
+            raise ValueError(
+                f"must be a list such as {_shown(setting.default_factory() or list(setting.metadata['choices']))}"
+            )
         (element,) = typing.get_args(kind)
         return [_checked_scalar(setting, element, item, "must hold") for item in value]
     return _checked_scalar(setting, kind, value, "must be")
@@ -299,7 +307,9 @@ def _checked_scalar(setting: Any, kind: Any, value: Any, verb: str) -> Any:
     }[kind]
     if right and is_number and kind in (int, float):
         value = kind(value)
-        right = limits.get("low", -math.inf) <= value <= limits.get("high", math.inf) and value > limits.get("above", -math.inf)
+        right = limits.get("low", -math.inf) <= value <= limits.get("high", math.inf) and value > limits.get(
+            "above", -math.inf
+        )
     if right and "choices" in limits:
         right = value in limits["choices"]
     if not right:
@@ -312,7 +322,9 @@ def _check_together(config: Config) -> None:
     image, video, training = config.image, config.video, config.training
     if image.size & (image.size - 1):
         smaller, larger = 1 << (image.size.bit_length() - 1), 1 << image.size.bit_length()
-        raise UserError(f"image.size must be a power of two from 16 to 256, but is {image.size}; try {smaller} or {larger}")
+        raise UserError(
+            f"image.size must be a power of two from 16 to 256, but is {image.size}; try {smaller} or {larger}"
+        )
     if image.channels == 2:
         raise UserError("image.channels must be 1 (grey) or 3 (colour), but is 2")
     for section in ("vae", "discriminator"):
@@ -324,20 +336,28 @@ def _check_together(config: Config) -> None:
                 f"picture), but is {_shown(channels)}"
             )
     if len(training.adam_betas) != 2:
-        raise UserError(f"training.adam_betas must list two numbers such as [0.0, 0.9], but is {_shown(training.adam_betas)}")
+        raise UserError(
+            f"training.adam_betas must list two numbers such as [0.0, 0.9], but is {_shown(training.adam_betas)}"
+        )
     if training.steps is None and training.epochs is None:
-        raise UserError("training.steps and training.epochs are both null; set one of them, for example training.steps=30000")
+        raise UserError(
+            "training.steps and training.epochs are both null; set one of them, for example training.steps=30000"
+        )
     if not config.weight_predictor.layers:
         raise UserError("weight_predictor.layers is empty; name at least one pattern, for example [decoder.stage1.*]")
     update_size = config.weight_predictor.update_size
-    if update_size != "auto" and not (isinstance(update_size, int) and not isinstance(update_size, bool) and update_size > 0):
-        raise UserError(f"weight_predictor.update_size must be auto or a whole number above 0, but is {_shown(update_size)}")
+    if update_size != "auto" and not (
+        isinstance(update_size, int) and not isinstance(update_size, bool) and update_size > 0
+    ):
+        raise UserError(
+            f"weight_predictor.update_size must be auto or a whole number above 0, but is {_shown(update_size)}"
+        )
     for side in ("height", "width"):
         length = getattr(video, side)
         if length is not None and length > image.size:
             raise UserError(
-                f"video.{side}={length} is larger than image.size={image.size}; use {image.size} or less, or null for the "
-                "image's own"
+                f"video.{side}={length} is larger than image.size={image.size}; "
+                f"use {image.size} or less, or null for the image's own"
             )
     name = config.output.name
     if not name.strip() or name in (".", "..") or any(character in name for character in '/\\\0\n\r\t:*?"<>|'):
@@ -352,7 +372,9 @@ def _owner(setting: Any) -> type:
 
 
 def _wanted_text(setting: Any, kind: Any) -> str:
-    noun = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Any: "a value"}.get(kind, "a list")
+    noun = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Any: "a value"}.get(
+        kind, "a list"
+    )
     section = next(name for name, cls in SECTIONS.items() if cls is _owner(setting))
     limits = range_text(section, setting.name)
     if "choices" in setting.metadata:

@@ -33,8 +33,8 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".
 # Only these decoders: Pillow also opens EPS, which runs an external program, and a renamed file would reach it.
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
-# Pillow warns of large or oddly written files in the middle of the progress bar. What is too large is refused below,
-# with the file's name; `catch_warnings` would not do, because it is not safe among the decoding threads.
+# Pillow warns of oddly written files in the middle of the progress bar. The one warning that matters here (too many
+# pixels) is an error below; `warnings.catch_warnings` around it would not do, as threads share its state.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -42,7 +42,7 @@ class BrokenImageError(UserError):
     """An image file that cannot be read; the message names the file, the reason and the fix."""
 
     def __init__(self, path: str | Path, reason: str):
-        super().__init__(path, reason)  # the arguments as they are, so that the error survives pickling
+        super().__init__(path, reason)  # the arguments as they came, so that the error can be pickled
         self.path, self.reason = Path(path), reason
 
     def __str__(self) -> str:
@@ -55,75 +55,69 @@ class BrokenImageError(UserError):
 def decode_image(
     path: str | Path, size: int, channels: int = 3, fit: str = "crop", background: str = "white"
 ) -> Tensor:
-    """Reads one image file into a square.
+    """Reads one image file into a square: uint8 (channels, size, size), 0 to 255; RGB or, with one channel, grey.
 
-    Args:
-        path: a file of one of the `IMAGE_EXTENSIONS`' formats; of an animated one, the first frame counts.
-        size: side of the result in pixels.
-        channels: 3 for RGB, 1 for grey.
-        fit: `crop` scales the shorter side to `size` and cuts the middle out, `pad` scales the longer side and fills
-            the rest with `background`.
-        background: what transparent pixels are laid over: a colour name or #rrggbb.
-
-    Returns:
-        uint8 (channels, size, size), 0 to 255.
+    `fit="crop"` scales the shorter side to `size` pixels and keeps the middle; `"pad"` scales the longer side and fills
+    up with `background` (a colour name or #rrggbb), over which transparent pixels are laid too. EXIF orientation is
+    applied. Of an animation the first frame counts.
 
     Raises:
         BrokenImageError: the file is damaged, unreadable, too large, or no image.
         UserError: `background` is no colour.
     """
     canvas = Image.new("RGB", (size, size), _background(background))
-    # Anything at all: a damaged file makes Pillow raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
     try:
         status = Path(path).stat()
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is not a regular file")  # a named pipe would block for ever
+            raise ValueError("it is not a regular file")  # opening a named pipe would block for ever
         if status.st_size == 0:
             raise ValueError("the file is empty (0 bytes)")
         with Image.open(path, formats=_PILLOW_FORMATS) as image:
             _draw_on(canvas, image, fit)
     except Image.UnidentifiedImageError:
         raise BrokenImageError(path, "its content is not a jpg, png, webp, bmp, gif or tiff image") from None
-    except Image.DecompressionBombError:
-        raise BrokenImageError(path, _too_large()) from None
-    except Exception as error:
+    except (
+        Exception
+    ) as error:  # damaged files raise nearly anything: OSError, SyntaxError, ValueError, struct.error, ...
         reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
         raise BrokenImageError(path, " ".join(reason.split())) from None
-    if channels == 1:
-        return torch.from_numpy(np.array(canvas.convert("L"))[None])
-    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()
+    pixels = np.asarray(canvas if channels == 3 else canvas.convert("L")).reshape(size, size, channels)
+    # The copy in NumPy: torch would start a team of threads for it, in each of the decoding threads.
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
 def _draw_on(canvas: Image.Image, image: Image.Image, fit: str) -> None:
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(_too_large())
-    size = canvas.width
-    scale = size / (min(image.size) if fit == "crop" else max(image.size))
-    # JPEG decodes to 1/2, 1/4 or 1/8 several times faster. Twice the final size leaves the rest to the better filter.
-    image.draft(None, (int(image.width * scale * 2) + 1, int(image.height * scale * 2) + 1))
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself refuses from twice that size on
+        raise Image.DecompressionBombError(
+            f"its {image.width} × {image.height} pixels exceed the limit of {Image.MAX_IMAGE_PIXELS} pixels"
+        )
+    size, measure = canvas.width, min if fit == "crop" else max
+    # JPEG decodes to 1/2, 1/4 or 1/8 several times faster. Stopping at twice the size leaves the rest to the better
+    # filter.
+    scale = 2 * size / measure(image.size)
+    image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
     ImageOps.exif_transpose(image, in_place=True)
     image = _eight_bits(image)
     width, height = image.size
-    if fit == "crop":
-        side = min(width, height)  # box in fractions of pixels: cropping while scaling needs no oversized picture
+    side = measure(width, height)
+    if fit == "crop":  # cutting and scaling in one go: 1 × 5000 pixels never become size × 5000·size
         left, top, shape = (width - side) / 2, (height - side) / 2, (size, size)
         box = (left, top, left + side, top + side)
     else:
-        scale = size / max(width, height)
-        box, shape = None, (max(1, round(width * scale)), max(1, round(height * scale)))
+        box, shape = None, (max(1, round(width * size / side)), max(1, round(height * size / side)))
     image = image.resize(shape, Image.Resampling.BICUBIC, box, reducing_gap=3.0)
-    offset = ((size - shape[0]) // 2, (size - shape[1]) // 2)
-    canvas.paste(image, offset, mask=image.getchannel("A") if image.mode == "RGBA" else None)
+    corner = ((size - shape[0]) // 2, (size - shape[1]) // 2)
+    canvas.paste(image, corner, mask=image.getchannel("A") if image.mode == "RGBA" else None)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The image as RGB, or as RGBA if any of it may be transparent. Pillow's own conversion clips deeper greys."""
+    """The image as RGB, or as RGBA where it may be transparent. Pillow's own conversion clips greys of more bits."""
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float64)
         if not np.isfinite(values).all():
             raise ValueError("it holds values that are not finite")
-        # 16-bit greys have a known range. 32-bit ones (TIFF) don't: the usual ranges, else their own maximum is white.
-        usual = (65535.0,) if image.mode.startswith("I") else (1.0, 255.0)
+        # 16-bit greys have a known range; 32-bit ones (TIFF) don't: white is the end of a usual one, else the maximum.
+        usual = (1, 255) if image.mode == "F" else (65535,)
         white = next((limit for limit in usual if values.max() <= limit), values.max())
         image = Image.fromarray((values.clip(0, white) * (255 / white)).round().astype(np.uint8))
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
@@ -133,44 +127,36 @@ def _background(colour: str) -> tuple[int, ...]:
     try:
         return ImageColor.getrgb(colour)[:3]
     except ValueError:
-        raise UserError(
-            f"data.background must be a colour such as white, 'rgb(10, 20, 30)' or '#ff8800', but is {colour!r}"
-        ) from None
-
-
-def _too_large() -> str:
-    return f"it has more than {Image.MAX_IMAGE_PIXELS // 10**6} million pixels, as a decompression bomb has"
+        raise UserError(f"data.background must be a colour such as white or '#ff8800', but is {colour!r}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------- discovery
 
 
 def find_images(root: str | Path) -> list[str]:
-    """Paths of the image files below `root`, relative to it and sorted; hidden files and folders don't count.
+    """Absolute paths of the image files below `root`, sorted; hidden files and folders don't count.
 
-    Links to folders are followed, but no folder is entered twice, so loops of links end. A folder that is reachable both
-    directly and by a link counts where it really lies.
+    Links to folders are followed, but no folder is entered twice, so loops of links end; a folder that can be reached
+    directly and through a link counts where it really lies.
 
     Raises:
-        UserError: `root` or a folder below it is missing, is no folder, cannot be read; or there is no image.
+        UserError: `root` is missing, no folder or without images, or a folder in it cannot be read.
     """
-    fix = "set data.root to a folder of images"
+    top = _absolute(root)
+    extensions = ", ".join(extension[1:] for extension in IMAGE_EXTENSIONS)
+    hint = f"(looked for {extensions}); set data.root to a folder of images"
     if not str(root).strip():  # else it would mean the working directory
-        raise UserError(f"data.root is empty; {fix}")
-    root = _absolute(root)
-    looked_for = f"(looked for {', '.join(extension[1:] for extension in IMAGE_EXTENSIONS)})"
-    if not os.path.isdir(root):
-        what = "is a file, not a folder" if os.path.exists(root) else "does not exist"
-        raise UserError(f"data.root: {_shown(root)} {what} {looked_for}; {fix}")
-    found: list[str] = []
-    entered: set[str] = set()
-    real, links = [root], deque[str]()
-    while real or links:
-        folder = real.pop() if real else links.popleft()
-        target = os.path.realpath(folder)
-        if target in entered:
+        raise UserError(f"data.root is empty {hint}")
+    if not top.is_dir():
+        raise UserError(f"data.root: {_shown(top)} {'is not a folder' if top.exists() else 'does not exist'} {hint}")
+    found, entered = [], set()
+    folders, links = [str(top)], deque()
+    while folders or links:
+        folder = folders.pop() if folders else links.popleft()
+        real_path = os.path.realpath(folder)
+        if real_path in entered:
             continue
-        entered.add(target)
+        entered.add(real_path)
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
@@ -178,12 +164,12 @@ def find_images(root: str | Path) -> list[str]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if os.path.isdir(entry.path):  # entry.is_dir() raises on a link to itself
-                (links if entry.is_symlink() else real).append(entry.path)
+            if Path(entry.path).is_dir():  # entry.is_dir() raises on a link to itself
+                (links if entry.is_symlink() else folders).append(entry.path)
             elif is_image_file(entry.name):
-                found.append(entry.path[len(root) :].lstrip(os.sep))
+                found.append(entry.path)
     if not found:
-        raise UserError(f"data.root: {_shown(root)} holds no images {looked_for}; {fix}")
+        raise UserError(f"data.root: {_shown(top)} holds no images {hint}")
     return sorted(found)
 
 
@@ -193,59 +179,64 @@ def is_image_file(path: str) -> bool:
 
 
 class ClassImageFolder(ImageFolder):
-    """torchvision's `ImageFolder` over `find_images`: its own search descends into loops of links and hidden folders.
+    """torchvision's `ImageFolder` over `files`: its own search enters hidden folders and loops of links.
 
     Items are `(loader(path), class number)`.
     """
 
-    def __init__(self, root: str | Path, loader: Callable[[str], Tensor], files: list[str] | None = None):
-        self._files = find_images(root) if files is None else files
-        super().__init__(_absolute(root), loader=loader, is_valid_file=is_image_file)
-        del self._files
+    def __init__(self, root: str | Path, files: list[str], loader: Callable[[str], Tensor]):
+        self._files = files
+        super().__init__(str(_absolute(root)), loader=loader, is_valid_file=is_image_file)
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        classes = sorted({_first_folder(file) for file in self._files})
+        classes = sorted({_class_name(directory, file) for file in self._files})
         return classes, {name: number for number, name in enumerate(classes)}
 
     def make_dataset(self, directory, class_to_idx, extensions=None, is_valid_file=None, allow_empty=False):
-        return [(os.path.join(directory, file), class_to_idx[_first_folder(file)]) for file in self._files]
+        return [(file, class_to_idx[_class_name(directory, file)]) for file in self._files]
 
 
 class FlatImageFolder(Dataset):
-    """All images below a folder as one set, which `ImageFolder` refuses. Items are `(loader(path), 0)`."""
+    """`files` as one set without classes, which `ImageFolder` refuses. Items are `(loader(path), 0)`."""
 
-    classes: tuple[str, ...] = ()
-
-    def __init__(self, root: str | Path, loader: Callable[[str], Tensor], files: list[str] | None = None):
-        self.root = _absolute(root)
-        self.loader = loader
-        self.samples = [(os.path.join(self.root, file), 0) for file in files or find_images(root)]
+    def __init__(self, root: str | Path, files: list[str], loader: Callable[[str], Tensor]):
+        self.root, self.loader, self.classes = str(_absolute(root)), loader, []
+        self.samples = [(file, 0) for file in files]
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, target = self.samples[index]
-        return self.loader(path), target
+        path, number = self.samples[index]
+        return self.loader(path), number
 
 
 def open_folder(root: str | Path, loader: Callable[[str], Tensor]) -> ClassImageFolder | FlatImageFolder:
-    """The dataset that suits a folder's layout: by class if every image lies in a folder of its own, else flat.
+    """The dataset that suits the folder: by class if no image lies loose at the top, else flat.
 
-    Images both loose at the top and in folders are taken as one flat set: `ImageFolder` would drop the loose ones
-    silently, refusing would help nobody (training does not use the classes), and the run's log says what was found.
+    Images both at the top and in folders make one flat set. `ImageFolder` would drop the loose ones in silence, and
+    refusing would help nobody: training doesn't need the classes, and the run's log says that the set is one.
     """
     files = find_images(root)
-    by_class = all(_first_folder(file) for file in files)
-    return (ClassImageFolder if by_class else FlatImageFolder)(root, loader, files)
+    loose = not all(_class_name(str(_absolute(root)), file) for file in files)
+    return (FlatImageFolder if loose else ClassImageFolder)(root, files, loader)
 
 
-def _absolute(root: str | Path) -> str:
-    return os.path.abspath(os.path.expanduser(root))
+def _class_name(root: str, file: str) -> str:
+    """The first folder below `root` on the way to the file, or an empty text."""
+    folder, separator, _ = file[len(root) :].lstrip(os.sep).partition(os.sep)
+    return folder if separator else ""
 
 
-def _first_folder(file: str) -> str:
-    return file.partition(os.sep)[0] if os.sep in file else ""
+def _absolute(root: str | Path) -> Path:
+    root = Path(root)
+    return root.expanduser().absolute() if str(root).startswith(("~/", "~\\")) or str(root) == "~" else root.absolute()
+
+
+def _shown(path: str | Path) -> str:
+    """A path in one printable line: names may hold line breaks."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -259,54 +250,49 @@ class TrainingImages:
             are, and the next readable image takes their place.
         class_names: names of the class folders, sorted; empty for a flat folder.
         class_counts: class name -> number of its images.
-        skipped: (path, reason) of each broken image met so far.
         storage: `device` (uint8 on the GPU), `memory` (uint8 in RAM) or `stream` (decoded by workers as needed).
     """
-
-    count: int
-    class_names: list[str]
-    class_counts: dict[str, int]
-    skipped: list[tuple[Path, str]]
-    storage: str
 
     def __init__(self, folder: ClassImageFolder | FlatImageFolder, data: DataConfig, image: ImageConfig, *,
                  batch_size: int, seed: int, device: torch.device | str, progress: bool = True):  # fmt: skip
         self.batch_size, self.seed, self.device = batch_size, seed, torch.device(device)
-        self.skipped = []
         self._folder, self._mirror, self._workers = folder, data.mirror, data.workers
         self._items = _Items(folder, skip=data.on_broken == "skip")
+        self._broken: dict[int, str] = {}  # index in the folder -> reason
         self._images: Tensor | None = None  # uint8 (count, C, H, W) unless streaming
         shape = (len(folder), image.channels, image.size, image.size)
-        classes = [number for _, number in folder.samples]
+        numbers = [number for _, number in folder.samples]
         if math.prod(shape) > data.memory_gb * 1e9:
             self.storage = "stream"
         else:
             self._images, kept = self._load(shape, progress)
-            classes = [classes[index] for index in kept]
+            numbers = [numbers[index] for index in kept]
             self.storage = "memory"
             # At most half of what is free, so that a large set never makes the networks run out of memory.
             if self.device.type == "cuda" and self._images.nbytes <= torch.cuda.mem_get_info(self.device)[0] / 2:
                 self._images = self._images.to(self.device)
                 self.storage = "device"
-        self.count = len(classes)
+        self.count = len(numbers)
         self._megabytes = self.count * math.prod(shape[1:]) / 1e6
         self.class_names = list(folder.classes)
-        per_class = Counter(classes)
-        self.class_counts = {name: per_class[number] for number, name in enumerate(folder.classes)}
+        per_class = Counter(numbers)
+        self.class_counts = {name: per_class[number] for number, name in enumerate(self.class_names)}
+
+    @property
+    def skipped(self) -> list[tuple[Path, str]]:
+        """(path, reason) of each broken image met so far; when streaming, the list grows as they are met."""
+        return [(Path(self._folder.samples[index][0]), reason) for index, reason in self._broken.items()]
 
     @property
     def description(self) -> str:
         """One or two lines for the log: how many images, from where, where kept, and what was skipped."""
-        layout = f"in {len(self.class_names)} class folders" if self.class_names else "as one set"
-        place = {
-            "device": f"kept as uint8 on {self.device}",
-            "memory": "kept as uint8 in memory",
-            "stream": f"streamed by {self._workers} workers" if self._workers else "streamed without workers",
-        }[self.storage]
-        text = f"{self.count:,} images {layout} in {_shown(self._folder.root)}, {place} ({self._megabytes:,.1f} MB decoded)"
+        layout = f"in {len(self.class_names)} class folders of" if self.class_names else "as one set from"
+        place = {"device": f"kept on {self.device}", "memory": "kept in memory", "stream": "streamed"}[self.storage]
+        text = f"{self.count:,} images {layout} {_shown(self._folder.root)}, {place} ({self._megabytes:,.1f} MB decoded"
+        text += f", {self._workers} workers)" if self.storage == "stream" else ")"
         if self.skipped:
-            names = ", ".join(f"{_shown(path)} ({reason})" for path, reason in self.skipped[:3])
-            text += f"\nskipped {len(self.skipped):,} broken: {names}{', ...' if len(self.skipped) > 3 else ''}"
+            some = ", ".join(f"{_shown(path)} ({reason})" for path, reason in self.skipped[:3])
+            text += f"\nskipped {len(self.skipped):,} broken: {some}{', ...' if len(self.skipped) > 3 else ''}"
         return text
 
     def batches(self, first: int = 0) -> Iterator[Tensor]:
@@ -319,7 +305,7 @@ class TrainingImages:
             BrokenImageError: when streaming with `data.on_broken=error`, once the image's batch is due.
             UserError: when streaming with `data.on_broken=skip`, if no image at all can be read.
         """
-        # With several processes each can take its own slice of `indices` and `coins`; the order need not change.
+        # For several processes: each would take its own slice of `indices` and `coins`, and the order stays the same.
         if self._images is not None:
             for indices, coins in self._order(first):
                 yield self._finish(self._images[indices], coins)
@@ -330,20 +316,17 @@ class TrainingImages:
     def fixed_sample(self, n: int) -> Tensor:
         """The same `n` images every time, spread evenly over the sorted set and never mirrored, for sample grids.
 
-        Returns:
-            float32 (n, C, H, W) in [0, 1] on the device; with fewer images than `n`, they repeat.
-
-        Raises:
-            BrokenImageError, UserError: as `batches`.
+        Returns float32 (n, C, H, W) in [0, 1] on the device; with fewer images than `n`, they repeat.
+        Raises BrokenImageError or UserError as `batches` does.
         """
         indices = [i * self.count // n if n <= self.count else i % self.count for i in range(n)]
         if self._images is not None:
-            return self._finish(self._images[indices], None)
-        return self._finish(self._checked(*_collate([self._items[index] for index in indices])), None)
+            return self._finish(self._images[indices])
+        return self._finish(self._checked(*_collate([self._items[index] for index in indices])))
 
     def _epoch(self, epoch: int) -> Tensor:
-        """int64 (2, count): the order of the images in this epoch, and a coin (0 or 1) for each to be mirrored."""
-        # A generator of its own per epoch: nothing else can shift the order, and any epoch is as near as the next.
+        """int64 (2, count): the order of the images in this epoch, and for each a coin (0 or 1): mirrored or not."""
+        # A generator of its own for each epoch: nothing else shifts the order, and every epoch is equally near.
         generator = np.random.default_rng([self.seed, epoch])
         order = generator.permutation(self.count)
         return torch.from_numpy(np.stack([order, generator.integers(0, 2, self.count)]))
@@ -351,30 +334,28 @@ class TrainingImages:
     def _order(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Indices (B,) and mirror coins (B,), both int64, of batches `first`, `first` + 1, ...
 
-        They lie where the images do. An epoch goes to the GPU in one piece, so that no batch waits for a copy.
+        They lie where the images do, and reach the GPU an epoch at a time, so that no batch waits for a copy.
         """
         epoch, start = divmod(first * self.batch_size, self.count)
         device = self.device if self.storage == "device" else torch.device("cpu")
         ahead = _to(self._epoch(epoch)[:, start:], device)
         while True:
             if (missing := self.batch_size - ahead.shape[1]) > 0:
-                epochs = range(
-                    epoch + 1, epoch + 1 + math.ceil(missing / self.count)
-                )  # several if shorter than a batch
+                epochs = range(epoch + 1, epoch + 1 + math.ceil(missing / self.count))  # many if shorter than a batch
                 epoch = epochs[-1]
                 ahead = torch.cat([ahead, _to(torch.cat([self._epoch(number) for number in epochs], 1), device)], 1)
             yield ahead[0, : self.batch_size], ahead[1, : self.batch_size]
             ahead = ahead[:, self.batch_size :]
 
-    def _finish(self, images: Tensor, coins: Tensor | None) -> Tensor:
-        """uint8 anywhere to float32 in [0, 1] on the device; flips where a coin is 1, while it is a quarter the bytes."""
+    def _finish(self, images: Tensor, coins: Tensor | None = None) -> Tensor:
+        """uint8 anywhere to float32 in [0, 1] on the device, flipped where a coin is 1 (as uint8: fewer bytes)."""
         images = _to(images, self.device)
         if self._mirror and coins is not None:
             images = torch.where(_to(coins, self.device).bool()[:, None, None, None], images.flip(-1), images)
         return images.float().div_(255)
 
     def _load(self, shape: tuple[int, ...], progress: bool) -> tuple[Tensor, list[int]]:
-        """Decodes every image in threads (Pillow's decoders leave the GIL); the images kept, and their indices."""
+        """Decodes every image, in threads (Pillow's decoders leave the GIL): the readable ones and their indices."""
         images, kept = torch.empty(shape, dtype=torch.uint8), []
         bar = tqdm(total=shape[0], desc="decoding", unit="image", leave=False, disable=None if progress else True)
         pool = ThreadPoolExecutor(min(32, os.cpu_count() or 1))
@@ -387,15 +368,13 @@ class TrainingImages:
                 else:
                     self._note([(index, reason)])
         finally:
-            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C: don't wait for the images still queued
+            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C: don't decode those still queued
             bar.close()
-        if not kept:
-            raise self._all_broken()
-        return images[: len(kept)], kept
+        return self._checked(images[: len(kept)] if kept else None, []), kept
 
     def _loader(self, first: int) -> DataLoader:
-        # The row of batches never ends, so the workers live on through all epochs. Its own generator, because the
-        # loader draws a seed for its workers, and drawn from torch's global one that would shift the run's numbers.
+        # The row of batches never ends, so the workers live on through all epochs. A generator of its own, because the
+        # loader draws a seed for its workers, and torch's global random numbers must not depend on the storage.
         return DataLoader(
             self._items,
             batch_sampler=(indices.tolist() for indices, _ in self._order(first)),
@@ -409,24 +388,15 @@ class TrainingImages:
     def _checked(self, images: Tensor | None, broken: list[tuple[int, str]]) -> Tensor:
         self._note(broken)
         if images is None:
-            raise self._all_broken()
+            (path, reason), root = self.skipped[0], _shown(self._folder.root)
+            raise UserError(f"data.root: none of the images in {root} can be read; {_shown(path)}: {reason}")
         return images
 
     def _note(self, broken: list[tuple[int, str]]) -> None:
-        """Lists the broken images that are new; with `on_broken=error` the first one ends it."""
         for index, reason in broken:
-            path = self._folder.samples[index][0]
             if not self._items.skip:
-                raise BrokenImageError(path, reason)
-            if (entry := (Path(path), reason)) not in self.skipped:
-                self.skipped.append(entry)
-
-    def _all_broken(self) -> UserError:
-        path, reason = self.skipped[0]
-        return UserError(
-            f"data.root: none of the {len(self._folder):,} images in {_shown(self._folder.root)} can be read; "
-            f"the first is {_shown(path)}: {reason}"
-        )
+                raise BrokenImageError(self._folder.samples[index][0], reason)
+            self._broken[index] = reason
 
 
 class _Items(Dataset):
@@ -436,14 +406,14 @@ class _Items(Dataset):
         self.folder, self.skip = folder, skip
 
     def read(self, index: int) -> tuple[Tensor | None, str]:
-        """The image uint8 (C, H, W), or None and the reason."""
+        """The image, uint8 (C, H, W), or None and the reason."""
         try:
             return self.folder[index][0], ""
         except BrokenImageError as error:
             return None, error.reason
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, list[tuple[int, str]]]:
-        """The image, or when skipping the next readable one after it; and (index, reason) of the broken ones met."""
+        """The image (when skipping: or the next readable one), and (index, reason) of the broken ones met."""
         broken = []
         for step in range(len(self.folder) if self.skip else 1):
             place = (index + step) % len(self.folder)
@@ -472,25 +442,15 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def _shown(path: str | Path) -> str:
-    """A path in one printable line: names may hold line breaks."""
-    text = str(path)
-    return text if text.isprintable() else repr(text)
-
-
 def open_images(data: DataConfig, image: ImageConfig, *, batch_size: int, seed: int, device: torch.device | str,
                 progress: bool = True) -> TrainingImages:  # fmt: skip
-    """Finds the images below `data.root` and makes them ready for training.
+    """Finds the images below `data.root` and makes them ready: batches of `batch_size` on `device`, in `seed`'s order.
 
-    Args:
-        batch_size: images per batch; more than there are is fine.
-        seed: of the order and of the mirror coins, 0 or more.
-        device: where batches go.
-        progress: show a bar while decoding, if standard error is a terminal.
+    `progress` shows a bar while decoding, if standard error is a terminal.
 
     Raises:
-        UserError: `data.root` is missing or holds no (readable) image, or `data.background` is no colour.
-        BrokenImageError: with `data.on_broken=error`, the first broken image, unless it streams (then `batches` does).
+        UserError: `data.root` is missing or holds no readable image, or `data.background` is no colour.
+        BrokenImageError: with `data.on_broken=error`, the first broken image (when streaming, `batches` raises it).
     """
     _background(data.background)  # before anything slow
     loader = partial(decode_image, size=image.size, channels=image.channels, fit=data.fit, background=data.background)

@@ -8,6 +8,7 @@ synthesis and the update head. Training, samples and every other command draw th
 
 import math
 from collections import OrderedDict
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ class VAE(nn.Module):
         self.encoder = nn.Sequential(
             OrderedDict(  #                                                            (B, C, H, W)
                 (f"stage{number}", _conv_stage(narrow, wide, nn.ReLU()))  #            (B, wide, H / 2^n, W / 2^n)
-                for number, (narrow, wide) in enumerate(zip(widths[:-1], widths[1:], strict=True), start=1)
+                for number, (narrow, wide) in enumerate(pairwise(widths), start=1)
             )
         )
         self.to_mu = nn.Linear(features, latent_dim)
@@ -59,7 +60,9 @@ class VAE(nn.Module):
 
         decoder: OrderedDict[str, nn.Module] = OrderedDict()
         decoder["projection"] = nn.Linear(latent_dim, features)  #                     (B, features)
-        decoder["unflatten"] = nn.Unflatten(1, (channels[-1], smallest, smallest))  #  (B, channels[-1], smallest, smallest)
+        decoder["unflatten"] = nn.Unflatten(
+            1, (channels[-1], smallest, smallest)
+        )  #  (B, channels[-1], smallest, smallest)
         decoder["relu"] = nn.ReLU()
         for number in range(len(channels), 0, -1):
             # Kernel 4 with stride 2 doubles the picture, and every pixel gets the same number of contributions.
@@ -114,7 +117,7 @@ class Discriminator(nn.Module):
         self.stages = nn.Sequential(
             OrderedDict(
                 (f"stage{number}", _conv_stage(narrow, wide, nn.LeakyReLU(LEAKY_SLOPE)))
-                for number, (narrow, wide) in enumerate(zip(widths[:-1], widths[1:], strict=True), start=1)
+                for number, (narrow, wide) in enumerate(pairwise(widths), start=1)
             )
         )
         self.to_score = nn.Linear(channels[-1] * _smallest_side(image_size, channels) ** 2, 1)
@@ -327,7 +330,7 @@ class Generator(nn.Module):
         return self.vae.decoder[self._split :](features)
 
     def watch(self, x_base: Tensor, motion: Motion) -> tuple[Tensor, Tensor]:
-        """x_base (B, C, H, W) -> its synthetic video (B, T, C, height, width) and the GRU's states (B, T, hidden_size)."""
+        """x_base (B, C, H, W) -> its video (B, T, C, height, width) and the GRU's states (B, T, hidden_size)."""
         video = self.synthesizer(x_base.detach() if self.detach_video else x_base, motion)
         return video, self.predictor.watch(video)[0]
 
@@ -348,7 +351,7 @@ class Generator(nn.Module):
         A picture depends on its own z and update alone, never on the rest of the batch.
         """
         suffix = self.vae.decoder[self._split :]
-        own = {name: parameter for name, parameter in suffix.named_parameters()}
+        own = dict(suffix.named_parameters())
         update = self.spec.split(relative_update * self.scales())
 
         def draw(features: Tensor, update: dict[str, Tensor]) -> Tensor:
@@ -364,7 +367,9 @@ class Generator(nn.Module):
         """The weight-driven video: `features` (B, ...) and GRU states (B, K, hidden_size) -> (B, K, C, H, W)."""
         count = states.shape[1]
         if self.shared:
-            return torch.stack([self.draw_updated(features, self.predict_update(state)) for state in states.unbind(1)], 1)
+            return torch.stack(
+                [self.draw_updated(features, self.predict_update(state)) for state in states.unbind(1)], 1
+            )
         frames = self.draw_updated(features.repeat_interleave(count, 0), self.predict_update(states.flatten(0, 1)))
         return frames.unflatten(0, (-1, count))
 
@@ -431,8 +436,9 @@ def _smallest_side(image_size: int, channels: tuple[int, ...] | list[int]) -> in
 
 
 def _initialise(network: nn.Module) -> None:
-    """He et al. 2015 (https://arxiv.org/abs/1502.01852): keeps the signal's size through ReLU layers, which have no norm
-    layer here to mend it. torch's own fan-in is wrong for ConvTranspose2d, where kernel² / stride² terms meet a pixel."""
+    """He et al. 2015 (https://arxiv.org/abs/1502.01852): keeps the signal's size through ReLU layers, where no norm layer
+    mends it. torch's own fan-in is wrong for ConvTranspose2d, where kernel² / stride² terms of each input meet in a pixel.
+    """
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             fan_in = module.weight[0].numel()

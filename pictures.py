@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +161,7 @@ def save_picture(path: str | os.PathLike[str], picture: Image.Image | torch.Tens
 def written_whole(path: str | os.PathLike[str], *, folder: bool = False) -> Iterator[Path]:
     """A temporary file (or folder) beside `path` to write to, which takes the place of `path` when the block ends.
 
-    When the block ends in an exception, Ctrl-C included, the temporary is removed and whatever `path` was is still there.
+    When the block ends in an exception, Ctrl-C included, the temporary is removed and what was at `path` is untouched.
     A missing parent folder is made. Raises `UserError` where `path` cannot be written, before the block begins if that
     is known by then: a folder where a file should go (or the reverse), a folder that holds something, no permission.
     """
@@ -172,11 +172,17 @@ def written_whole(path: str | os.PathLike[str], *, folder: bool = False) -> Iter
         raise UserError(f"{path} is a file, not a folder that frames can be written to")
     if not folder and target.exists() and not target.is_file():
         raise UserError(f"{path} is {'a folder' if target.is_dir() else 'not a plain file'}: name a file to write")
-    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    nearest = next(folder for folder in target.parents if folder.exists())
+    if not nearest.is_dir():
+        raise UserError(f"cannot write {path}: {nearest} is a file, not a folder")
+    part = target.with_name(f".{target.name[:32]}.{secrets.token_hex(4)}.part")  # cut: names have a limit
     try:
         with told_in_one_line(path):
             target.parent.mkdir(parents=True, exist_ok=True)
-            part.mkdir() if folder else part.touch(exist_ok=False)
+            if folder:
+                part.mkdir()
+            else:
+                part.touch(exist_ok=False)
         yield part
         with told_in_one_line(path):
             if not folder:
@@ -186,7 +192,11 @@ def written_whole(path: str | os.PathLike[str], *, folder: bool = False) -> Iter
                 target.rmdir()  # empty, as seen above; some systems rename onto nothing only
             part.replace(target)
     finally:
-        shutil.rmtree(part, ignore_errors=True) if folder else part.unlink(missing_ok=True)
+        if folder:
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            with suppress(OSError):  # gone where it should be, or it could not be made in the first place
+                part.unlink()
 
 
 def _listed(folder: Path) -> Iterator[Path]:

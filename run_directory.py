@@ -1,11 +1,11 @@
 """What a run leaves on disk, in `<output.root>/<output.name>/`:
 
-    config.yaml        the resolved settings            environment.json   versions, device, git revision, command
-    metrics.jsonl      one line an interval             tensorboard/       the same for TensorBoard
-    loss_curves.png    the same as a picture
-    samples/           real, reconstruction, base and updated pictures from fixed noise: step_000100.png, ...
-    clips/             synthetic and weight-driven videos of fixed samples: step_000100.mp4 and .webp
-    checkpoints/       latest.pt, written whole or not at all
+config.yaml        the resolved settings            environment.json   versions, device, git revision, command
+metrics.jsonl      one line an interval             tensorboard/       the same for TensorBoard
+loss_curves.png    the same as a picture
+samples/           real, reconstruction, base and updated pictures from fixed noise: step_000100.png, ...
+clips/             synthetic and weight-driven videos of fixed samples: step_000100.mp4 and .webp
+checkpoints/       latest.pt, written whole or not at all
 """
 
 import json
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from configuration import Config, UserError, config_to_yaml
-from video_files import labelled_frames, labelled_grid, save_picture, write_video
+from pictures import labelled_frames, labelled_grid, save_picture
+from video_files import write_video
 
 CHECKPOINT_FORMAT = 1
 
@@ -86,7 +87,9 @@ class RunDirectory:
         save_picture(path, picture)
         if self._tensorboard:
             pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
-            self._tensorboard.add_image("samples", pixels.view(picture.height, picture.width, 3), step, dataformats="HWC")
+            self._tensorboard.add_image(
+                "samples", pixels.view(picture.height, picture.width, 3), step, dataformats="HWC"
+            )
         return path
 
     def save_clip(self, step: int, columns: dict[str, Tensor]) -> Path:
@@ -137,7 +140,9 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"{path}: no checkpoint of this project; give one that training.py wrote")
     if state["format"] > CHECKPOINT_FORMAT:
-        raise UserError(f"{path}: written by a newer version (format {state['format']}); update this project to read it")
+        raise UserError(
+            f"{path}: written by a newer version (format {state['format']}); update this project to read it"
+        )
     return state
 
 
@@ -198,7 +203,10 @@ def _environment() -> dict[str, Any]:
         "versions": versions,
         "cuda": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
-        "git": {"revision": _git("rev-parse", "HEAD"), "changed_files": (_git("status", "--porcelain") or "").splitlines()},
+        "git": {
+            "revision": _git("rev-parse", "HEAD"),
+            "changed_files": (_git("status", "--porcelain") or "").splitlines(),
+        },
     }
 
 

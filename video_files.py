@@ -5,9 +5,9 @@ them as frames come; Pillow keeps a whole animation in memory (every frame of a 
 
 | ending | what it is | colours |
 |---|---|---|
-| .mp4 | H.264, plays in every browser | 4:2:0, BT.709: fine colour detail of single pixels blurs, so enlarge small frames |
-| .webp | animated WebP | 4:2:0 and lossy as well, but each frame stands alone |
-| .gif | GIF | 256 a frame, chosen for each frame anew; frame times are whole hundredths of a second |
+| .mp4 | H.264, plays in every browser | stored for 2 x 2 pixels together (4:2:0), so enlarge small frames |
+| .webp | animated WebP | 4:2:0 as well |
+| .gif | GIF, times in whole hundredths of a second | the 256 best of each frame; the slowest to write |
 | .png | animated PNG | exact |
 | none | a folder of numbered PNG files | exact |
 """
@@ -37,6 +37,7 @@ class _Format:
     container: str
     encoder: str
     pixels: str
+    max_side: int
     max_fps: int  # faster animated pictures are shown by browsers at 10 frames/s
     encoding: dict[str, str] = field(default_factory=dict)
     muxing: dict[str, str] = field(default_factory=dict)
@@ -46,10 +47,12 @@ class _Format:
 _FORMATS = {
     # crf 15: what small pictures lose is then 4:2:0's doing, no longer the encoder's, and files stay small.
     # faststart: the index goes first, so that a browser plays before it has everything.
-    ".mp4": _Format("mp4", "libx264", "yuv420p", 240, {"crf": "15", "preset": "medium"}, {"movflags": "+faststart"}),
-    ".webp": _Format("webp", "libwebp", "bgra", 90, {"quality": "90"}, loops=("loop", "0", "1")),
-    ".gif": _Format("gif", "gif", "pal8", 50, loops=("loop", "0", "-1")),
-    ".png": _Format("apng", "apng", "rgb24", 90, {"pred": "mixed"}, loops=("plays", "0", "1")),
+    ".mp4": _Format(
+        "mp4", "libx264", "yuv420p", 16384, 240, {"crf": "15", "preset": "medium"}, {"movflags": "+faststart"}
+    ),
+    ".webp": _Format("webp", "libwebp", "bgra", 16383, 90, {"quality": "90"}, loops=("loop", "0", "1")),
+    ".gif": _Format("gif", "gif", "pal8", 65535, 50, loops=("loop", "0", "-1")),
+    ".png": _Format("apng", "apng", "rgb24", 65535, 90, {"pred": "mixed"}, loops=("plays", "0", "1")),
 }
 
 
@@ -117,8 +120,12 @@ class VideoWriter:
         if pixels.shape != self._shape:
             (h, w, _), (height, width, _) = pixels.shape, self._shape
             raise UserError(f"{self._path}: frame {self.frames} is {w} x {h}, the ones before it {width} x {height}")
+        pixels = enlarge(pixels, self._scale)
+        if max(pixels.shape) > self._sink.max_side:
+            size, limit = f"{pixels.shape[1]} x {pixels.shape[0]}", self._sink.max_side
+            raise UserError(f"{self._path}: a frame of {size} pixels is too large, {limit} a side is the most")
         with _told_in_one_line(self._path):
-            self._sink.add(enlarge(pixels, self._scale))
+            self._sink.add(pixels)
         self.frames += 1
 
 
@@ -181,6 +188,8 @@ class _Folder:
     """Frames as 000000.png, 000001.png, ... They are not synced one by one: 10,000 waits for the disk, for nothing,
     because the folder gets its name only when all of them are there."""
 
+    max_side = 2**31 - 1
+
     def __init__(self, part: Path) -> None:
         self._part, self._count = part, 0
 
@@ -197,7 +206,7 @@ class _Stream:
     """Frames through an encoder of FFmpeg into a file."""
 
     def __init__(self, part: Path, file_format: _Format, fps: float, loop: bool) -> None:
-        self._part, self._format = part, file_format
+        self._part, self._format, self.max_side = part, file_format, file_format.max_side
         self._fps = Fraction(fps).limit_denominator(1000)
         self._options = dict(file_format.muxing)
         if file_format.loops:

@@ -1,7 +1,7 @@
 """The synthetic video: a stack of slightly modified copies of each picture, on its device, in one batched pass.
 
-Every motion follows its own smooth closed path in time, drawn once per picture, so neighbouring frames differ little and
-the last frame leads back to the first:
+Every motion follows its own smooth closed path in time, drawn once per picture, so neighbouring frames differ little
+and the last frame leads back to the first:
 
     p(s) = ¾ sin(2π s + φ₁) + ¼ sin(4π s + φ₂),   s = t / T,   |p| <= 1,   φ uniform
 
@@ -216,7 +216,9 @@ def main(arguments: list[str] | None = None) -> int:
         for name, lowest in (("size", 4), ("frames", 1)):
             if getattr(options, name) < lowest:
                 raise UserError(f"--{name} must be {lowest} or more, but is {getattr(options, name)}")
-        strengths = MotionStrengths(**{strength.name: getattr(options, strength.name) for strength in fields(MotionStrengths)})
+        strengths = MotionStrengths(
+            **{strength.name: getattr(options, strength.name) for strength in fields(MotionStrengths)}
+        )
         if not (0 <= strengths.zoom < 1 and all(getattr(strengths, one.name) >= 0 for one in fields(strengths))):
             raise UserError("motion strengths must be 0 or more, and --zoom below 1")
         picture = decode_image(options.picture, options.size, 3)[None].float() / 255

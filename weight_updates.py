@@ -97,18 +97,25 @@ def build_update_spec(vae: nn.Module, patterns: list[str]) -> UpdateSpec:
         if not found:
             if fnmatch.filter(encoder_names, pattern):
                 raise UserError(
-                    f"weight_predictor.layers: '{pattern}' names encoder tensors, which draw no picture; choose decoder tensors"
+                    f"weight_predictor.layers: '{pattern}' names encoder tensors, which draw no picture; "
+                    "choose decoder tensors"
                 )
-            raise UserError(f"weight_predictor.layers: '{pattern}' matches no VAE tensor{_nearest(pattern, parameters)}")
+            raise UserError(
+                f"weight_predictor.layers: '{pattern}' matches no VAE tensor{_nearest(pattern, parameters)}"
+            )
         if not set(found) - chosen:
             raise UserError(
                 f"weight_predictor.layers: '{pattern}' repeats tensors that the patterns before it name; remove it"
             )
         for name in found:
             if not parameters[name].requires_grad:
-                raise UserError(f"weight_predictor.layers: '{pattern}' names {name}, which is frozen; choose a trained tensor")
+                raise UserError(
+                    f"weight_predictor.layers: '{pattern}' names {name}, which is frozen; choose a trained tensor"
+                )
             if not parameters[name].is_floating_point():
-                raise UserError(f"weight_predictor.layers: '{pattern}' names {name}, which holds no real numbers; remove it")
+                raise UserError(
+                    f"weight_predictor.layers: '{pattern}' names {name}, which holds no real numbers; remove it"
+                )
         chosen.update(found)
 
     tensors: list[UpdatedTensor] = []
@@ -146,7 +153,7 @@ class LowRankHead(nn.Module):
     """Per tensor two predicted factors: u = A (V₀ + V) / √rank, for the tensor seen as (output channels, rest).
 
     As in LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) only *one* factor is zero at the start: the code gives
-    A and V, both zero at first, and V₀ is a trained matrix of standard normal numbers. Were V₀ missing, A V would have no
+    A and V, both zero at first, and V₀ is a trained matrix of standard normal numbers. Without V₀, A V would have no
     gradient at zero and would never leave it. Biases get one predicted number each.
     """
 
@@ -176,7 +183,7 @@ class LowRankHead(nn.Module):
             start += rank * columns
             u = a @ (start_factor + v) / math.sqrt(rank)
             if tensor.channel_dim == 1:  # back from (out, in, ...) to the stored (in, out, ...)
-                inputs, outputs, *kernel = tensor.shape
+                inputs, _, *kernel = tensor.shape
                 u = u.unflatten(-1, (inputs, *kernel)).transpose(-2 - len(kernel), -1 - len(kernel))
                 pieces.append(u.flatten(-len(tensor.shape)))
             else:
@@ -215,7 +222,7 @@ UpdateHead = FullHead | LowRankHead | PerChannelHead
 
 
 def build_head(kind: str, spec: UpdateSpec, rank: int = 4) -> UpdateHead:
-    """The head called `full`, `low_rank` or `per_channel`; its `update_size` is what the GRU's Linear layer predicts."""
+    """The head called `full`, `low_rank` or `per_channel`; its `update_size` is what the GRU's Linear predicts."""
     if kind == "low_rank":
         return LowRankHead(spec, rank)
     return {"full": FullHead, "per_channel": PerChannelHead}[kind](spec)

@@ -90,7 +90,11 @@ def test_penalty_stays_in_fp32_under_autocast() -> None:
 def test_critic_loss_is_the_sum_of_its_parts() -> None:
     torch.manual_seed(0)
     critic = critic_64()
-    x_real, x_fake, epsilon = torch.rand(4, 3, 16, 16).double(), torch.rand(4, 3, 16, 16).double(), torch.rand(4).double()
+    x_real, x_fake, epsilon = (
+        torch.rand(4, 3, 16, 16).double(),
+        torch.rand(4, 3, 16, 16).double(),
+        torch.rand(4).double(),
+    )
     loss = losses.critic_loss(critic, x_real, x_fake, epsilon, lambda_gp=7.0, epsilon_drift=0.5)
     real, fake = critic(x_real), critic(x_fake)
     assert torch.allclose(loss.score_real, real)
@@ -109,7 +113,8 @@ def test_vae_loss_matches_the_formula_and_torch_distributions() -> None:
     assert reconstruction.item() == pytest.approx(((x - x_rec).double() ** 2).sum().item() / 5, rel=1e-6)
     normal = torch.distributions.Normal
     reference = torch.distributions.kl_divergence(
-        normal(mu.double(), (0.5 * logvar.double()).exp()), normal(torch.zeros(5, 7).double(), torch.ones(5, 7).double())
+        normal(mu.double(), (0.5 * logvar.double()).exp()),
+        normal(torch.zeros(5, 7).double(), torch.ones(5, 7).double()),
     )
     assert kl.item() == pytest.approx(reference.sum(1).mean().item(), rel=1e-6)
 

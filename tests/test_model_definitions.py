@@ -12,7 +12,9 @@ from video_synth import VideoSynthesizer
 HEADS = ["full", "low_rank", "per_channel"]
 
 
-def small_generator(head: str = "full", layers: tuple[str, ...] = ("decoder.stage1.*", "decoder.stage2.*"), **options) -> Generator:
+def small_generator(
+    head: str = "full", layers: tuple[str, ...] = ("decoder.stage1.*", "decoder.stage2.*"), **options
+) -> Generator:
     torch.manual_seed(0)
     vae = VAE(16, 3, 8, (4, 6))
     return Generator(vae, VideoSynthesizer(4), list(layers), head=head, rank=2, hidden_size=10, **options)
@@ -27,7 +29,9 @@ def moved(generator: Generator, size: float = 0.3) -> Generator:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(("size", "widths"), [(16, (4,)), (16, (4, 4, 4, 4)), (32, (4, 6, 8)), (64, (4, 6)), (128, (4, 4, 4, 4))])
+@pytest.mark.parametrize(
+    ("size", "widths"), [(16, (4,)), (16, (4, 4, 4, 4)), (32, (4, 6, 8)), (64, (4, 6)), (128, (4, 4, 4, 4))]
+)
 def test_shapes_and_ranges(size: int, widths: tuple[int, ...], channels: int) -> None:
     torch.manual_seed(0)
     x = torch.rand(2, channels, size, size)
@@ -98,7 +102,9 @@ def test_vmap_equals_a_loop_over_changed_copies_of_the_decoder(head: str, layers
         changed = dict(own)
         for name, delta in generator.spec.split(output.relative_update[row] * scales).items():
             changed[name] = own[name] + delta
-        decoder = {name.removeprefix("decoder."): value for name, value in changed.items() if name.startswith("decoder.")}
+        decoder = {
+            name.removeprefix("decoder."): value for name, value in changed.items() if name.startswith("decoder.")
+        }
         alone = functional_call(generator.vae.decoder, decoder, (z[row : row + 1],), strict=True)
         assert torch.allclose(output.x_fake[row : row + 1], alone, atol=1e-5)
     assert (output.x_fake - output.x_base).abs().max() > 1e-3

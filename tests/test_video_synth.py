@@ -153,7 +153,7 @@ def test_frames_at_given_times_are_the_videos_own() -> None:
 
 
 def test_gradients_match_finite_differences() -> None:
-    # Kinks lie where a sampling place crosses a pixel's centre and at the clamp; pictures away from 0 and 1 avoid the latter.
+    # The clamp has kinks at 0 and 1; these pictures stay away from them.
     synthesizer = VideoSynthesizer(3, MotionStrengths(0.1, 0.1, 10, 0.1, 0.1, 0.01), 5, 4)
     x = (torch.rand(1, 1, 8, 8, generator=seeded(3), dtype=torch.float64) * 0.4 + 0.3).requires_grad_()
     motion = synthesizer.draw_motion(x, seeded())

@@ -55,7 +55,7 @@ def test_the_source_sizes_by_hand() -> None:
 
 def test_split_and_flatten_are_inverse(vae: VAE) -> None:
     spec = build_update_spec(vae, LAYERS["all weights"])
-    named = {name: tensor for name, tensor in vae.named_parameters()}
+    named = dict(vae.named_parameters())
     flat = spec.flatten(named)
     for name, piece in spec.split(flat).items():
         assert torch.equal(piece, named[name])
@@ -117,7 +117,7 @@ def test_bound_leaves_small_updates_alone() -> None:
 
 def test_scales_are_each_tensors_rms_with_a_floor_for_zero_biases(vae: VAE) -> None:
     spec = build_update_spec(vae, ["decoder.stage1.*"])
-    named = {name: tensor for name, tensor in vae.named_parameters()}
+    named = dict(vae.named_parameters())
     pieces = spec.split(weight_scales(spec, named))
     rms = named["decoder.stage1.weight"].detach().double().square().mean().sqrt()
     assert torch.allclose(pieces["decoder.stage1.weight"].double(), rms.expand(4, 3, 4, 4))
@@ -148,7 +148,9 @@ def test_frozen_tensors_are_refused() -> None:
         build_update_spec(vae, ["decoder.stage1.*"])
 
 
-@pytest.mark.parametrize(("kind", "given_size"), list(itertools.product(["full", "low_rank", "per_channel"], [1, 10**6])))
+@pytest.mark.parametrize(
+    ("kind", "given_size"), list(itertools.product(["full", "low_rank", "per_channel"], [1, 10**6]))
+)
 def test_a_wrong_update_size_is_answered_with_the_right_one(vae: VAE, kind: str, given_size: int) -> None:
     spec = build_update_spec(vae, ["decoder.stage1.*"])
     head = build_head(kind, spec, rank=2)

@@ -1,0 +1,214 @@
+"""What the user sees while a run trains: progress, metrics, samples of fixed latents, and how it is stopped."""
+
+import math
+import signal
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from configuration import Config, UserError
+from image_data import TrainingImages
+from model_definitions import Generator
+from random_draws import stable_seed
+from run_directory import RunDirectory
+
+
+class Log:
+    """Averages each interval's metrics, writes them, shows progress, and stops a run whose losses are no numbers.
+
+    Steps hand over scalars that stay on the device; only `write` waits for it.
+    """
+
+    def __init__(self, run: RunDirectory, steps: int, config: Config) -> None:
+        self.run, self.steps = run, steps
+        self.images_per_step = config.training.n_critic * config.training.batch_size
+        self.names: list[str] = []
+        self.sums: Tensor | None = None
+        self.first_bad: Tensor | None = None
+        self.since_step, self.since_time = 0, time.perf_counter()
+        self.started = self.since_time
+        self.is_terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=steps,
+            unit="step",
+            disable=not self.is_terminal,
+            dynamic_ncols=True,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
+        )
+
+    def line(self, text: str) -> None:
+        """Prints one line, above the bar where there is one."""
+        tqdm.write(text) if self.is_terminal else print(text, flush=True)
+
+    def collect(self, step: int, metrics: dict[str, Tensor]) -> None:
+        """Adds one step's scalars, without waiting for the device."""
+        values = torch.stack([value.float() for value in metrics.values()])
+        if self.sums is None or self.first_bad is None:
+            self.names = list(metrics)
+            self.sums = torch.zeros_like(values)
+            self.first_bad = torch.full(values.shape, math.inf, device=values.device, dtype=torch.float64)
+        self.sums += values
+        self.first_bad = torch.where(values.isfinite(), self.first_bad, self.first_bad.clamp_max(step))
+        self.bar.update()
+
+    def write(self, step: int) -> None:
+        """Reads the averages since the last call, writes them and shows them.
+
+        Raises:
+            UserError: a loss, score or gradient stopped being a number; the message names the first.
+        """
+        if self.sums is None or self.first_bad is None or step == self.since_step:
+            return
+        averages = (self.sums / (step - self.since_step)).tolist()
+        bad = self.first_bad.min().item()
+        if bad < math.inf:
+            names = [name for name, first in zip(self.names, self.first_bad.tolist(), strict=True) if first == bad]
+            kept = self.run.path / "checkpoints" / "latest.pt"
+            self.close()
+            raise UserError(
+                f"training stopped: {', '.join(names)} not finite at step {int(bad)}; "
+                + (f"the last good checkpoint is {kept}" if kept.exists() else "no checkpoint was written yet")
+                + "; try smaller training.lr_vae, training.lr_predictor and training.lr_discriminator"
+            )
+        seconds = time.perf_counter() - self.since_time
+        metrics = dict(zip(self.names, averages, strict=True))
+        metrics["images_seen"] = step * self.images_per_step
+        metrics["speed/images_per_second"] = (step - self.since_step) * self.images_per_step / seconds
+        metrics["speed/seconds_per_step"] = seconds / (step - self.since_step)
+        metrics["memory/peak_gb"] = peak_memory_gb(self.sums.device)
+        metrics["seconds"] = time.perf_counter() - self.started
+        self.run.log_metrics(step, metrics)
+        self.show(step, metrics)
+        self.sums.zero_()
+        self.since_step, self.since_time = step, time.perf_counter()
+
+    def show(self, step: int, metrics: dict[str, float]) -> None:
+        """The bar's tail, or a plain line where output goes to a file."""
+        summary = (
+            f"gap {metrics['critic/gap']:.2f}, rec {metrics['generator/reconstruction']:.1f}, "
+            f"kl {metrics['generator/kl']:.1f}, update {metrics['update/relative_size']:.1%}, {metrics['speed/images_per_second']:.0f} images/s"
+        )
+        if self.is_terminal:
+            self.bar.set_postfix_str(summary)
+        else:
+            left = (self.steps - step) * metrics["speed/seconds_per_step"]
+            print(f"step {step}/{self.steps}  {summary}, {duration(left)} left", flush=True)
+
+    def pause(self) -> "_Pause":
+        """A context whose time is not counted as training time: drawing samples, say."""
+        return _Pause(self)
+
+    def finish(self, step: int, signal_number: int) -> None:
+        """The last words of a run."""
+        self.close()
+        elapsed = duration(time.perf_counter() - self.started)
+        if signal_number and step < self.steps:
+            self.line(
+                f"stopped by {signal.Signals(signal_number).name} after step {step}; all is saved in {self.run.path}/"
+            )
+            return
+        self.line(f"finished {step} steps in {elapsed}. Look at:")
+        for what, where in (
+            ("pictures", f"samples/step_{step:06d}.png"),
+            ("videos", f"clips/step_{step:06d}.mp4"),
+            ("curves", "loss_curves.png"),
+            ("checkpoint", "checkpoints/latest.pt"),
+        ):
+            self.line(f"  {what:<11}{self.run.path / where}")
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class _Pause:
+    def __init__(self, log: Log) -> None:
+        self.log = log
+
+    def __enter__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.log.since_time += time.perf_counter() - self.started
+
+
+class FixedSamples:
+    """The same latents, motions and real pictures through the whole run, drawn by the averaged networks."""
+
+    def __init__(self, config: Config, generator: Generator, images: TrainingImages) -> None:
+        device = generator.vae.to_mu.weight.device
+        random = torch.Generator(device).manual_seed(stable_seed(config.training.seed, "samples"))
+        count = config.output.samples
+        self.z = torch.randn(count, config.vae.latent_dim, device=device, generator=random)
+        self.motion = generator.draw_motion(count, random)
+        self.x_real = images.fixed_sample(count)
+
+    @torch.no_grad()
+    def save(self, run: RunDirectory, log: Log, step: int, generator: Generator) -> None:
+        """Writes the sample grid, the clips and the curves of this moment."""
+        with log.pause():
+            output = generator(self.z, self.motion)
+            mu, _ = generator.vae.encode(self.x_real)
+            path = run.save_samples(
+                step,
+                {
+                    "real": self.x_real,
+                    "reconstruction": generator.vae.decode(mu),
+                    "base image θ": output.x_base,
+                    "updated image θ + Δ": output.x_fake,
+                },
+            )
+            count = min(4, len(self.z))
+            frames = generator.draw_frames(generator.features(self.z), output.states)
+            run.save_clip(step, {"synthetic video": output.video[:count], "weight-driven video": frames[:count]})
+            if step:
+                run.plot_losses()
+        if step == 0:
+            log.line(f"first pictures: {path}")
+
+
+class StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second one ends the process."""
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        self._before: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        return self.signal_number != 0
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: object) -> None:
+        self.signal_number = number
+        print("\nstopping after this step and saving; press Ctrl-C again to leave at once", file=sys.stderr)
+        for other in self._before:
+            signal.signal(other, signal.SIG_DFL)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory so far, of the GPU's allocator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource  # not on every platform, and needed only here
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+
+
+def duration(seconds: float) -> str:
+    """93 -> `1:33`, 4000 -> `1:06:40`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
