@@ -16,8 +16,8 @@ _DRAWS = 7  # uniform numbers per picture: three for colour, two places for each
 class DiffAugment:
     """The chosen kinds of change.
 
-    `color` is brightness ±0.5, saturation 0 to 2, contrast 0.5 to 1.5; `translation` is by up to 1/8 of the side in whole
-    pixels, zeros moving in; `cutout` is a grey square of half the side.
+    `color` is brightness ±0.5, saturation 0 to 2, contrast 0.5 to 1.5; `translation` is by up to 1/8 of the side, in
+    whole pixels, zeros moving in; `cutout` is a grey square of half the side.
     """
 
     def __init__(self, kinds: list[str]) -> None:

@@ -73,7 +73,7 @@ class WeightPredictorConfig:
     rank: int = _setting(4, low=1, high=1024)
     hidden_size: int = _setting(128, low=1, high=65536)
     num_layers: int = _setting(2, low=1, high=16)
-    bound: float = _setting(0.5, above=0, high=100)
+    bound: float = _setting(0.2, above=0, high=100)
     sharing: str = _setting("per_sample", choices=("per_sample", "shared"))
 
 
@@ -98,7 +98,7 @@ class LossConfig:
     base_fake_share: float = _setting(0.5, low=0, high=1)
     lambda_adv: float = _setting(1.0, low=0)
     lambda_base: float = _setting(1.0, low=0)
-    lambda_vae: float = _setting(1.0, low=0)
+    lambda_vae: float = _setting(0.05, low=0)
     beta: float = _setting(1.0, low=0)
     lambda_update: float = _setting(0.01, low=0)
     lambda_video: float = _setting(0.0, low=0)
@@ -113,8 +113,8 @@ class TrainingConfig:
     batch_size: int = _setting(16, low=1, high=65536)
     n_critic: int = _setting(5, low=1, high=100)
     lr_vae: float = _setting(1e-3, above=0, high=1)
-    lr_predictor: float = _setting(2e-4, above=0, high=1)
-    lr_discriminator: float = _setting(1e-3, above=0, high=1)
+    lr_predictor: float = _setting(1e-4, above=0, high=1)
+    lr_discriminator: float = _setting(5e-4, above=0, high=1)
     adam_betas: list[float] = _setting([0.0, 0.9], low=0, high=0.99999)
     ema_decay: float = _setting(0.999, low=0, high=0.99999)
     diffaugment: list[str] = _setting([], choices=("color", "translation", "cutout"))
@@ -229,6 +229,9 @@ def _read_override(text: str) -> dict[str, Any]:
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and section and name):
         raise UserError(f"override '{text}' must look like section.key=value, for example training.steps=1000")
+    setting = next((setting for setting in fields(SECTIONS.get(section, Config)) if setting.name == name), None)
+    if setting is not None and setting.type is str:
+        return {section: {name: value}}  # a text is taken as it stands: a path may hold '#', ': ' or a leading '['
     try:
         # OmegaConf's reader, not yaml's: it takes 2e-4 for the number that it is.
         parsed = OmegaConf.to_container(
@@ -400,6 +403,7 @@ def _short(number: float) -> str:
 
 def _shown(value: Any) -> str:
     text = repr(value) if not isinstance(value, list) else "[" + ", ".join(str(item) for item in value) + "]"
+    text = " ".join(text.split())
     return text if len(text) <= 60 else text[:57] + "..."
 
 

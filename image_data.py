@@ -230,7 +230,7 @@ def _class_name(root: str, file: str) -> str:
 
 def _absolute(root: str | Path) -> Path:
     root = Path(root)
-    return root.expanduser().absolute() if str(root).startswith(("~/", "~\\")) or str(root) == "~" else root.absolute()
+    return (root.expanduser() if root.parts[:1] == ("~",) else root).absolute()
 
 
 def _shown(path: str | Path) -> str:
@@ -309,9 +309,12 @@ class TrainingImages:
         if self._images is not None:
             for indices, coins in self._order(first):
                 yield self._finish(self._images[indices], coins)
-        loaded = iter(self._loader(first))  # its workers end when this generator does
-        for _, coins in self._order(first):
-            yield self._finish(self._checked(*next(loaded)), coins)
+        loaded = iter(self._loader(first))
+        try:
+            for _, coins in self._order(first):
+                yield self._finish(self._checked(*next(loaded)), coins)
+        finally:  # ends its workers; left to an error's traceback, they would live on and then end slowly
+            del loaded
 
     def fixed_sample(self, n: int) -> Tensor:
         """The same `n` images every time, spread evenly over the sorted set and never mirrored, for sample grids.

@@ -436,8 +436,9 @@ def _smallest_side(image_size: int, channels: tuple[int, ...] | list[int]) -> in
 
 
 def _initialise(network: nn.Module) -> None:
-    """He et al. 2015 (https://arxiv.org/abs/1502.01852): keeps the signal's size through ReLU layers, where no norm layer
-    mends it. torch's own fan-in is wrong for ConvTranspose2d, where kernel² / stride² terms of each input meet in a pixel.
+    """He et al. 2015 (https://arxiv.org/abs/1502.01852): keeps the signal's size through ReLU layers.
+
+    torch's fan-in is wrong for ConvTranspose2d, where kernel² / stride² terms of each input channel meet in a pixel.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):

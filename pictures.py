@@ -21,7 +21,7 @@ _CELL = 128  # the least height and width of a cell on a sheet, in pixels: a 32 
 _GAP, _MARGIN = 8, 20
 _LABEL_SIZE, _TITLE_SIZE = 16, 20
 # Cells are often white themselves: a light grey sheet shows where each one ends.
-_SHEET, _INK, _FAINT_INK = (240, 241, 243), (32, 34, 38), (92, 96, 104)
+_SHEET, _INK = (240, 241, 243), (32, 34, 38)
 
 
 def to_pixels(picture: torch.Tensor | np.ndarray) -> np.ndarray:
@@ -37,7 +37,8 @@ def to_pixels(picture: torch.Tensor | np.ndarray) -> np.ndarray:
             raise ValueError(f"expected a tensor (..., 1 or 3, H, W), got {tuple(picture.shape)}")
         pixels = picture.detach()
         if pixels.is_floating_point():
-            if not bool(torch.isfinite(pixels).all()):
+            low, high = torch.aminmax(pixels)  # both are NaN where any value is
+            if not bool(torch.isfinite(high - low)):
                 raise UserError("a picture holds values that are NaN or infinite: has the training run diverged?")
             # Rounded on its own device: a quarter of the bytes travel to the CPU.
             pixels = pixels.float().clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -69,7 +70,7 @@ def labelled_grid(
 
     `columns` maps each label to a tensor (N, C, H, W) with values in [0, 1] (or an array of pixels, (N, H, W, 3)); N, H
     and W are the same in all, channels may differ. `scale` is how large each pixel is shown; None makes every picture
-    at least 128 px. Long labels wrap. Returns an RGB image.
+    at least 128 px. Long labels wrap; Pillow's own font, used here, draws Latin letters only. Returns an RGB image.
 
     >>> labelled_grid({"real": torch.rand(2, 3, 32, 32), "generated": torch.rand(2, 3, 32, 32)}).mode
     'RGB'
@@ -128,7 +129,7 @@ def _blank_sheet(
         # Short labels stand right above their pictures, not at the height of the longest label's first line.
         y = words_top + words_height - line * len(lines)
         for i, text in enumerate(lines):
-            draw.text((left + pitch / 2, y + i * line), text, _INK if i == 0 else _FAINT_INK, font, anchor="ma")
+            draw.text((left + pitch / 2, y + i * line), text, _INK, font, anchor="ma")
         corners.append([(top + row * (height + _GAP), left + (pitch - width) // 2) for row in range(rows)])
     return np.asarray(page), corners
 

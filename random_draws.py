@@ -1,7 +1,7 @@
 """The random numbers of a training step, drawn before it computes.
 
 Each draw comes from a generator that is seeded by (seed, step, part). What happens at step k therefore depends on k
-alone: not on the steps before it, nor on how a step is run. Steps themselves are pure functions of weights, pictures and
+alone: not on the steps before it, nor on how a step is run. A step itself is a pure function of weights, pictures and
 draws.
 """
 

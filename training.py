@@ -154,6 +154,7 @@ def train(config: Config) -> int:
             if done or step % config.output.sample_every == 0:
                 fixed.save(run, log, step, generator_ema)
             if done or step % config.output.checkpoint_every == 0:
+                log.check({"generator": generator, "discriminator": discriminator})
                 discriminator.calibration.fit()
                 run.save_checkpoint(checkpoint(config, step, generator, generator_ema, discriminator, optimizers))
             if done:

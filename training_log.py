@@ -4,10 +4,11 @@ import math
 import signal
 import sys
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 from tqdm import tqdm
 
 from configuration import Config, UserError
@@ -29,7 +30,8 @@ class Log:
         self.names: list[str] = []
         self.sums: Tensor | None = None
         self.first_bad: Tensor | None = None
-        self.since_step, self.since_time = 0, time.perf_counter()
+        self.step = self.since_step = 0
+        self.since_time = time.perf_counter()
         self.started = self.since_time
         self.is_terminal = sys.stderr.isatty()
         self.bar = tqdm(
@@ -53,27 +55,33 @@ class Log:
             self.first_bad = torch.full(values.shape, math.inf, device=values.device, dtype=torch.float64)
         self.sums += values
         self.first_bad = torch.where(values.isfinite(), self.first_bad, self.first_bad.clamp_max(step))
+        self.step = step
         self.bar.update()
+
+    def check(self, networks: dict[str, nn.Module] | None = None) -> None:
+        """Stops a run that has gone wrong, before its state reaches a checkpoint. Waits for the device.
+
+        Raises:
+            UserError: a loss, score or gradient, or a weight of `networks`, is no finite number; names the first step.
+        """
+        if self.first_bad is not None and (bad := self.first_bad.min().item()) < math.inf:
+            first = self.first_bad.tolist()
+            names = [name for name, step in zip(self.names, first, strict=True) if step == bad]
+            self._stop(f"{', '.join(names)} not finite at step {int(bad)}")
+        for name, network in (networks or {}).items():
+            if not torch.stack([parameter.isfinite().all() for parameter in network.parameters()]).all():
+                self._stop(f"a weight of the {name} is not finite at step {self.step}")
 
     def write(self, step: int) -> None:
         """Reads the averages since the last call, writes them and shows them.
 
         Raises:
-            UserError: a loss, score or gradient stopped being a number; the message names the first.
+            UserError: as `check`.
         """
         if self.sums is None or self.first_bad is None or step == self.since_step:
             return
+        self.check()
         averages = (self.sums / (step - self.since_step)).tolist()
-        bad = self.first_bad.min().item()
-        if bad < math.inf:
-            names = [name for name, first in zip(self.names, self.first_bad.tolist(), strict=True) if first == bad]
-            kept = self.run.path / "checkpoints" / "latest.pt"
-            self.close()
-            raise UserError(
-                f"training stopped: {', '.join(names)} not finite at step {int(bad)}; "
-                + (f"the last good checkpoint is {kept}" if kept.exists() else "no checkpoint was written yet")
-                + "; try smaller training.lr_vae, training.lr_predictor and training.lr_discriminator"
-            )
         seconds = time.perf_counter() - self.since_time
         metrics = dict(zip(self.names, averages, strict=True))
         metrics["images_seen"] = step * self.images_per_step
@@ -90,7 +98,8 @@ class Log:
         """The bar's tail, or a plain line where output goes to a file."""
         summary = (
             f"gap {metrics['critic/gap']:.2f}, rec {metrics['generator/reconstruction']:.1f}, "
-            f"kl {metrics['generator/kl']:.1f}, update {metrics['update/relative_size']:.1%}, {metrics['speed/images_per_second']:.0f} images/s"
+            f"kl {metrics['generator/kl']:.1f}, update {metrics['update/relative_size']:.1%}, "
+            f"{metrics['speed/images_per_second']:.0f} images/s"
         )
         if self.is_terminal:
             self.bar.set_postfix_str(summary)
@@ -120,7 +129,17 @@ class Log:
         ):
             self.line(f"  {what:<11}{self.run.path / where}")
 
+    def _stop(self, what: str) -> NoReturn:
+        self.close()
+        kept = self.run.path / "checkpoints" / "latest.pt"
+        raise UserError(
+            f"training stopped: {what}; "
+            + (f"the last good checkpoint is {kept}" if kept.exists() else "no checkpoint was written yet")
+            + "; try smaller training.lr_discriminator, training.lr_vae and training.lr_predictor"
+        )
+
     def close(self) -> None:
+        """Ends the progress bar."""
         self.bar.close()
 
 
@@ -163,7 +182,9 @@ class FixedSamples:
             )
             count = min(4, len(self.z))
             frames = generator.draw_frames(generator.features(self.z), output.states)
-            run.save_clip(step, {"synthetic video": output.video[:count], "weight-driven video": frames[:count]})
+            watched = functional.interpolate(output.video.flatten(0, 1), size=frames.shape[-2:])  # as coarse as it is
+            watched = watched.unflatten(0, output.video.shape[:2])
+            run.save_clip(step, {"synthetic video": watched[:count], "weight-driven video": frames[:count]})
             if step:
                 run.plot_losses()
         if step == 0:

@@ -120,12 +120,12 @@ class VideoWriter:
         if pixels.shape != self._shape:
             (h, w, _), (height, width, _) = pixels.shape, self._shape
             raise UserError(f"{self._path}: frame {self.frames} is {w} x {h}, the ones before it {width} x {height}")
-        pixels = enlarge(pixels, self._scale)
-        if max(pixels.shape) > self._sink.max_side:
-            size, limit = f"{pixels.shape[1]} x {pixels.shape[0]}", self._sink.max_side
-            raise UserError(f"{self._path}: a frame of {size} pixels is too large, {limit} a side is the most")
+        height, width = (self._scale * side for side in pixels.shape[:2])
+        if max(height, width) > self._sink.max_side:
+            limit = f"{self._sink.max_side} a side is the most"
+            raise UserError(f"{self._path}: a frame of {width} x {height} pixels is too large, {limit}")
         with _told_in_one_line(self._path):
-            self._sink.add(pixels)
+            self._sink.add(enlarge(pixels, self._scale))
         self.frames += 1
 
 
@@ -175,7 +175,7 @@ def _format_of(path: Path, fps: float) -> _Format:
         raise UserError(f"{path}: a {ending} shows at most {file_format.max_fps} frames per second, not {fps:g}")
     try:
         av.Codec(file_format.encoder, "w")
-    except av.FFmpegError as error:
+    except (av.FFmpegError, ValueError) as error:  # PyAV's UnknownCodecError is a ValueError alone
         others = ", ".join(other for other in _FORMATS if other != ending)
         raise UserError(
             f"{path}: this build of PyAV has no encoder '{file_format.encoder}'; `pip install av` brings one, "

@@ -1,0 +1,399 @@
+"""The loop and the command, run as a user runs them."""
+
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, run_command
+from PIL import Image
+
+import training
+from augmentation import DiffAugment
+from configuration import Config, config_from_dict, load_config
+from model_definitions import build_discriminator, build_generator
+from random_draws import Draws, base_fakes, stable_seed
+from run_directory import load_checkpoint
+from training_log import duration
+from video_files import read_video
+
+
+def small(folder: Path, pictures: Path, *overrides: str, name: str = "run") -> list[str]:
+    return [*SMALL, f"data.root={pictures}", f"output.root={folder}", f"output.name={name}", *overrides]
+
+
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, picture_folder: Path) -> Path:
+    """A run of 150 steps that the tests below look at."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = load_config(
+        ROOT / "config.yaml",
+        small(folder, picture_folder, "training.steps=150", "output.log_every=10", "output.sample_every=100",
+              "output.checkpoint_every=100", "output.tensorboard=true", "training.lr_vae=3e-3",
+              "training.lr_discriminator=3e-3"),
+    )  # fmt: skip
+    assert training.train(config) == 0
+    return folder / "run"
+
+
+# ---------------------------------------------------------------------------------------------------- what a run does
+
+
+def test_a_small_run_learns(finished_run: Path) -> None:
+    metrics = metrics_of(finished_run)
+    assert [line["step"] for line in metrics] == list(range(10, 151, 10))
+    reconstruction = [line["generator/reconstruction"] for line in metrics]
+    assert reconstruction[-1] < 0.7 * reconstruction[0]
+    gap = [line["critic/gap"] for line in metrics]
+    assert max(gap) > gap[0] + 0.1
+    assert metrics[0]["update/relative_size"] < metrics[-1]["update/relative_size"] <= Config().weight_predictor.bound
+
+
+def test_metrics_tell_every_term(finished_run: Path) -> None:
+    wanted = [
+        "critic/total",
+        "critic/gap",
+        "critic/penalty",
+        "critic/drift",
+        "score/real",
+        "score/base",
+        "score/updated",
+        "generator/total",
+        "generator/adversarial",
+        "generator/adversarial_base",
+        "generator/reconstruction",
+        "generator/kl",
+        "generator/update",
+        "generator/video",
+        "update/relative_size",
+        "update/saturated_share",
+        "gradient_norm/discriminator",
+        "gradient_norm/vae",
+        "gradient_norm/predictor",
+        "images_seen",
+        "speed/images_per_second",
+        "memory/peak_gb",
+    ]
+    for line in metrics_of(finished_run):
+        assert all(math.isfinite(line[name]) for name in wanted)
+        assert line["images_seen"] == line["step"] * 2 * 4
+        assert line["critic/total"] == pytest.approx(
+            -line["critic/gap"] + 10 * line["critic/penalty"] + 0.001 * line["critic/drift"], rel=1e-4, abs=1e-4
+        )
+
+
+def test_a_run_leaves_what_the_readme_promises(finished_run: Path) -> None:
+    assert load_config(finished_run / "config.yaml").training.steps == 150
+    environment = json.loads((finished_run / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__.split("+")[0] or environment["versions"]["torch"]
+    assert {"git", "python", "command", "started"} <= environment.keys()
+    for step in (0, 100, 150):
+        with Image.open(finished_run / "samples" / f"step_{step:06d}.png") as picture:
+            assert min(picture.size) > 200
+        for ending in (".mp4", ".webp"):
+            assert len(read_video(finished_run / "clips" / f"step_{step:06d}{ending}")) == 3
+    assert Image.open(finished_run / "loss_curves.png").size[0] > 1000
+    assert any((finished_run / "tensorboard").iterdir())
+    assert not list(finished_run.rglob("*partial*"))
+
+
+def test_the_checkpoint_rebuilds_the_generator(finished_run: Path) -> None:
+    state = load_checkpoint(finished_run / "checkpoints" / "latest.pt")
+    assert (state["step"], state["images_seen"]) == (150, 150 * 8)
+    config = config_from_dict(state["config"], "checkpoint")
+    torch.manual_seed(123)
+    generator, discriminator = build_generator(config), build_discriminator(config)
+    generator.load_state_dict(state["generator_ema"])
+    discriminator.load_state_dict(state["discriminator"])
+    assert generator.spec.to_dict() == state["update_spec"]
+    x = generator(torch.randn(3, 6), generator.draw_motion(3)).x_fake
+    p = discriminator.probability(x)
+    assert ((p > 0) & (p < 1)).all()
+    assert discriminator.calibration.slope != 0
+    moments = state["optimizers"]["generator"]["state"]
+    assert len(moments) == len(list(generator.parameters()))
+
+
+def test_the_average_is_neither_the_start_nor_the_end(finished_run: Path) -> None:
+    state = load_checkpoint(finished_run / "checkpoints" / "latest.pt")
+    name = "vae.decoder.stage1.weight"
+    assert not torch.equal(state["generator"][name], state["generator_ema"][name])
+
+
+def test_the_same_seed_gives_the_same_run_bit_for_bit(tmp_path: Path, picture_folder: Path) -> None:
+    states = []
+    for name, seed in (("first", 1), ("second", 1), ("other", 2)):
+        overrides = small(tmp_path, picture_folder, "training.steps=4", f"training.seed={seed}", name=name)
+        assert training.train(load_config(None, overrides)) == 0
+        states.append(load_checkpoint(tmp_path / name / "checkpoints" / "latest.pt"))
+    for part in ("generator", "generator_ema", "discriminator"):
+        for key, value in states[0][part].items():
+            assert torch.equal(value, states[1][part][key]), key
+    key = "vae.decoder.stage1.weight"
+    assert not torch.equal(states[0]["generator"][key], states[2]["generator"][key])
+    for file in ("samples/step_000004.png", "clips/step_000004.mp4"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["weight_predictor.head=low_rank", "weight_predictor.layers=[decoder.*.weight]"],
+        ["weight_predictor.head=per_channel", "weight_predictor.sharing=shared"],
+        ["image.channels=1", "video.height=8", "video.width=5"],
+        ["loss.lambda_video=0.1", "loss.judged_frame=random"],
+        ["training.diffaugment=[color,translation,cutout]", "loss.base_fake_share=0"],
+        ["loss.base_fake_share=1", "video.detach=false", "data.mirror=true"],
+        ["training.batch_size=30", "data.memory_gb=0", "data.workers=1"],
+        ["training.batch_size=1", "training.n_critic=1", "video.frames=1"],
+    ],
+)
+def test_every_way_of_training_runs(overrides: list[str], tmp_path: Path, picture_folder: Path) -> None:
+    config = load_config(None, small(tmp_path, picture_folder, "training.steps=2", *overrides))
+    assert training.train(config) == 0
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "latest.pt")["step"] == 2
+
+
+# ------------------------------------------------------------------------------------------------------ the two steps
+
+
+def objects(*overrides: str):
+    config = load_config(None, [*SMALL, *overrides])
+    torch.manual_seed(0)
+    generator, discriminator = build_generator(config), build_discriminator(config)
+    torch.nn.init.normal_(generator.predictor.to_update.weight, std=0.2)
+    return config, generator, discriminator, Draws(config, torch.device("cpu"))
+
+
+def test_draws_depend_on_seed_step_and_repeat_alone() -> None:
+    _, generator, _, draws = objects()
+    first = draws.critic(generator, 7, 1)
+    draws.critic(generator, 8, 0)
+    again = draws.critic(generator, 7, 1)
+    assert torch.equal(first.z, again.z)
+    assert torch.equal(first.motion.phases, again.motion.phases)
+    for other in (draws.critic(generator, 7, 0), draws.critic(generator, 8, 1), draws.generator(generator, 7)):
+        assert not torch.equal(first.z, other.z)
+    assert stable_seed(0, 1, "critic", 2) == stable_seed(0, 1, "critic", 2) != stable_seed(0, 12, "critic")
+    assert stable_seed(0, 1, "critic", 2) == 5730188251129072798  # on any machine
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_critic_sees_that_share_of_base_pictures(share: float) -> None:
+    config, generator, discriminator, draws = objects(f"loss.base_fake_share={share}")
+    numbers = draws.critic(generator, 1, 0)
+    loss = training.critic_objective(
+        generator, discriminator, torch.rand(4, 3, 16, 16), numbers, DiffAugment([]), config
+    )
+    n_base = base_fakes(config)
+    assert n_base == 4 * share
+    base = discriminator(generator.vae.decode(numbers.z))
+    assert torch.allclose(loss.score_fake[:n_base], base[:n_base], atol=1e-5)
+    updated = (loss.score_fake[n_base:] - base[n_base:]).abs()
+    assert len(updated) == 4 - n_base
+    assert (updated > 1e-5).all()
+
+
+def test_the_critic_step_leaves_the_generator_alone_and_the_other_way_round() -> None:
+    config, generator, discriminator, draws = objects()
+    x_real = torch.rand(4, 3, 16, 16)
+    critic = training.critic_objective(
+        generator, discriminator, x_real, draws.critic(generator, 1, 0), DiffAugment([]), config
+    )
+    assert not any(g is not None for g in torch.autograd.grad(
+        critic.total, list(generator.parameters()), allow_unused=True, retain_graph=True))  # fmt: skip
+    loss, _ = training.generator_objective(
+        generator, discriminator, x_real, draws.generator(generator, 1), DiffAugment([]), config
+    )
+    training.set_gradients(loss.total, list(generator.parameters()))
+    assert all(parameter.grad is not None for parameter in generator.parameters())
+    assert all(parameter.grad is None for parameter in discriminator.parameters())
+
+
+def test_generator_loss_reaches_the_gru_and_every_vae_layer() -> None:
+    config, generator, discriminator, draws = objects("loss.lambda_video=1")
+    loss, _ = training.generator_objective(
+        generator, discriminator, torch.rand(4, 3, 16, 16), draws.generator(generator, 1), DiffAugment([]), config
+    )
+    assert loss.video > 0
+    names = dict(generator.named_parameters())
+    for name, gradient in zip(names, torch.autograd.grad(loss.total, list(names.values())), strict=True):
+        assert gradient.abs().max() > 0, name
+
+
+def test_the_ema_starts_fast_and_ends_at_its_decay() -> None:
+    average, network = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    for parameter in average.parameters():
+        torch.nn.init.zeros_(parameter)
+    for parameter in network.parameters():
+        torch.nn.init.ones_(parameter)
+    training.update_ema(average, network, 0.9, step=1)
+    assert average.weight.item() == pytest.approx(1 - 2 / 11)
+    training.update_ema(average, network, 0.9, step=10_000)
+    assert average.weight.item() == pytest.approx(1 - 2 / 11 * 0.9)
+
+
+def test_epochs_become_steps() -> None:
+    config = load_config(None, ["training.epochs=3", "training.batch_size=10", "training.n_critic=2"])
+    assert training.total_steps(config, 50) == 8  # 150 pictures at 20 a step, rounded up
+    assert training.total_steps(config, 1) == 1
+
+
+def test_durations_read_like_a_clock() -> None:
+    assert [duration(seconds) for seconds in (5, 93, 4000)] == ["0:05", "1:33", "1:06:40"]
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+def command(folder: Path, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    return run_command("training.py", *arguments, folder=folder, timeout=timeout)
+
+
+def test_help_shows_examples(tmp_path: Path) -> None:
+    done = command(tmp_path, "--help")
+    assert done.returncode == 0
+    assert "examples:" in done.stdout
+    assert "--dry-run" in done.stdout
+
+
+def test_dry_run_shows_everything_and_writes_nothing(tmp_path: Path, picture_folder: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    done = command(tmp_path, "--dry-run", *small(tmp_path, picture_folder))
+    assert done.returncode == 0, done.stderr
+    config = load_config(None, small(tmp_path, picture_folder))
+    generator, discriminator = build_generator(config), build_discriminator(config)
+    size = generator.spec.total_size
+    assert f"WEIGHT_UPDATE_SIZE {size:,}" in done.stdout
+    assert re.search(rf"Discriminator +{sum(p.numel() for p in discriminator.parameters()):,}", done.stdout)
+    for tensor in generator.spec.tensors:
+        assert re.search(rf"{re.escape(tensor.name)} .* {tensor.size:,}", done.stdout)
+    assert "24 images" in done.stdout
+    assert "first batch (4, 3, 16, 16)" in done.stdout
+    assert "batch_size: 4" in done.stdout
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_plain_lines_where_output_is_no_terminal(tmp_path: Path, picture_folder: Path) -> None:
+    done = command(tmp_path, *small(tmp_path, picture_folder, "training.steps=4", "output.log_every=2"))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^step 2/4 .*images/s, .* left$", done.stdout, re.MULTILINE)
+    assert "finished 4 steps" in done.stdout
+    assert "\r" not in done.stdout + done.stderr
+
+
+def test_ctrl_c_saves_and_exits_with_130(tmp_path: Path, picture_folder: Path) -> None:
+    arguments = small(tmp_path, picture_folder, "training.steps=1000000", "output.log_every=1")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "training.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == 130
+    assert "stopped by SIGINT after step" in rest
+    assert "Traceback" not in rest
+    step = load_checkpoint(tmp_path / "run" / "checkpoints" / "latest.pt")["step"]
+    assert step >= 3
+    assert (tmp_path / "run" / "samples" / f"step_{step:06d}.png").exists()
+
+
+def test_a_run_folder_is_never_overwritten(tmp_path: Path, picture_folder: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").write_text("old")
+    (tmp_path / "run-2").mkdir()
+    done = command(tmp_path, *small(tmp_path, picture_folder, "training.steps=1"))
+    assert_one_line(done, ["already holds a run", "output.name=run-3"])
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
+
+
+def test_non_finite_losses_stop_the_run_and_keep_the_last_checkpoint(tmp_path: Path, picture_folder: Path) -> None:
+    overrides = ["training.steps=60", "output.checkpoint_every=1", "output.log_every=20", "training.lr_discriminator=1",
+                 "training.lr_vae=1", "loss.lambda_gp=1e30"]  # fmt: skip
+    done = command(tmp_path, *small(tmp_path, picture_folder, *overrides))
+    assert_one_line(done, ["not finite at step", "training.lr_discriminator"])
+    named = int(re.search(r"not finite at step (\d+)", done.stderr).group(1))
+    kept = tmp_path / "run" / "checkpoints" / "latest.pt"
+    if kept.exists():
+        state = load_checkpoint(kept)
+        assert state["step"] < named
+        assert all(torch.isfinite(value).all() for value in state["generator"].values())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["training.stpes=3"], ["training.stpes", "training.steps"]),
+        (["image.size=48"], ["image.size", "48", "32 or 64"]),
+        (["weight_predictor.update_size=7"], ["weight_predictor.update_size", "7", "or auto"]),
+        (["weight_predictor.layers=[decoder.stge1.*]"], ["decoder.stge1.*", "decoder.stage1"]),
+        (["data.root=nowhere"], ["data.root", "nowhere", "jpg"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml", "no such file"]),
+        (["output.name=a/b"], ["output.name", "a/b"]),
+        (["runtime.device=tpu"], ["runtime.device", "tpu"]),
+        (["runtime.device=cuda:99"], ["runtime.device", "cuda:99", "use auto or cpu"]),
+        (["output.root=/proc/nothing"], ["output.root", "/proc/nothing"]),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    overrides: list[str], words: list[str], tmp_path: Path, picture_folder: Path
+) -> None:
+    done = command(tmp_path, *small(tmp_path, picture_folder, "training.steps=1"), *overrides)
+    assert_one_line(done, words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_picture_is_named_or_skipped(tmp_path: Path, picture_folder: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for path in picture_folder.rglob("*.png"):
+        (pictures / path.name).write_bytes(path.read_bytes())
+    (pictures / "bad one.jpg").write_bytes(b"\xff\xd8 no picture")
+    arguments = small(tmp_path, pictures, "training.steps=1")
+    assert_one_line(command(tmp_path, *arguments), ["bad one.jpg", "data.on_broken=skip"])
+    done = command(tmp_path, *arguments, "data.on_broken=skip")
+    assert done.returncode == 0, done.stderr
+    assert "24 images" in done.stdout
+    assert "skipped 1 broken" in done.stdout
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], words: list[str]) -> None:
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+
+
+def test_the_default_settings_start_on_the_embedded_images(tmp_path: Path) -> None:
+    """128 pixels, batch 16, as `python training.py` has them; two critic steps are enough to see it run."""
+    started = time.perf_counter()
+    config = load_config(ROOT / "config.yaml", [f"data.root={ROOT / 'data' / 'emoji'}", f"output.root={tmp_path}",
+                                                "training.steps=1", "training.n_critic=1"])  # fmt: skip
+    assert training.train(config) == 0
+    assert (tmp_path / "default" / "samples" / "step_000001.png").exists()
+    assert time.perf_counter() - started < 120
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_run_on_the_gpu(tmp_path: Path, picture_folder: Path) -> None:
+    config = load_config(None, small(tmp_path, picture_folder, "training.steps=3", "runtime.device=cuda"))
+    assert training.train(config) == 0
+    assert metrics_of(tmp_path / "run")[-1]["memory/peak_gb"] > 0
