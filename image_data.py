@@ -76,9 +76,8 @@ def decode_image(
             _draw_on(canvas, image, fit)
     except Image.UnidentifiedImageError:
         raise BrokenImageError(path, "its content is not a jpg, png, webp, bmp, gif or tiff image") from None
-    except (
-        Exception
-    ) as error:  # damaged files raise nearly anything: OSError, SyntaxError, ValueError, struct.error, ...
+    # Damaged files raise nearly anything: OSError, SyntaxError, ValueError, EOFError, struct.error, ...
+    except Exception as error:
         reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
         raise BrokenImageError(path, " ".join(reason.split())) from None
     pixels = np.asarray(canvas if channels == 3 else canvas.convert("L")).reshape(size, size, channels)
@@ -92,8 +91,7 @@ def _draw_on(canvas: Image.Image, image: Image.Image, fit: str) -> None:
             f"its {image.width} × {image.height} pixels exceed the limit of {Image.MAX_IMAGE_PIXELS} pixels"
         )
     size, measure = canvas.width, min if fit == "crop" else max
-    # JPEG decodes to 1/2, 1/4 or 1/8 several times faster. Stopping at twice the size leaves the rest to the better
-    # filter.
+    # JPEG decodes to 1/2, 1/4 or 1/8 several times faster; twice the final size leaves the rest to the better filter.
     scale = 2 * size / measure(image.size)
     image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
     ImageOps.exif_transpose(image, in_place=True)

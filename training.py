@@ -9,10 +9,15 @@ python training.py --dry-run                            check everything, show w
 import argparse
 import copy
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+# By default torch's threads wait for each other by spinning, and one busy neighbour on the same cores makes a step ten
+# times slower. Asleep they cost little. This must be set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from torch import Tensor, nn

@@ -193,7 +193,7 @@ def test_colour_hidden_under_transparency_does_not_bleed(tmp_path):
 def test_bad_background_names_the_setting(tmp_path, colour):
     save(tmp_path / "x.png")
     with pytest.raises(UserError, match=r"data\.background") as error:
-        training_images(tmp_path, background=colour)
+        training_images(tmp_path, background=colour, memory_gb=0)  # nothing is decoded yet
     assert repr(colour) in str(error.value)
 
 
@@ -272,16 +272,16 @@ def test_shrinking_averages_instead_of_picking_pixels(tmp_path):
     assert (decode_image(tmp_path / "x.png", 16, 1).int() - 128).abs().max() <= 2
 
 
+@pytest.mark.parametrize("shape", [(512, 512), (512, 1500), (1500, 512)])
 @pytest.mark.parametrize("fit", ["crop", "pad"])
-def test_fast_jpeg_decoding_agrees_with_full_decoding(tmp_path, fit):
-    y, x = np.mgrid[0:1000, 0:1500] / 1000
-    image = Image.fromarray(
-        (127 * np.stack([1 + np.sin(9 * x), 1 + np.cos(7 * y), 1 + np.sin(5 * x * y)], -1)).astype(np.uint8)
-    )
-    save(tmp_path / "x.jpg", image, quality=95)
+def test_fast_jpeg_decoding_agrees_with_full_decoding(tmp_path, fit, shape):
+    period = max(shape) / 32 if fit == "pad" else 16  # fine lines, 4 pixels from one to the next in the result
+    lines = 127 + 120 * np.sin(np.add.outer(np.arange(shape[0]), np.zeros(shape[1])) * (2 * np.pi / period))
+    image = Image.fromarray(lines.astype(np.uint8))
+    save(tmp_path / "x.jpg", image, quality=98)
     save(tmp_path / "x.png", image)
-    fast, full = (decode_image(tmp_path / name, 64, fit=fit).float() for name in ("x.jpg", "x.png"))
-    assert (fast - full).abs().mean() < 1.5
+    fast, full = (decode_image(tmp_path / name, 128, 1, fit=fit).float() for name in ("x.jpg", "x.png"))
+    assert (fast - full).abs().mean() < 4
     assert (fast - full).abs().max() < 16
 
 
@@ -692,7 +692,8 @@ def test_embedded_images():
         with Image.open(file) as image:
             assert (image.format, image.size, image.mode) == ("WEBP", (128, 128), "RGB"), file
     images = training_images(EMOJI, size=128)
-    assert images.count == 1871
+    assert "1,871 images in 9 class folders" in images.description
+    assert "92.0 MB decoded" in images.description
     assert images.class_counts == {
         "activities": 85,
         "animals_and_nature": 157,
