@@ -176,8 +176,8 @@ class FixedSamples:
                 {
                     "real": self.x_real,
                     "reconstruction": generator.vae.decode(mu),
-                    "base image θ": output.x_base,
-                    "updated image θ + Δ": output.x_fake,
+                    "base image": output.x_base,
+                    "updated image": output.x_fake,
                 },
             )
             count = min(4, len(self.z))

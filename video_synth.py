@@ -193,7 +193,7 @@ def _warp(images: Tensor, paths: dict[str, Tensor], strengths: MotionStrengths, 
 def main(arguments: list[str] | None = None) -> int:
     # Only the preview needs files; the networks above don't.
     from configuration import UserError
-    from image_data import decode_image
+    from image_files import decode_image
     from video_files import write_video
 
     parser = argparse.ArgumentParser(

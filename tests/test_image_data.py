@@ -19,17 +19,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import image_data
+import image_files
 from configuration import DataConfig, ImageConfig, UserError
-from image_data import (
+from image_data import TrainingImages, open_images
+from image_files import (
     IMAGE_EXTENSIONS,
     BrokenImageError,
-    TrainingImages,
+    FlatImageFolder,
     decode_image,
     find_images,
     is_image_file,
     open_folder,
-    open_images,
 )
 
 EMOJI = Path(__file__).parent.parent / "data" / "emoji"
@@ -303,7 +303,7 @@ def test_class_folders_at_any_depth_and_any_case(tmp_path):
 def test_flat_folder(tmp_path):
     numbered(tmp_path, 3)
     folder = open_folder(tmp_path, loader=lambda path: Path(path).name)
-    assert isinstance(folder, image_data.FlatImageFolder)
+    assert isinstance(folder, FlatImageFolder)
     assert list(folder) == [("000.png", 0), ("001.png", 0), ("002.png", 0)]
     images = training_images(tmp_path)
     assert (images.count, images.class_names, images.class_counts) == (3, [], {})
@@ -445,14 +445,14 @@ def test_broken_files_name_the_file_the_reason_and_the_fix(tmp_path, kind):
 def test_pillow_prints_no_warnings(tmp_path):
     path = make_broken(tmp_path / "x.png", "half a bomb")
     code = f"""
-import image_data
+import image_files
 try:
-    image_data.decode_image({str(path)!r}, 16)
-except image_data.BrokenImageError:
+    image_files.decode_image({str(path)!r}, 16)
+except image_files.BrokenImageError:
     print("broken")
 """
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(image_data.__file__).parent
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(image_files.__file__).parent
     )
     assert (run.stdout, run.stderr) == ("broken\n", "")
 

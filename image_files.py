@@ -1,0 +1,229 @@
+"""Image files: what a folder holds, and one file decoded to a square of pixels."""
+
+import math
+import os
+import stat
+import warnings
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageColor, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
+
+from configuration import UserError
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+"""Endings of the files that count as images, in any case of letters."""
+
+# Only these decoders: Pillow also opens EPS, which runs an external program, and a renamed file would reach it.
+_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+
+# Pillow warns of oddly written files in the middle of the progress bar. The one warning that matters here (too many
+# pixels) is an error below; `warnings.catch_warnings` around it would not do, as threads share its state.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class BrokenImageError(UserError):
+    """An image file that cannot be read; the message names the file, the reason and the fix."""
+
+    def __init__(self, path: str | Path, reason: str):
+        super().__init__(path, reason)  # the arguments as they came, so that the error can be pickled
+        self.path, self.reason = Path(path), reason
+
+    def __str__(self) -> str:
+        return f"broken image {shown_path(self.path)}: {self.reason}; replace or remove it, or set data.on_broken=skip"
+
+
+# ------------------------------------------------------------------------------------------------------------ decoding
+
+
+def decode_image(
+    path: str | Path, size: int, channels: int = 3, fit: str = "crop", background: str = "white"
+) -> Tensor:
+    """Reads one image file into a square: uint8 (channels, size, size), 0 to 255; RGB or, with one channel, grey.
+
+    `fit="crop"` scales the shorter side to `size` pixels and keeps the middle; `"pad"` scales the longer side and fills
+    up with `background` (a colour name or #rrggbb), over which transparent pixels are laid too. EXIF orientation is
+    applied. Of an animation the first frame counts.
+
+    Raises:
+        BrokenImageError: the file is damaged, unreadable, too large, or no image.
+        UserError: `background` is no colour.
+    """
+    canvas = Image.new("RGB", (size, size), background_colour(background))
+    try:
+        status = Path(path).stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a regular file")  # opening a named pipe would block for ever
+        if status.st_size == 0:
+            raise ValueError("the file is empty (0 bytes)")
+        with Image.open(path, formats=_PILLOW_FORMATS) as image:
+            _draw_on(canvas, image, fit)
+    except Image.UnidentifiedImageError:
+        raise BrokenImageError(path, "its content is not a jpg, png, webp, bmp, gif or tiff image") from None
+    # Damaged files raise nearly anything: OSError, SyntaxError, ValueError, EOFError, struct.error, ...
+    except Exception as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+        raise BrokenImageError(path, " ".join(reason.split())) from None
+    pixels = np.asarray(canvas if channels == 3 else canvas.convert("L")).reshape(size, size, channels)
+    # The copy in NumPy: torch would start a team of threads for it, in each of the decoding threads.
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+def _draw_on(canvas: Image.Image, image: Image.Image, fit: str) -> None:
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself refuses from twice that size on
+        raise Image.DecompressionBombError(
+            f"its {image.width} × {image.height} pixels exceed the limit of {Image.MAX_IMAGE_PIXELS} pixels"
+        )
+    size, measure = canvas.width, min if fit == "crop" else max
+    # JPEG decodes to 1/2, 1/4 or 1/8 several times faster; twice the final size leaves the rest to the better filter.
+    scale = 2 * size / measure(image.size)
+    image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+    ImageOps.exif_transpose(image, in_place=True)
+    image = _eight_bits(image)
+    width, height = image.size
+    side = measure(width, height)
+    if fit == "crop":  # cutting and scaling in one go: 1 × 5000 pixels never become size × 5000·size
+        left, top, shape = (width - side) / 2, (height - side) / 2, (size, size)
+        box = (left, top, left + side, top + side)
+    else:
+        box, shape = None, (max(1, round(width * size / side)), max(1, round(height * size / side)))
+    image = image.resize(shape, Image.Resampling.BICUBIC, box, reducing_gap=3.0)
+    corner = ((size - shape[0]) // 2, (size - shape[1]) // 2)
+    canvas.paste(image, corner, mask=image.getchannel("A") if image.mode == "RGBA" else None)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The image as RGB, or as RGBA where it may be transparent. Pillow's own conversion clips greys of more bits."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("it holds values that are not finite")
+        # 16-bit greys have a known range; 32-bit ones (TIFF) don't: white is the end of a usual one, else the maximum.
+        usual = (1, 255) if image.mode == "F" else (65535,)
+        white = next((limit for limit in usual if values.max() <= limit), values.max())
+        image = Image.fromarray((values.clip(0, white) * (255 / white)).round().astype(np.uint8))
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def background_colour(colour: str) -> tuple[int, ...]:
+    try:
+        return ImageColor.getrgb(colour)[:3]
+    except ValueError:
+        raise UserError(f"data.background must be a colour such as white or '#ff8800', but is {colour!r}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------- discovery
+
+
+def find_images(root: str | Path) -> list[str]:
+    """Absolute paths of the image files below `root`, sorted; hidden files and folders don't count.
+
+    Links to folders are followed, but no folder is entered twice, so loops of links end; a folder that can be reached
+    directly and through a link counts where it really lies.
+
+    Raises:
+        UserError: `root` is missing, no folder or without images, or a folder in it cannot be read.
+    """
+    top = _absolute(root)
+    extensions = ", ".join(extension[1:] for extension in IMAGE_EXTENSIONS)
+    hint = f"(looked for {extensions}); set data.root to a folder of images"
+    if not str(root).strip():  # else it would mean the working directory
+        raise UserError(f"data.root is empty {hint}")
+    if not top.is_dir():
+        raise UserError(
+            f"data.root: {shown_path(top)} {'is not a folder' if top.exists() else 'does not exist'} {hint}"
+        )
+    found, entered = [], set()
+    folders, links = [str(top)], deque()
+    while folders or links:
+        folder = folders.pop() if folders else links.popleft()
+        real_path = os.path.realpath(folder)
+        if real_path in entered:
+            continue
+        entered.add(real_path)
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"data.root: folder {shown_path(folder)} cannot be read: {error.strerror}") from None
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if Path(entry.path).is_dir():  # entry.is_dir() raises on a link to itself
+                (links if entry.is_symlink() else folders).append(entry.path)
+            elif is_image_file(entry.name):
+                found.append(entry.path)
+    if not found:
+        raise UserError(f"data.root: {shown_path(top)} holds no images {hint}")
+    return sorted(found)
+
+
+def is_image_file(path: str) -> bool:
+    """Whether the name ends like an image file's; the content is not looked at."""
+    return path.lower().endswith(IMAGE_EXTENSIONS)
+
+
+class ClassImageFolder(ImageFolder):
+    """torchvision's `ImageFolder` over `files`: its own search enters hidden folders and loops of links.
+
+    Items are `(loader(path), class number)`.
+    """
+
+    def __init__(self, root: str | Path, files: list[str], loader: Callable[[str], Tensor]):
+        self._files = files
+        super().__init__(str(_absolute(root)), loader=loader, is_valid_file=is_image_file)
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        classes = sorted({_class_name(directory, file) for file in self._files})
+        return classes, {name: number for number, name in enumerate(classes)}
+
+    def make_dataset(self, directory, class_to_idx, extensions=None, is_valid_file=None, allow_empty=False):
+        return [(file, class_to_idx[_class_name(directory, file)]) for file in self._files]
+
+
+class FlatImageFolder(Dataset):
+    """`files` as one set without classes, which `ImageFolder` refuses. Items are `(loader(path), 0)`."""
+
+    def __init__(self, root: str | Path, files: list[str], loader: Callable[[str], Tensor]):
+        self.root, self.loader, self.classes = str(_absolute(root)), loader, []
+        self.samples = [(file, 0) for file in files]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, number = self.samples[index]
+        return self.loader(path), number
+
+
+def open_folder(root: str | Path, loader: Callable[[str], Tensor]) -> ClassImageFolder | FlatImageFolder:
+    """The dataset that suits the folder: by class if no image lies loose at the top, else flat.
+
+    Images both at the top and in folders make one flat set. `ImageFolder` would drop the loose ones in silence, and
+    refusing would help nobody: training doesn't need the classes, and the run's log says that the set is one.
+    """
+    files = find_images(root)
+    loose = not all(_class_name(str(_absolute(root)), file) for file in files)
+    return (FlatImageFolder if loose else ClassImageFolder)(root, files, loader)
+
+
+def _class_name(root: str, file: str) -> str:
+    """The first folder below `root` on the way to the file, or an empty text."""
+    folder, separator, _ = file[len(root) :].lstrip(os.sep).partition(os.sep)
+    return folder if separator else ""
+
+
+def _absolute(root: str | Path) -> Path:
+    root = Path(root)
+    return (root.expanduser() if root.parts[:1] == ("~",) else root).absolute()
+
+
+def shown_path(path: str | Path) -> str:
+    """A path in one printable line: names may hold line breaks."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)
