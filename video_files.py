@@ -280,10 +280,14 @@ class _Stream:
 
 
 def _palette_graph(height: int, width: int, tick: Fraction) -> av.filter.Graph:
-    """RGB frames in, frames with the 256 best colours of each out. Dithering would flicker from frame to frame."""
+    """RGB frames in, frames with the 256 best colours of each out.
+
+    Dithering would flicker from frame to frame. A colour kept for transparency (the filter's default, to store only
+    what changed) leaves single wrong pixels behind where everything moves.
+    """
     graph = av.filter.Graph()
     source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=tick)
-    split, best = graph.add("split"), graph.add("palettegen", "stats_mode=single")
+    split, best = graph.add("split"), graph.add("palettegen", "stats_mode=single:reserve_transparent=0")
     use, sink = graph.add("paletteuse", "new=1:dither=none"), graph.add("buffersink")
     source.link_to(split)
     split.link_to(best, 0, 0)

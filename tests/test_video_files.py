@@ -160,7 +160,7 @@ def test_a_gif_of_many_colours_stays_close_and_still(tmp_path: Path) -> None:
     smooth = np.stack([4 * y, 4 * x, 255 - 2 * (x + y)], axis=-1).astype(np.uint8)
     write_video(tmp_path / "clip.gif", [smooth, 255 - smooth, smooth], fps=8)
     read = read_video(tmp_path / "clip.gif").astype(int)
-    assert np.abs(read[0] - smooth).mean() < 4
+    assert np.abs(read[0] - smooth).mean() < 4.6  # 5 with dithering
     assert (read[0] == read[2]).all()
 
 
