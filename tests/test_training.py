@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -61,28 +62,11 @@ def test_a_small_run_learns(finished_run: Path) -> None:
 
 def test_metrics_tell_every_term(finished_run: Path) -> None:
     wanted = [
-        "critic/total",
-        "critic/gap",
-        "critic/penalty",
-        "critic/drift",
-        "score/real",
-        "score/base",
-        "score/updated",
-        "generator/total",
-        "generator/adversarial",
-        "generator/adversarial_base",
-        "generator/reconstruction",
-        "generator/kl",
-        "generator/update",
-        "generator/video",
-        "update/relative_size",
-        "update/saturated_share",
-        "gradient_norm/discriminator",
-        "gradient_norm/vae",
-        "gradient_norm/predictor",
-        "images_seen",
-        "speed/images_per_second",
-        "memory/peak_gb",
+        *("critic/total", "critic/gap", "critic/penalty", "critic/drift", "score/real", "score/base", "score/updated"),
+        *("generator/total", "generator/adversarial", "generator/adversarial_base", "generator/reconstruction"),
+        *("generator/kl", "generator/update", "generator/video", "update/relative_size", "update/saturated_share"),
+        *("gradient_norm/discriminator", "gradient_norm/vae", "gradient_norm/predictor"),
+        *("images_seen", "speed/images_per_second", "memory/peak_gb"),
     ]
     for line in metrics_of(finished_run):
         assert all(math.isfinite(line[name]) for name in wanted)
@@ -95,7 +79,7 @@ def test_metrics_tell_every_term(finished_run: Path) -> None:
 def test_a_run_leaves_what_the_readme_promises(finished_run: Path) -> None:
     assert load_config(finished_run / "config.yaml").training.steps == 150
     environment = json.loads((finished_run / "environment.json").read_text())
-    assert environment["versions"]["torch"] == torch.__version__.split("+")[0] or environment["versions"]["torch"]
+    assert environment["versions"]["torch"] == version("torch")
     assert {"git", "python", "command", "started"} <= environment.keys()
     for step in (0, 100, 150):
         with Image.open(finished_run / "samples" / f"step_{step:06d}.png") as picture:
@@ -184,7 +168,7 @@ def test_draws_depend_on_seed_step_and_repeat_alone() -> None:
     assert torch.equal(first.motion.phases, again.motion.phases)
     for other in (draws.critic(generator, 7, 0), draws.critic(generator, 8, 1), draws.generator(generator, 7)):
         assert not torch.equal(first.z, other.z)
-    assert stable_seed(0, 1, "critic", 2) == stable_seed(0, 1, "critic", 2) != stable_seed(0, 12, "critic")
+    assert stable_seed(0, 1, "critic", 2) != stable_seed(0, 12, "critic")
     assert stable_seed(0, 1, "critic", 2) == 5730188251129072798  # on any machine
 
 

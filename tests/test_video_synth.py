@@ -1,12 +1,16 @@
 """The synthetic video: smooth, bounded, repeatable, differentiable, and off when told so."""
 
 import dataclasses
+import doctest
 
 import pytest
 import torch
+from conftest import run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import video_synth
+from video_files import read_video
 from video_synth import MotionStrengths, VideoSynthesizer, synthesize_video
 
 STILL = MotionStrengths(0, 0, 0, 0, 0, 0)
@@ -159,3 +163,39 @@ def test_gradients_match_finite_differences() -> None:
     motion = synthesizer.draw_motion(x, seeded())
     motion = type(motion)(*(part.double() for part in motion))
     assert torch.autograd.gradcheck(lambda x: synthesizer(x, motion), (x,))
+
+
+# ----------------------------------------------------------------------------------------------- the preview command
+
+
+def test_preview_writes_a_clip_of_any_picture(tmp_path, picture_folder) -> None:
+    picture = next(picture_folder.rglob("*.png"))
+    arguments = [str(picture), "clip.webp", "--size", "24", "--frames", "5", "--noise", "0"]
+    done = run_command("video_synth.py", *arguments, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "clip.webp: 5 frames" in done.stdout
+    assert len(read_video(tmp_path / "clip.webp")) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere.png", "clip.mp4"], ["nowhere.png"]),
+        (["{picture}", "clip.xyz"], ["clip.xyz", ".mp4"]),
+        (["{picture}", "clip.mp4", "--zoom", "1.5"], ["--zoom", "below 1"]),
+        (["{picture}", "clip.mp4", "--frames", "0"], ["--frames", "1 or more"]),
+    ],
+)
+def test_preview_answers_bad_input_in_one_line(arguments, words, tmp_path, picture_folder) -> None:
+    picture = str(next(picture_folder.rglob("*.png")))
+    done = run_command("video_synth.py", *[one.format(picture=picture) for one in arguments], folder=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_docstring_example() -> None:
+    assert doctest.testmod(video_synth).attempted > 0
+    assert doctest.testmod(video_synth).failed == 0
