@@ -267,3 +267,15 @@ def test_calibration_of_a_critic_that_sees_no_difference_is_one_half() -> None:
     calibration.observe(torch.full((8,), 3.0), torch.full((8,), 3.0))
     calibration.fit()
     assert calibration(torch.tensor([3.0])).item() == pytest.approx(0.5, abs=1e-6)
+
+
+def test_calibration_counts_only_scores_that_were_seen() -> None:
+    torch.manual_seed(0)
+    real, fake = 10 + torch.randn(32), 8 + torch.randn(32)
+    fits = []
+    for window in (32, 500):  # full, and mostly empty
+        calibration = ScoreCalibration(window)
+        calibration.observe(real, fake)
+        calibration.fit()
+        fits.append(torch.stack([calibration.slope, calibration.intercept]))
+    assert torch.allclose(*fits, rtol=1e-4)

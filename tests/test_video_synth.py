@@ -127,6 +127,18 @@ def test_rotation_turns_by_degrees_and_keeps_the_shape_in_a_wide_video() -> None
     assert torch.allclose(square, wide, atol=2)
 
 
+def test_rotation_of_a_wide_picture_keeps_lengths_in_pixels() -> None:
+    """A bar of 12 by 4 pixels in a 32 x 64 picture: its second moments, in pixels, turn without being stretched."""
+    x = torch.zeros(8, 1, 32, 64)
+    x[:, :, 14:18, 26:38] = 1
+    video = synthesize_video(x, 48, dataclasses.replace(STILL, rotation=90), seeded())
+    rows, columns = (torch.arange(32) - 15.5)[:, None], (torch.arange(64) - 31.5)[None, :]
+    weight = video[:, :, 0] / video[:, :, 0].sum(dim=(2, 3), keepdim=True)
+    spread = (weight * (rows**2 + columns**2)).sum(dim=(2, 3))
+    assert torch.allclose(spread, torch.full_like(spread, (12**2 + 4**2 - 2) / 12), rtol=0.1)
+    assert (weight * rows**2).sum(dim=(2, 3)).max() > 8  # it does turn: lying flat this is 1.25
+
+
 def test_brightness_and_contrast_follow_their_formulas() -> None:
     x = pictures()
     bright = synthesize_video(x, 16, dataclasses.replace(STILL, brightness=0.2), seeded())
