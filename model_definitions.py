@@ -192,8 +192,7 @@ class ScoreCalibration(nn.Module):
             p = torch.sigmoid(design @ solution)
             gradient = design.T @ (weight * (p - target)) / count + ridge @ solution
             hessian = (design * (weight * p * (1 - p))[:, None]).T @ design / count + ridge
-            # A full Newton step can overshoot where scores separate cleanly; steps of at most 2 cannot.
-            solution = solution - torch.linalg.solve(hessian, gradient).clamp(-2, 2)
+            solution = solution - torch.linalg.solve(hessian, gradient)
         self.slope.copy_(solution[0] / spread)
         self.intercept.copy_(solution[1] - solution[0] * centre / spread)
 

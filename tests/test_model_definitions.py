@@ -279,3 +279,11 @@ def test_calibration_counts_only_scores_that_were_seen() -> None:
         calibration.fit()
         fits.append(torch.stack([calibration.slope, calibration.intercept]))
     assert torch.allclose(*fits, rtol=1e-4)
+
+
+def test_separable_scores_get_platts_cautious_probability() -> None:
+    """Eight real scores at 1 and eight generated at -1: (8 + 1) / (8 + 2), not certainty."""
+    calibration = ScoreCalibration(window=64)
+    calibration.observe(torch.ones(8), -torch.ones(8))
+    calibration.fit()
+    assert torch.allclose(calibration(torch.tensor([1.0, -1.0])), torch.tensor([0.9, 0.1]), atol=1e-4)

@@ -1,5 +1,6 @@
 """The loop and the command, run as a user runs them."""
 
+import itertools
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from PIL import Image
 import training
 from augmentation import DiffAugment
 from configuration import Config, config_from_dict, load_config
+from image_data import open_images
 from model_definitions import build_discriminator, build_generator
 from random_draws import Draws, base_fakes, stable_seed
 from run_directory import load_checkpoint
@@ -127,6 +129,30 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(tmp_path: Path, picture_fo
     assert not torch.equal(states[0]["generator"][key], states[2]["generator"][key])
     for file in ("samples/step_000004.png", "clips/step_000004.mp4"):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+
+
+def test_every_batch_reaches_the_critic_once_and_the_last_one_the_vae(
+    tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[torch.Tensor]] = {"critic_objective": [], "generator_objective": []}
+
+    def recorded(name: str):
+        function = getattr(training, name)
+
+        def record(generator, discriminator, x_real, *rest):
+            seen[name].append(x_real)
+            return function(generator, discriminator, x_real, *rest)
+
+        return record
+
+    for name in seen:
+        monkeypatch.setattr(training, name, recorded(name))
+    config = load_config(None, small(tmp_path, picture_folder, "training.steps=3"))
+    assert training.train(config) == 0
+    images = open_images(config.data, config.image, batch_size=4, seed=config.training.seed, device="cpu")
+    expected = list(itertools.islice(images.batches(), 6))
+    assert torch.equal(torch.stack(seen["critic_objective"]), torch.stack(expected))
+    assert torch.equal(torch.stack(seen["generator_objective"]), torch.stack(expected[1::2]))
 
 
 @pytest.mark.parametrize(
