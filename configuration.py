@@ -11,7 +11,7 @@ import math
 import types
 import typing
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ class OutputConfig:
     sample_every: int = _setting(1000, low=1)
     checkpoint_every: int = _setting(1000, low=1)
     samples: int = _setting(8, low=1, high=256)
-    fps: float = _setting(8.0, above=0, high=120)
+    fps: float = _setting(8.0, above=0, high=90)
     tensorboard: bool = True
 
 
@@ -169,8 +169,11 @@ def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -
             type or is out of range, or settings contradict each other.
     """
     layers = [] if file is None else [(str(file), _read_yaml(Path(file)))]
-    layers += [(f"override '{text}'", _read_override(text)) for text in overrides]
-    return _merge(layers)
+    together: dict[str, dict[str, Any]] = {}
+    for text in overrides:
+        for section, settings in _read_override(text).items():
+            together.setdefault(section, {}).update(settings)  # the last of several wins, as shells' users expect
+    return _merge([*layers, ("command line", together)])
 
 
 def config_from_dict(settings: dict[str, Any], source: str) -> Config:
@@ -180,7 +183,7 @@ def config_from_dict(settings: dict[str, Any], source: str) -> Config:
 
 def config_to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """The settings as plain dicts, lists, numbers and strings: safe for YAML, JSON and `weights_only` checkpoints."""
-    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+    return asdict(config)
 
 
 def config_to_yaml(config: Config) -> str:

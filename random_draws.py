@@ -90,7 +90,9 @@ class Draws:
         return torch.randn(*shape, device=self.device, generator=self.random)
 
     def _frames(self, *shape: int) -> Tensor:
-        return torch.randint(self.config.video.frames, shape, device=self.device, generator=self.random)
+        frames = torch.randint(self.config.video.frames, shape, device=self.device, generator=self.random)
+        # A shared update is the mean over the batch at one time, so all pictures then look at the same times.
+        return frames[:1].expand(shape) if self.config.weight_predictor.sharing == "shared" else frames
 
     def _judged_frame(self, batch: int) -> Tensor | None:
         return self._frames(batch) if self.config.loss.judged_frame == "random" else None

@@ -6,10 +6,10 @@ loss_curves.png    the same as a picture
 samples/           real, reconstruction, base and updated pictures from fixed noise: step_000100.png, ...
 clips/             synthetic and weight-driven videos of fixed samples: step_000100.mp4 and .webp
 checkpoints/       latest.pt, written whole or not at all
+    skipped.txt        broken images that were left out, where there were any
 """
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from configuration import Config, UserError, config_to_yaml
-from pictures import labelled_frames, labelled_grid, save_picture
+from pictures import labelled_frames, labelled_grid, save_picture, told_in_one_line, written_whole
 from video_files import write_video
 
 CHECKPOINT_FORMAT = 1
@@ -74,8 +74,9 @@ class RunDirectory:
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Appends one line to metrics.jsonl, whole and flushed, and the same numbers to TensorBoard."""
-        self._metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._metrics_file.flush()
+        with told_in_one_line(self.path / "metrics.jsonl"):
+            self._metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._metrics_file.flush()
         if self._tensorboard:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -102,13 +103,15 @@ class RunDirectory:
     def save_checkpoint(self, state: dict[str, Any]) -> Path:
         """Replaces checkpoints/latest.pt in one move: a reader sees the old file or the new one, never a part."""
         path = self.path / "checkpoints" / "latest.pt"
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with told_in_one_line(path), written_whole(path) as partial:
+            torch.save({"format": CHECKPOINT_FORMAT, **state}, partial)
         return path
+
+    def list_skipped(self, skipped: list[tuple[Path, str]]) -> None:
+        """Appends broken images to skipped.txt: path, tab, reason."""
+        path = self.path / "skipped.txt"
+        with told_in_one_line(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(f"{str(image)!r}\t{reason}\n" for image, reason in skipped)
 
     def plot_losses(self) -> Path:
         """Draws loss_curves.png from metrics.jsonl."""
@@ -180,9 +183,8 @@ def plot_losses(records: list[dict[str, float]], path: Path) -> None:
             axis.set_yscale("log")
         if len(names) > 1 and axis.lines:
             axis.legend(fontsize=8, frameon=False)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=110, format="png")
-    partial.replace(path)
+    with told_in_one_line(path), written_whole(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
 
 
 def _environment() -> dict[str, Any]:

@@ -115,28 +115,34 @@ def train(config: Config) -> int:
     """Runs the whole training that the settings describe. Returns the exit status."""
     RunDirectory.check_free(config)
     device = choose_device(config.runtime.device)
+    prepare_device(device)
     torch.manual_seed(config.training.seed)
     generator = build_generator(config).to(device)
     discriminator = build_discriminator(config).to(device)
     generator_ema = copy.deepcopy(generator).requires_grad_(False)
+    generator_ema.predictor.gru.flatten_parameters()  # a copy's weights lie apart, which cuDNN would mend at every call
     images = open_images(
         config.data, config.image, batch_size=config.training.batch_size, seed=config.training.seed, device=device
     )
     steps = total_steps(config, images.count)
     optimizers = build_optimizers(config, generator, discriminator)
+    fixed = FixedSamples(
+        config, generator, images
+    )  # reads images: what is wrong with them shows before a folder is made
     run = RunDirectory(config)
     log = Log(run, steps, config)
     log.line(images.description)
     log.line(describe_device(device))
     log.line(f"{describe_update(generator)}; {describe_length(config, steps, images.count)}")
     log.line(f"writing to {run.path}/")
-    fixed = FixedSamples(config, generator, images)
+    log.skipped(images.skipped)
     draws = Draws(config, device)
     batches = images.batches()
     critic_parameters = list(discriminator.parameters())
     generator_parameters = list(generator.parameters())
     with StopRequest() as stop:
-        fixed.save(run, log, 0, generator_ema)
+        with log.pause():
+            log.line(f"first pictures, untrained: {fixed.save(run, 0, generator_ema)}")
         for step in range(1, steps + 1):
             for repeat in range(config.training.n_critic):
                 x_real = next(batches)
@@ -154,14 +160,20 @@ def train(config: Config) -> int:
             log.collect(step, metrics_on_device(critic, loss, output, generator, discriminator, config))
 
             done = step == steps or stop.requested
+            sample_due = done or step % config.output.sample_every == 0
+            checkpoint_due = done or step % config.output.checkpoint_every == 0
             if done or step % config.output.log_every == 0:
-                log.write(step)  # the one place where the device is waited for
-            if done or step % config.output.sample_every == 0:
-                fixed.save(run, log, step, generator_ema)
-            if done or step % config.output.checkpoint_every == 0:
-                log.check({"generator": generator, "discriminator": discriminator})
-                discriminator.calibration.fit()
-                run.save_checkpoint(checkpoint(config, step, generator, generator_ema, discriminator, optimizers))
+                log.write(step)  # here, and below where something is due, the device is waited for; nowhere else
+                log.skipped(images.skipped)
+            if sample_due or checkpoint_due:
+                with log.pause():
+                    log.check({"generator": generator, "discriminator": discriminator})
+                    if sample_due:
+                        fixed.save(run, step, generator_ema)
+                    if checkpoint_due:
+                        discriminator.calibration.fit()
+                        state = checkpoint(config, step, generator, generator_ema, discriminator, optimizers)
+                        run.save_checkpoint(state)
             if done:
                 break
     run.close()
@@ -290,6 +302,13 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def prepare_device(device: torch.device) -> None:
+    """Makes `device` the current one, with convolutions in true fp32, as the gradient penalty wants them."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # on by default: a mantissa of 10 bits instead of 23
+
+
 def total_steps(config: Config, image_count: int) -> int:
     """`training.steps`, or the iterations that `training.epochs` passes over the pictures take."""
     if config.training.steps is not None:
@@ -323,7 +342,7 @@ def describe_length(config: Config, steps: int, image_count: int) -> str:
 def dry_run(config: Config) -> int:
     """Checks everything, loads one batch, and prints what would run. Writes nothing."""
     device = choose_device(config.runtime.device)
-    RunDirectory.check_free(config)
+    prepare_device(device)
     torch.manual_seed(config.training.seed)
     generator, discriminator = build_generator(config).to(device), build_discriminator(config).to(device)
     images = open_images(
@@ -367,7 +386,11 @@ def dry_run_report(
     yield f"  head {config.weight_predictor.head}: {describe_update(generator)}"
     yield ""
     yield f"{describe_device(device)}; {describe_length(config, total_steps(config, images.count), images.count)}"
-    yield f"a run would write to {Path(config.output.root) / config.output.name}/; nothing was written"
+    try:
+        RunDirectory.check_free(config)
+        yield f"a run would write to {Path(config.output.root) / config.output.name}/; nothing was written"
+    except UserError as error:  # no reason not to look
+        yield f"a run would be refused: {error}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -392,6 +415,21 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before training began; from then on Ctrl-C saves first
+        return 130
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return out_of_memory(error)
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        return out_of_memory(error)
+
+
+def out_of_memory(error: BaseException) -> int:
+    """One line for a device or a machine that is too small; exit status 2."""
+    hint = "try a smaller training.batch_size, video.height and video.width, or weight_predictor.head=low_rank"
+    print(f"error: out of memory ({' '.join(str(error).split())[:100]}); {hint}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

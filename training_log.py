@@ -4,6 +4,7 @@ import math
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -28,6 +29,7 @@ class Log:
         self.run, self.steps = run, steps
         self.images_per_step = config.training.n_critic * config.training.batch_size
         self.names: list[str] = []
+        self.skipped_count = 0
         self.sums: Tensor | None = None
         self.first_bad: Tensor | None = None
         self.step = self.since_step = 0
@@ -87,7 +89,8 @@ class Log:
         metrics["images_seen"] = step * self.images_per_step
         metrics["speed/images_per_second"] = (step - self.since_step) * self.images_per_step / seconds
         metrics["speed/seconds_per_step"] = seconds / (step - self.since_step)
-        metrics["memory/peak_gb"] = peak_memory_gb(self.sums.device)
+        if (memory := peak_memory_gb(self.sums.device)) is not None:
+            metrics["memory/peak_gb"] = memory
         metrics["seconds"] = time.perf_counter() - self.started
         self.run.log_metrics(step, metrics)
         self.show(step, metrics)
@@ -107,8 +110,18 @@ class Log:
             left = (self.steps - step) * metrics["speed/seconds_per_step"]
             print(f"step {step}/{self.steps}  {summary}, {duration(left)} left", flush=True)
 
+    def skipped(self, skipped: list[tuple[Path, str]]) -> None:
+        """Lists broken images that were met since the last call, on the screen and in skipped.txt."""
+        new = skipped[self.skipped_count :]
+        if new:
+            self.skipped_count = len(skipped)
+            self.run.list_skipped(new)
+            self.line(
+                f"skipped {len(new)} broken images, {len(skipped)} in all; {self.run.path / 'skipped.txt'} lists them"
+            )
+
     def pause(self) -> "_Pause":
-        """A context whose time is not counted as training time: drawing samples, say."""
+        """A context whose time is not counted in images/s: drawing samples, writing a checkpoint."""
         return _Pause(self)
 
     def finish(self, step: int, signal_number: int) -> None:
@@ -148,6 +161,8 @@ class _Pause:
         self.log = log
 
     def __enter__(self) -> None:
+        if self.log.sums is not None and self.log.sums.device.type == "cuda":
+            torch.cuda.synchronize()  # or steps still under way would count as pause
         self.started = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
@@ -166,29 +181,27 @@ class FixedSamples:
         self.x_real = images.fixed_sample(count)
 
     @torch.no_grad()
-    def save(self, run: RunDirectory, log: Log, step: int, generator: Generator) -> None:
-        """Writes the sample grid, the clips and the curves of this moment."""
-        with log.pause():
-            output = generator(self.z, self.motion)
-            mu, _ = generator.vae.encode(self.x_real)
-            path = run.save_samples(
-                step,
-                {
-                    "real": self.x_real,
-                    "reconstruction": generator.vae.decode(mu),
-                    "base image": output.x_base,
-                    "updated image": output.x_fake,
-                },
-            )
-            count = min(4, len(self.z))
-            frames = generator.draw_frames(generator.features(self.z), output.states)
-            watched = functional.interpolate(output.video.flatten(0, 1), size=frames.shape[-2:])  # as coarse as it is
-            watched = watched.unflatten(0, output.video.shape[:2])
-            run.save_clip(step, {"synthetic video": watched[:count], "weight-driven video": frames[:count]})
-            if step:
-                run.plot_losses()
-        if step == 0:
-            log.line(f"first pictures: {path}")
+    def save(self, run: RunDirectory, step: int, generator: Generator) -> Path:
+        """Writes the sample grid, the clips and the curves of this moment; returns the grid's path."""
+        output = generator(self.z, self.motion)
+        mu, _ = generator.vae.encode(self.x_real)
+        path = run.save_samples(
+            step,
+            {
+                "real": self.x_real,
+                "reconstruction": generator.vae.decode(mu),
+                "base image": output.x_base,
+                "updated image": output.x_fake,
+            },
+        )
+        count = len(self.z) if generator.shared else min(4, len(self.z))  # a shared update is the mean over all samples
+        frames = generator.draw_frames(generator.features(self.z[:count]), output.states[:count])[:4]
+        watched = functional.interpolate(output.video.flatten(0, 1), size=frames.shape[-2:])  # as coarse as it is
+        watched = watched.unflatten(0, output.video.shape[:2])[:4]
+        run.save_clip(step, {"synthetic video": watched, "weight-driven video": frames})
+        if step:
+            run.plot_losses()
+        return path
 
 
 class StopRequest:
@@ -218,12 +231,14 @@ class StopRequest:
             signal.signal(other, signal.SIG_DFL)
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory so far, of the GPU's allocator, or of the process on a CPU."""
+def peak_memory_gb(device: torch.device) -> float | None:
+    """Peak memory so far, of the GPU's allocator, or of the process on a CPU; None where the system doesn't tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource  # not on every platform, and needed only here
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
 

@@ -19,6 +19,7 @@ import argparse
 import math
 import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -190,6 +191,16 @@ def _warp(images: Tensor, paths: dict[str, Tensor], strengths: MotionStrengths, 
 # ----------------------------------------------------------------------------------------------------------- preview
 
 
+_UNITS = {
+    "shift": "largest shift, share of the side",
+    "zoom": "largest relative change of size",
+    "rotation": "largest turn, degrees",
+    "brightness": "largest relative change of the values",
+    "contrast": "largest relative change of the distance from the mean",
+    "noise": "standard deviation of the grain, for values in [0, 1]",
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
     # Only the preview needs files; the networks above don't.
     from configuration import UserError
@@ -203,14 +214,15 @@ def main(arguments: list[str] | None = None) -> int:
         "  python video_synth.py photo.jpg clip.webp --size 256 --frames 48 --shift 0.2 --zoom 0 --noise 0\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("picture", help="any picture file")
+    parser.add_argument("picture", help="any picture file; its centre is cut to a square")
     parser.add_argument("clip", help="the file to write: .mp4, .webp, .gif, .png (APNG), or a new folder for frames")
     parser.add_argument("--size", type=int, default=128, help="side of the clip in pixels (%(default)s)")
     parser.add_argument("--frames", type=int, default=32, help="frames in one closed path (%(default)s)")
     parser.add_argument("--fps", type=float, default=16, help="frames per second (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which paths (%(default)s)")
     for strength in fields(MotionStrengths):
-        parser.add_argument(f"--{strength.name}", type=float, default=strength.default, help="strength (%(default)s)")
+        unit = _UNITS[strength.name]
+        parser.add_argument(f"--{strength.name}", type=float, default=strength.default, help=f"{unit} (%(default)s)")
     options = parser.parse_args(arguments)
     try:
         for name, lowest in (("size", 4), ("frames", 1)):
@@ -221,6 +233,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         if not (0 <= strengths.zoom < 1 and all(getattr(strengths, one.name) >= 0 for one in fields(strengths))):
             raise UserError("motion strengths must be 0 or more, and --zoom below 1")
+        if not Path(options.picture).is_file():
+            raise UserError(f"{options.picture}: no such file; give a picture to preview")
         picture = decode_image(options.picture, options.size, 3)[None].float() / 255
         video = synthesize_video(picture, options.frames, strengths, torch.Generator().manual_seed(options.seed))
         write_video(options.clip, video[0], fps=options.fps)

@@ -6,6 +6,7 @@ picture, while θ itself is trained as usual. Three pieces lie between the GRU a
 
     code (..., update_size)  --head-->  u (..., total_size)  --bounded_update · rms θ-->  Δ (..., total_size)
 
+The bound acts on each weight, so a low rank and a channel's common factor are exact only while u is small against it.
 `UpdateSpec` says which tensors Δ is made of; a head turns the predicted code into one number u per weight, in units of
 that tensor's root mean square; `bounded_update` limits it, so that no prediction can wreck the decoder.
 """
@@ -162,16 +163,18 @@ class LowRankHead(nn.Module):
         self.tensors = spec.tensors
         self.ranks = [min(rank, *tensor.matrix_shape) if len(tensor.shape) > 1 else 0 for tensor in spec.tensors]
         self.update_size = 0
-        self.start_factors = nn.ParameterList()
+        self.start_factors = nn.ParameterList()  # of the tensors with a rank, in order
         for tensor, tensor_rank in zip(self.tensors, self.ranks, strict=True):
             rows, columns = tensor.matrix_shape
-            self.start_factors.append(nn.Parameter(torch.randn(tensor_rank, columns)))
+            if tensor_rank:
+                self.start_factors.append(nn.Parameter(torch.randn(tensor_rank, columns)))
             self.update_size += tensor_rank * (rows + columns) if tensor_rank else tensor.size
 
     def forward(self, code: Tensor, relative_weights: Tensor) -> Tensor:
         """code (..., update_size) -> u (..., total_size); `relative_weights` is not needed."""
         pieces, start = [], 0
-        for tensor, rank, start_factor in zip(self.tensors, self.ranks, self.start_factors, strict=True):
+        start_factors = iter(self.start_factors)
+        for tensor, rank in zip(self.tensors, self.ranks, strict=True):
             if not rank:
                 pieces.append(code[..., start : start + tensor.size])
                 start += tensor.size
@@ -181,7 +184,7 @@ class LowRankHead(nn.Module):
             start += rows * rank
             v = code[..., start : start + rank * columns].unflatten(-1, (rank, columns))
             start += rank * columns
-            u = a @ (start_factor + v) / math.sqrt(rank)
+            u = a @ (next(start_factors) + v) / math.sqrt(rank)
             if tensor.channel_dim == 1:  # back from (out, in, ...) to the stored (in, out, ...)
                 inputs, _, *kernel = tensor.shape
                 u = u.unflatten(-1, (inputs, *kernel)).transpose(-2 - len(kernel), -1 - len(kernel))

@@ -100,9 +100,10 @@ def test_lists_whole_floats_and_null() -> None:
     assert config.video.height is None
 
 
-@pytest.mark.parametrize("root", ["my pictures", "a: b #c", "[x]", "null", "007", "~weird*&", " lead"])
+@pytest.mark.parametrize("root", ["my pictures", "a: b #c", "[x]", "a${b", "null", "007", "~weird*&", " lead"])
 def test_a_path_on_the_command_line_is_taken_as_it_stands(root: str) -> None:
-    assert load_config(None, [f"data.root={root}"]).data.root == root
+    config = load_config(None, [f"data.root={root}"])
+    assert config.data.root == config_to_dict(config)["data"]["root"] == root
 
 
 def test_a_later_layer_chooses_between_steps_and_epochs(write) -> None:
@@ -111,7 +112,12 @@ def test_a_later_layer_chooses_between_steps_and_epochs(write) -> None:
     training = load_config(write("training: {epochs: 3}"), ["training.steps=7"]).training
     assert (training.steps, training.epochs) == (7, None)
     assert "contradict" in message(write("training: {steps: 10, epochs: 3}"))
+    assert "contradict" in message(None, "training.steps=10", "training.epochs=3")
     assert "both null" in message(write("training: {steps: null, epochs: null}"))
+
+
+def test_the_last_of_several_overrides_wins() -> None:
+    assert load_config(None, ["training.steps=10", "training.steps=11"]).training.steps == 11
 
 
 def test_resolved_settings_round_trip(write) -> None:

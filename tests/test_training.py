@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from PIL import Image
 
 import training
 from augmentation import DiffAugment
-from configuration import Config, config_from_dict, load_config
+from configuration import Config, UserError, config_from_dict, load_config
 from image_data import open_images
 from model_definitions import build_discriminator, build_generator
 from random_draws import Draws, base_fakes, stable_seed
@@ -113,7 +112,12 @@ def test_the_checkpoint_rebuilds_the_generator(finished_run: Path) -> None:
 def test_the_average_is_neither_the_start_nor_the_end(finished_run: Path) -> None:
     state = load_checkpoint(finished_run / "checkpoints" / "latest.pt")
     name = "vae.decoder.stage1.weight"
-    assert not torch.equal(state["generator"][name], state["generator_ema"][name])
+    config = config_from_dict(state["config"], "checkpoint")
+    torch.manual_seed(config.training.seed)
+    start = build_generator(config).state_dict()[name]
+    end, average = state["generator"][name], state["generator_ema"][name]
+    assert (average - end).norm() > 0
+    assert (average - end).norm() < 0.9 * (start - end).norm()
 
 
 def test_the_same_seed_gives_the_same_run_bit_for_bit(tmp_path: Path, picture_folder: Path) -> None:
@@ -129,6 +133,16 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(tmp_path: Path, picture_fo
     assert not torch.equal(states[0]["generator"][key], states[2]["generator"][key])
     for file in ("samples/step_000004.png", "clips/step_000004.mp4"):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+
+
+def test_images_that_stream_give_the_same_run_as_images_in_memory(tmp_path: Path, picture_folder: Path) -> None:
+    states = []
+    for name, storage in (("memory", []), ("stream", ["data.memory_gb=0", "data.workers=2"])):
+        overrides = small(tmp_path, picture_folder, "training.steps=3", "data.mirror=true", *storage, name=name)
+        assert training.train(load_config(None, overrides)) == 0
+        states.append(load_checkpoint(tmp_path / name / "checkpoints" / "latest.pt")["generator"])
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]), key
 
 
 def test_every_batch_reaches_the_critic_once_and_the_last_one_the_vae(
@@ -162,6 +176,7 @@ def test_every_batch_reaches_the_critic_once_and_the_last_one_the_vae(
         ["weight_predictor.head=per_channel", "weight_predictor.sharing=shared"],
         ["image.channels=1", "video.height=8", "video.width=5"],
         ["loss.lambda_video=0.1", "loss.judged_frame=random"],
+        ["loss.lambda_video=0.1", "loss.judged_frame=random", "weight_predictor.sharing=shared"],
         ["training.diffaugment=[color,translation,cutout]", "loss.base_fake_share=0"],
         ["loss.base_fake_share=1", "video.detach=false", "data.mirror=true"],
         ["training.batch_size=30", "data.memory_gb=0", "data.workers=1"],
@@ -196,6 +211,15 @@ def test_draws_depend_on_seed_step_and_repeat_alone() -> None:
         assert not torch.equal(first.z, other.z)
     assert stable_seed(0, 1, "critic", 2) != stable_seed(0, 12, "critic")
     assert stable_seed(0, 1, "critic", 2) == 5730188251129072798  # on any machine
+
+
+def test_a_shared_update_is_of_one_time_for_all_pictures() -> None:
+    for sharing, kinds in (("shared", 1), ("per_sample", 4)):
+        _, generator, _, draws = objects(
+            f"weight_predictor.sharing={sharing}", "loss.judged_frame=random", "video.frames=1000"
+        )
+        numbers = draws.generator(generator, 1)
+        assert len(numbers.frame.unique()) == len(numbers.video_times.unique(dim=0)) == kinds
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -294,6 +318,16 @@ def test_dry_run_shows_everything_and_writes_nothing(tmp_path: Path, picture_fol
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_dry_run_still_shows_everything_where_a_run_lies_already(tmp_path: Path, picture_folder: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").write_text("old")
+    done = command(tmp_path, "--dry-run", *small(tmp_path, picture_folder))
+    assert done.returncode == 0, done.stderr
+    assert "WEIGHT_UPDATE_SIZE" in done.stdout
+    assert "would be refused" in done.stdout
+    assert "output.name=run-2" in done.stdout
+
+
 def test_plain_lines_where_output_is_no_terminal(tmp_path: Path, picture_folder: Path) -> None:
     done = command(tmp_path, *small(tmp_path, picture_folder, "training.steps=4", "output.log_every=2"))
     assert done.returncode == 0, done.stderr
@@ -333,17 +367,46 @@ def test_a_run_folder_is_never_overwritten(tmp_path: Path, picture_folder: Path)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
 
 
-def test_non_finite_losses_stop_the_run_and_keep_the_last_checkpoint(tmp_path: Path, picture_folder: Path) -> None:
-    overrides = ["training.steps=60", "output.checkpoint_every=1", "output.log_every=20", "training.lr_discriminator=1",
-                 "training.lr_vae=1", "loss.lambda_gp=1e30"]  # fmt: skip
-    done = command(tmp_path, *small(tmp_path, picture_folder, *overrides))
-    assert_one_line(done, ["not finite at step", "training.lr_discriminator"])
-    named = int(re.search(r"not finite at step (\d+)", done.stderr).group(1))
-    kept = tmp_path / "run" / "checkpoints" / "latest.pt"
-    if kept.exists():
-        state = load_checkpoint(kept)
-        assert state["step"] < named
-        assert all(torch.isfinite(value).all() for value in state["generator"].values())
+@pytest.mark.parametrize(("log_every", "sample_every", "checkpoint_every"), [(20, 50, 2), (20, 1, 2), (1, 50, 2)])
+def test_non_finite_losses_stop_the_run_and_keep_the_last_checkpoint(
+    log_every: int, sample_every: int, checkpoint_every: int, tmp_path: Path, picture_folder: Path, monkeypatch
+) -> None:
+    calls = itertools.count(1)
+    objective = training.generator_objective
+
+    def poisoned(*arguments):
+        loss, output = objective(*arguments)
+        if next(calls) == 5:
+            loss = loss._replace(total=loss.total * math.nan, reconstruction=loss.reconstruction * math.nan)
+        return loss, output
+
+    monkeypatch.setattr(training, "generator_objective", poisoned)
+    overrides = ["training.steps=30", f"output.log_every={log_every}", f"output.sample_every={sample_every}",
+                 f"output.checkpoint_every={checkpoint_every}"]  # fmt: skip
+    with pytest.raises(UserError) as error:
+        training.train(load_config(None, small(tmp_path, picture_folder, *overrides)))
+    for words in ("generator/reconstruction", "not finite at step 5", "latest.pt", "training.lr_vae"):
+        assert words in str(error.value)
+    state = load_checkpoint(tmp_path / "run" / "checkpoints" / "latest.pt")
+    assert state["step"] == 4
+    assert all(torch.isfinite(value).all() for value in state["generator"].values())
+
+
+def test_weights_that_are_no_numbers_never_reach_a_checkpoint(
+    tmp_path: Path, picture_folder: Path, monkeypatch
+) -> None:
+    update_ema = training.update_ema
+
+    def poisoned(average, network, decay, step):
+        update_ema(average, network, decay, step)
+        if step == 3:
+            next(iter(network.vae.decoder.parameters())).data[0] = math.inf
+
+    monkeypatch.setattr(training, "update_ema", poisoned)
+    overrides = ["training.steps=3", "output.checkpoint_every=2"]
+    with pytest.raises(UserError, match="a weight of the generator is not finite at step 3"):
+        training.train(load_config(None, small(tmp_path, picture_folder, *overrides)))
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "latest.pt")["step"] == 2
 
 
 @pytest.mark.parametrize(
@@ -381,6 +444,21 @@ def test_a_broken_picture_is_named_or_skipped(tmp_path: Path, picture_folder: Pa
     assert done.returncode == 0, done.stderr
     assert "24 images" in done.stdout
     assert "skipped 1 broken" in done.stdout
+    assert "bad one.jpg" in (tmp_path / "run" / "skipped.txt").read_text()
+
+
+def test_broken_pictures_in_a_stream_are_listed_too(tmp_path: Path, picture_folder: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for path in picture_folder.rglob("*.png"):
+        (pictures / path.name).write_bytes(path.read_bytes())
+    (pictures / "07.png").write_bytes(b"")
+    stream = ["data.memory_gb=0", "data.on_broken=skip", "training.steps=6", "output.log_every=1"]
+    done = command(tmp_path, *small(tmp_path, pictures, *stream))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "skipped.txt").read_text().count("07.png") == 1
+    refused = command(tmp_path, *small(tmp_path, pictures, "data.memory_gb=0", "training.steps=6", name="other"))
+    assert_one_line(refused, ["07.png"])
 
 
 def assert_one_line(done: subprocess.CompletedProcess[str], words: list[str]) -> None:
@@ -393,13 +471,11 @@ def assert_one_line(done: subprocess.CompletedProcess[str], words: list[str]) ->
 
 
 def test_the_default_settings_start_on_the_embedded_images(tmp_path: Path) -> None:
-    """128 pixels, batch 16, as `python training.py` has them; two critic steps are enough to see it run."""
-    started = time.perf_counter()
+    """128 pixels, batch 16, as `python training.py` has them, for one critic step and one generator step."""
     config = load_config(ROOT / "config.yaml", [f"data.root={ROOT / 'data' / 'emoji'}", f"output.root={tmp_path}",
                                                 "training.steps=1", "training.n_critic=1"])  # fmt: skip
     assert training.train(config) == 0
     assert (tmp_path / "default" / "samples" / "step_000001.png").exists()
-    assert time.perf_counter() - started < 120
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
