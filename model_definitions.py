@@ -250,8 +250,7 @@ class Generator(nn.Module):
         features = self.features(z)
         x_base = self.draw_base(features)
         video, states = self.watch(x_base, motion)
-        state = states[:, -1] if frame is None else states[torch.arange(len(z), device=z.device), frame]
-        relative_update = self.predict_update(state)
+        relative_update = self.predict_update(states_at(states, frame))
         return GeneratorOutput(x_base, video, states, relative_update, self.draw_updated(features, relative_update))
 
     def draw_motion(self, batch: int, generator: torch.Generator | None = None) -> Motion:
@@ -319,6 +318,21 @@ class Generator(nn.Module):
 
     def _decoder_parameters(self) -> dict[str, Tensor]:
         return {f"decoder.{name}": parameter for name, parameter in self.vae.decoder.named_parameters()}
+
+
+def states_at(states: Tensor, times: Tensor | None) -> Tensor:
+    """Picks GRU states (B, T, hidden_size) of each picture's own times.
+
+    Args:
+        times: (B,) or (B, K) frame numbers; None takes the last frame's.
+
+    Returns:
+        (B, hidden_size) for (B,) or None, (B, K, hidden_size) for (B, K).
+    """
+    if times is None:
+        return states[:, -1]
+    rows = torch.arange(len(states), device=states.device)
+    return states[rows.view(-1, *[1] * (times.dim() - 1)), times]
 
 
 def build_generator(config: Config) -> Generator:

@@ -26,7 +26,14 @@ from augmentation import DiffAugment
 from configuration import Config, UserError, config_to_dict, config_to_yaml, load_config
 from image_data import TrainingImages, open_images
 from losses import CriticLoss, GeneratorLoss, critic_loss, generator_loss, update_penalty, vae_loss, video_loss
-from model_definitions import Discriminator, Generator, GeneratorOutput, build_discriminator, build_generator
+from model_definitions import (
+    Discriminator,
+    Generator,
+    GeneratorOutput,
+    build_discriminator,
+    build_generator,
+    states_at,
+)
 from random_draws import CriticDraws, Draws, GeneratorDraws, base_fakes
 from run_directory import RunDirectory
 from training_log import FixedSamples, Log, StopRequest
@@ -52,7 +59,7 @@ def critic_objective(
         x_base = generator.draw_base(features)
         if n_base < len(x_base):
             _, states = generator.watch(x_base[n_base:], draws.motion)
-            update = generator.predict_update(pick_frame(states, draws.frame))
+            update = generator.predict_update(states_at(states, draws.frame))
             x_fake = torch.cat([x_base[:n_base], generator.draw_updated(features[n_base:], update)])
         else:
             x_fake = x_base
@@ -83,8 +90,8 @@ def generator_objective(
     reconstruction, kl = vae_loss(x_real, x_rec, mu, logvar)
     video = x_real.new_zeros(())
     if loss.lambda_video:
-        rows = torch.arange(len(draws.z), device=x_real.device)[:, None]
-        frames = generator.draw_frames(generator.features(draws.z), output.states[rows, draws.video_times])
+        states = states_at(output.states, draws.video_times)
+        frames = generator.draw_frames(generator.features(draws.z), states)
         target = generator.synthesizer(output.x_base.detach(), draws.motion, draws.video_times, full_size=True)
         video = video_loss(frames, target)
     return generator_loss(  #                                                                  6
@@ -101,11 +108,6 @@ def generator_objective(
         lambda_update=loss.lambda_update,
         lambda_video=loss.lambda_video,
     ), output
-
-
-def pick_frame(states: Tensor, frame: Tensor | None) -> Tensor:
-    """GRU states (B, T, hidden) -> the state at `frame` (B,), or the last: (B, hidden)."""
-    return states[:, -1] if frame is None else states[torch.arange(len(states), device=states.device), frame]
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
@@ -126,9 +128,8 @@ def train(config: Config) -> int:
     )
     steps = total_steps(config, images.count)
     optimizers = build_optimizers(config, generator, discriminator)
-    fixed = FixedSamples(
-        config, generator, images
-    )  # reads images: what is wrong with them shows before a folder is made
+    # Reads images, so that a broken one shows before the run's folder is made.
+    fixed = FixedSamples(config, generator, images)
     run = RunDirectory(config)
     log = Log(run, steps, config)
     log.line(images.description)
