@@ -22,7 +22,7 @@ from run_directory import RunDirectory
 class Log:
     """Averages each interval's metrics, writes them, shows progress, and stops a run whose losses are no numbers.
 
-    Steps hand over scalars that stay on the device; only `write` waits for it.
+    Steps hand over scalars that stay on the device; only `write` and `check` wait for it.
     """
 
     def __init__(self, run: RunDirectory, steps: int, config: Config) -> None:
