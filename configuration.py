@@ -188,7 +188,16 @@ def config_to_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 def config_to_yaml(config: Config) -> str:
     """The resolved settings as YAML text, in the order of `config.yaml`."""
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True, default_flow_style=None)
+    return yaml.dump(config_to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """One line a setting, as in config.yaml: lists stand on it too."""
+
+
+_Dumper.add_representer(
+    list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
+)
 
 
 def range_text(section: str, key: str) -> str:

@@ -350,8 +350,12 @@ def dry_run(config: Config) -> int:
         config.data, config.image, batch_size=config.training.batch_size, seed=config.training.seed, device=device
     )
     batch = next(images.batches())
-    for line in dry_run_report(config, device, generator, discriminator, images, batch):
-        print(line)
+    try:
+        for line in dry_run_report(config, device, generator, discriminator, images, batch):
+            print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; what is left goes nowhere, without a traceback
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

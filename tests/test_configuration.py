@@ -122,7 +122,9 @@ def test_the_last_of_several_overrides_wins() -> None:
 
 def test_resolved_settings_round_trip(write) -> None:
     config = load_config(None, ["vae.channels=[8,16]", "training.epochs=2", "data.root=a b: #c", "image.size=32"])
-    assert load_config(write(config_to_yaml(config))) == config
+    text = config_to_yaml(config)
+    assert load_config(write(text)) == config
+    assert len(text.splitlines()) == len(SECTIONS) + len(KEYS)  # one line each
     assert config_from_dict(config_to_dict(config), "a checkpoint") == config
 
 

@@ -328,6 +328,14 @@ def test_dry_run_still_shows_everything_where_a_run_lies_already(tmp_path: Path,
     assert "output.name=run-2" in done.stdout
 
 
+def test_dry_run_into_a_closed_pipe_is_quiet(tmp_path: Path, picture_folder: Path) -> None:
+    arguments = [sys.executable, str(ROOT / "training.py"), "--dry-run", *small(tmp_path, picture_folder)]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 0
+
+
 def test_plain_lines_where_output_is_no_terminal(tmp_path: Path, picture_folder: Path) -> None:
     done = command(tmp_path, *small(tmp_path, picture_folder, "training.steps=4", "output.log_every=2"))
     assert done.returncode == 0, done.stderr
