@@ -22,7 +22,6 @@ from image_data import open_images
 from model_definitions import build_discriminator, build_generator
 from random_draws import Draws, base_fakes, stable_seed
 from run_directory import load_checkpoint
-from training_log import duration
 from video_files import read_video
 
 
@@ -281,10 +280,6 @@ def test_epochs_become_steps() -> None:
     config = load_config(None, ["training.epochs=3", "training.batch_size=10", "training.n_critic=2"])
     assert training.total_steps(config, 50) == 8  # 150 pictures at 20 a step, rounded up
     assert training.total_steps(config, 1) == 1
-
-
-def test_durations_read_like_a_clock() -> None:
-    assert [duration(seconds) for seconds in (5, 93, 4000)] == ["0:05", "1:33", "1:06:40"]
 
 
 # -------------------------------------------------------------------------------------------------------- the command
