@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# torch's threads wait for each other by spinning, long by default: on 2 cores at a load near 4 a critic step took 887 ms
-# instead of 34. Asleep after 1,000 turns they took 98 ms beside two busy processes, and 45 ms alone.
+# torch's threads wait for each other by spinning, long by default: on 2 cores at a load near 4 a critic step took 887
+# ms instead of 34. Asleep after 1,000 turns they took 98 ms beside two busy processes, and 45 ms alone.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported
 
 import torch
