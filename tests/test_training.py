@@ -435,11 +435,17 @@ def test_bad_input_is_one_line_and_status_2(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_broken_picture_is_named_or_skipped(tmp_path: Path, picture_folder: Path) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+@pytest.fixture
+def pictures(tmp_path: Path, picture_folder: Path) -> Path:
+    """The 24 pictures in a flat folder of their own, for a test to spoil."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
     for path in picture_folder.rglob("*.png"):
-        (pictures / path.name).write_bytes(path.read_bytes())
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_a_broken_picture_is_named_or_skipped(tmp_path: Path, pictures: Path) -> None:
     (pictures / "bad one.jpg").write_bytes(b"\xff\xd8 no picture")
     arguments = small(tmp_path, pictures, "training.steps=1")
     assert_one_line(command(tmp_path, *arguments), ["bad one.jpg", "data.on_broken=skip"])
@@ -450,11 +456,7 @@ def test_a_broken_picture_is_named_or_skipped(tmp_path: Path, picture_folder: Pa
     assert "bad one.jpg" in (tmp_path / "run" / "skipped.txt").read_text()
 
 
-def test_broken_pictures_in_a_stream_are_listed_too(tmp_path: Path, picture_folder: Path) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for path in picture_folder.rglob("*.png"):
-        (pictures / path.name).write_bytes(path.read_bytes())
+def test_broken_pictures_in_a_stream_are_listed_too(tmp_path: Path, pictures: Path) -> None:
     (pictures / "07.png").write_bytes(b"")
     stream = ["data.memory_gb=0", "data.on_broken=skip", "training.steps=6", "output.log_every=1"]
     done = command(tmp_path, *small(tmp_path, pictures, *stream))
