@@ -6,6 +6,7 @@ depends on the seed and its number alone: not on where the images are kept, how 
 was stopped and resumed.
 """
 
+import hashlib
 import math
 import os
 import signal
@@ -41,6 +42,7 @@ class TrainingImages:
             are, and the next readable image takes their place.
         class_names: names of the class folders, sorted; empty for a flat folder.
         class_counts: class name -> number of its images.
+        fingerprint: SHA-256 of the images' names below `data.root`, in their order; the same wherever the folder lies.
         storage: `device` (uint8 on the GPU), `memory` (uint8 in RAM) or `stream` (decoded by workers as needed).
     """
 
@@ -52,22 +54,24 @@ class TrainingImages:
         self._broken: dict[int, str] = {}  # index in the folder -> reason
         self._images: Tensor | None = None  # uint8 (count, C, H, W) unless streaming
         shape = (len(folder), image.channels, image.size, image.size)
-        numbers = [number for _, number in folder.samples]
+        kept = list(range(len(folder)))
         if math.prod(shape) > data.memory_gb * 1e9:
             self.storage = "stream"
         else:
             self._images, kept = self._load(shape, progress)
-            numbers = [numbers[index] for index in kept]
             self.storage = "memory"
             # At most half of what is free, so that a large set never makes the networks run out of memory.
             if self.device.type == "cuda" and self._images.nbytes <= torch.cuda.mem_get_info(self.device)[0] / 2:
                 self._images = self._images.to(self.device)
                 self.storage = "device"
+        numbers = [folder.samples[index][1] for index in kept]
         self.count = len(numbers)
         self._megabytes = self.count * math.prod(shape[1:]) / 1e6
         self.class_names = list(folder.classes)
         per_class = Counter(numbers)
         self.class_counts = {name: per_class[number] for number, name in enumerate(self.class_names)}
+        names = [folder.samples[index][0].removeprefix(folder.root) for index in kept]
+        self.fingerprint = hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()
 
     @property
     def skipped(self) -> list[tuple[Path, str]]:

@@ -177,6 +177,8 @@ class WeightPredictorRNN(nn.Module):
 class GeneratorOutput(NamedTuple):
     """What one pass through the generator makes."""
 
+    features: Tensor
+    """(B, ...), z behind the decoder layers that no update changes."""
     x_base: Tensor
     """(B, C, H, W) in [0, 1], drawn with θ."""
     video: Tensor
@@ -251,7 +253,8 @@ class Generator(nn.Module):
         x_base = self.draw_base(features)
         video, states = self.watch(x_base, motion)
         relative_update = self.predict_update(states_at(states, frame))
-        return GeneratorOutput(x_base, video, states, relative_update, self.draw_updated(features, relative_update))
+        x_fake = self.draw_updated(features, relative_update)
+        return GeneratorOutput(features, x_base, video, states, relative_update, x_fake)
 
     def draw_motion(self, batch: int, generator: torch.Generator | None = None) -> Motion:
         """The random numbers of the synthetic videos of `batch` pictures, on the generator's device."""

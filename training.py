@@ -4,280 +4,110 @@ python training.py                                      the default settings of 
 python training.py --config config_quick.yaml           small pictures, a few minutes on a laptop
 python training.py data.root=my_pictures output.name=my-run training.steps=50000
 python training.py --dry-run                            check everything, show what would run, and stop
+
+The same command again goes on with a run that was stopped or killed.
 """
 
 import argparse
-import copy
 import math
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 # torch's threads wait for each other by spinning, long by default: on 2 cores at a load near 4 a critic step took 887
 # ms instead of 34. Asleep after 1,000 turns they took 98 ms beside two busy processes, and 45 ms alone.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from augmentation import DiffAugment
-from configuration import Config, UserError, config_to_dict, config_to_yaml, load_config
+from configuration import Config, UserError, config_to_yaml, load_config
 from image_data import TrainingImages, open_images
-from losses import CriticLoss, GeneratorLoss, critic_loss, generator_loss, update_penalty, vae_loss, video_loss
-from model_definitions import (
-    Discriminator,
-    Generator,
-    GeneratorOutput,
-    build_discriminator,
-    build_generator,
-    states_at,
-)
-from random_draws import CriticDraws, Draws, GeneratorDraws, base_fakes
+from model_definitions import Discriminator, Generator, build_discriminator, build_generator
+from random_draws import Draws
+from resume import CheckpointKeeper, already_finished, check_pictures, resume_point
 from run_directory import RunDirectory
+from step_runners import EagerSteps
 from training_log import FixedSamples, Log, StopRequest
+from training_state import TrainingState
 
-# ------------------------------------------------------------------------------------------------ the two objectives
 
+def train(config: Config, accept_changes: bool = False) -> int:
+    """Runs the training that the settings describe, from its newest checkpoint on if it has one.
 
-def critic_objective(
-    generator: Generator,
-    discriminator: Discriminator,
-    x_real: Tensor,
-    draws: CriticDraws,
-    augment: DiffAugment,
-    config: Config,
-) -> CriticLoss:
-    """The critic's loss on real pictures (B, C, H, W) and as many generated ones: first base, then updated pictures.
+    Args:
+        accept_changes: go on with a run although settings that change what is learned are other ones now.
 
-    A critic that never sees base pictures as fakes has no opinion of them, and lets them go grey.
+    Returns:
+        The exit status: 0, or 128 + the number of the signal that stopped it.
     """
-    with torch.no_grad():  # also keeps the penalty's double backward away from the GRU: cuDNN has none
-        n_base = base_fakes(config)
-        features = generator.features(draws.z)
-        x_base = generator.draw_base(features)
-        if n_base < len(x_base):
-            _, states = generator.watch(x_base[n_base:], draws.motion)
-            update = generator.predict_update(states_at(states, draws.frame))
-            x_fake = torch.cat([x_base[:n_base], generator.draw_updated(features[n_base:], update)])
-        else:
-            x_fake = x_base
-    return critic_loss(
-        discriminator,
-        augment(x_real, draws.augment_real),
-        augment(x_fake, draws.augment_fake),
-        draws.epsilon,
-        lambda_gp=config.loss.lambda_gp,
-        epsilon_drift=config.loss.epsilon_drift,
-    )
-
-
-def generator_objective(
-    generator: Generator,
-    discriminator: Discriminator,
-    x_real: Tensor,
-    draws: GeneratorDraws,
-    augment: DiffAugment,
-    config: Config,
-) -> tuple[GeneratorLoss, GeneratorOutput]:
-    """The loss of θ and the GRU together, numbered as in the README's picture of one iteration."""
-    loss = config.loss
-    output = generator(draws.z, draws.motion, draws.frame)  #                                  1 to 4
-    x_judged = augment(torch.cat([output.x_fake, output.x_base]), draws.augment)
-    score_fake, score_base = discriminator(x_judged).chunk(2)  #                               5
-    x_rec, mu, logvar = generator.vae(x_real, draws.posterior)
-    reconstruction, kl = vae_loss(x_real, x_rec, mu, logvar)
-    video = x_real.new_zeros(())
-    if loss.lambda_video:
-        states = states_at(output.states, draws.video_times)
-        frames = generator.draw_frames(generator.features(draws.z), states)
-        target = generator.synthesizer(output.x_base.detach(), draws.motion, draws.video_times, full_size=True)
-        video = video_loss(frames, target)
-    return generator_loss(  #                                                                  6
-        score_fake=score_fake,
-        score_base=score_base,
-        reconstruction=reconstruction,
-        kl=kl,
-        update=update_penalty(output.relative_update),
-        video=video,
-        lambda_adv=loss.lambda_adv,
-        lambda_base=loss.lambda_base,
-        lambda_vae=loss.lambda_vae,
-        beta=loss.beta,
-        lambda_update=loss.lambda_update,
-        lambda_video=loss.lambda_video,
-    ), output
-
-
-# ---------------------------------------------------------------------------------------------------------- the loop
-
-
-def train(config: Config) -> int:
-    """Runs the whole training that the settings describe. Returns the exit status."""
-    RunDirectory.check_free(config)
+    stop = StopRequest(config.training.max_minutes)
+    run = RunDirectory(config)
+    saved, notes = resume_point(run, config, accept_changes)
     device = choose_device(config.runtime.device)
     prepare_device(device)
-    torch.manual_seed(config.training.seed)
-    generator = build_generator(config).to(device)
-    discriminator = build_discriminator(config).to(device)
-    generator_ema = copy.deepcopy(generator).requires_grad_(False)
-    generator_ema.predictor.gru.flatten_parameters()  # a copy's weights lie apart, which cuDNN would mend at every call
+    state = TrainingState(config, device)
     images = open_images(
         config.data, config.image, batch_size=config.training.batch_size, seed=config.training.seed, device=device
     )
     steps = total_steps(config, images.count)
-    optimizers = build_optimizers(config, generator, discriminator)
     # Reads images, so that a broken one shows before the run's folder is made.
-    fixed = FixedSamples(config, generator, images)
-    run = RunDirectory(config)
-    log = Log(run, steps, config)
+    fixed = FixedSamples(config, state.generator, images)
+    if saved:
+        check_pictures(saved, images.fingerprint, images.count, str(run.path), accept_changes)
+        state.restore(saved)
+    if state.step >= steps:
+        return already_finished(run, config, state.step)
+    run.begin(state.step)
+    log = Log(run, steps, config, state.step)
+    for note in notes:
+        log.line(note)
     log.line(images.description)
     log.line(describe_device(device))
-    log.line(f"{describe_update(generator)}; {describe_length(config, steps, images.count)}")
+    log.line(f"{describe_update(state.generator)}; {describe_length(config, steps, images.count)}")
     log.line(f"writing to {run.path}/")
     log.skipped(images.skipped)
+    if saved:
+        log.restore(saved["log"], device)
     draws = Draws(config, device)
-    batches = images.batches()
-    critic_parameters = list(discriminator.parameters())
-    generator_parameters = list(generator.parameters())
-    with StopRequest() as stop:
-        with log.pause():
-            log.line(f"first pictures, untrained: {fixed.save(run, 0, generator_ema)}")
-        for step in range(1, steps + 1):
-            for repeat in range(config.training.n_critic):
+    runner = EagerSteps(state, draws.augment)
+    n_critic = config.training.n_critic
+    batches = images.batches(first=state.step * n_critic)
+    keeper = CheckpointKeeper(run, config, images, saved)
+    with stop:
+        if state.step == 0:
+            with log.pause():
+                log.line(f"first pictures, untrained: {fixed.save(run, 0, state.generator_ema)}")
+        while state.step < steps:
+            step = state.step + 1
+            for repeat in range(n_critic):
                 x_real = next(batches)
-                numbers = draws.critic(generator, step, repeat)
-                critic = critic_objective(generator, discriminator, x_real, numbers, draws.augment, config)
-                set_gradients(critic.total, critic_parameters)
-                optimizers["discriminator"].step()
-                discriminator.calibration.observe(critic.score_real.detach(), critic.score_fake.detach())
+                critic = runner.critic_step(x_real, draws.critic(state.generator, step, repeat))
+            metrics = runner.generator_step(x_real, draws.generator(state.generator, step))
+            state.step = step
+            log.collect(step, critic | metrics)
 
-            numbers = draws.generator(generator, step)
-            loss, output = generator_objective(generator, discriminator, x_real, numbers, draws.augment, config)
-            set_gradients(loss.total, generator_parameters)
-            optimizers["generator"].step()
-            update_ema(generator_ema, generator, config.training.ema_decay, step)
-            log.collect(step, metrics_on_device(critic, loss, output, generator, discriminator, config))
-
-            done = step == steps or stop.requested
-            sample_due = done or step % config.output.sample_every == 0
-            checkpoint_due = done or step % config.output.checkpoint_every == 0
-            if done or step % config.output.log_every == 0:
+            last, stopping = step == steps, stop.requested
+            sample_due = last or stopping or step % config.output.sample_every == 0
+            checkpoint_due = last or stopping or step % config.output.checkpoint_every == 0
+            if last or step % config.output.log_every == 0:
                 log.write(step)  # here, and below where something is due, the device is waited for; nowhere else
                 log.skipped(images.skipped)
             if sample_due or checkpoint_due:
                 with log.pause():
-                    log.check({"generator": generator, "discriminator": discriminator})
+                    log.check({"generator": state.generator, "discriminator": state.discriminator})
+                    if stopping:  # first: who sends SIGTERM may not wait for pictures
+                        keeper.save(state, log, last=True)
                     if sample_due:
-                        fixed.save(run, step, generator_ema)
-                    if checkpoint_due:
-                        discriminator.calibration.fit()
-                        state = checkpoint(config, step, generator, generator_ema, discriminator, optimizers)
-                        run.save_checkpoint(state)
-            if done:
+                        fixed.save(run, step, state.generator_ema)
+                    if checkpoint_due and not stopping:
+                        keeper.save(state, log, last)
+            if stopping:
                 break
     run.close()
-    log.finish(step, stop.signal_number)
-    return 128 + stop.signal_number if stop.requested and step < steps else 0
-
-
-def set_gradients(loss: Tensor, parameters: list[nn.Parameter]) -> None:
-    """Sets `.grad` of `parameters`, and of nothing else, to the gradient of `loss`; zero for those it doesn't reach."""
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
-
-
-def build_optimizers(config: Config, generator: Generator, discriminator: Discriminator) -> dict[str, torch.optim.Adam]:
-    """Adam for the critic, and one for the generator with a learning rate for the VAE and one for the predictor.
-
-    The predictor's rate is its own: at the VAE's, its first step would move the weights several times further than the
-    VAE's own step does, since every weight's update sums a step of each GRU unit.
-    """
-    training = config.training
-    vae = list(generator.vae.parameters())
-    predictor = [*generator.predictor.parameters(), *generator.head.parameters()]
-    groups = [{"params": vae, "lr": training.lr_vae}, {"params": predictor, "lr": training.lr_predictor}]
-    betas = (training.adam_betas[0], training.adam_betas[1])
-    return {
-        "generator": torch.optim.Adam(groups, betas=betas, fused=True),
-        "discriminator": torch.optim.Adam(
-            discriminator.parameters(), lr=training.lr_discriminator, betas=betas, fused=True
-        ),
-    }  # fmt: skip
-
-
-@torch.no_grad()
-def update_ema(average: nn.Module, network: nn.Module, decay: float, step: int) -> None:
-    """Moves the exponential moving average towards the network: average += (1 - decay) · (network - average).
-
-    Early on the decay is smaller, (1 + step) / (10 + step), so that the average doesn't remember the initial weights.
-    """
-    weight = 1 - min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), weight)
-
-
-def checkpoint(
-    config: Config,
-    step: int,
-    generator: Generator,
-    generator_ema: Generator,
-    discriminator: Discriminator,
-    optimizers: dict[str, torch.optim.Adam],
-) -> dict[str, Any]:
-    """Everything that rebuilds the networks and goes on: plain dicts, numbers, texts and tensors."""
-    return {
-        "step": step,
-        "images_seen": step * config.training.n_critic * config.training.batch_size,
-        "config": config_to_dict(config),
-        "update_spec": generator.spec.to_dict(),
-        "generator": generator.state_dict(),
-        "generator_ema": generator_ema.state_dict(),
-        "discriminator": discriminator.state_dict(),
-        "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-    }
-
-
-def metrics_on_device(
-    critic: CriticLoss,
-    loss: GeneratorLoss,
-    output: GeneratorOutput,
-    generator: Generator,
-    discriminator: Discriminator,
-    config: Config,
-) -> dict[str, Tensor]:
-    """What `metrics.jsonl` tells of a step, as scalars on the device; the log reads them once an interval."""
-
-    def norm(network: nn.Module) -> Tensor:
-        return torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
-
-    n_base = base_fakes(config)
-    relative = output.relative_update.detach()
-    metrics = {
-        "critic/total": critic.total,
-        "critic/gap": -critic.wasserstein,
-        "critic/penalty": critic.penalty,
-        "critic/drift": critic.drift,
-        "score/real": critic.score_real.mean(),
-        "generator/total": loss.total,
-        "generator/adversarial": loss.adversarial,
-        "generator/adversarial_base": loss.adversarial_base,
-        "generator/reconstruction": loss.reconstruction,
-        "generator/kl": loss.kl,
-        "generator/update": loss.update,
-        "generator/video": loss.video,
-        "update/relative_size": relative.square().mean().sqrt(),
-        "update/saturated_share": (relative.abs() > 0.95 * generator.bound).float().mean(),
-        "gradient_norm/discriminator": norm(discriminator),
-        "gradient_norm/vae": norm(generator.vae),
-        "gradient_norm/predictor": norm(generator.predictor),
-    }
-    if n_base:
-        metrics["score/base"] = critic.score_fake[:n_base].mean()
-    if n_base < len(critic.score_fake):
-        metrics["score/updated"] = critic.score_fake[n_base:].mean()
-    return {name: value.detach() for name, value in metrics.items()}
+    log.finish(state.step, stop)
+    return stop.exit_status if state.step < steps else 0
 
 
 # ------------------------------------------------------------------------------------------------------ small helpers
@@ -392,8 +222,9 @@ def dry_run_report(
     yield ""
     yield f"{describe_device(device)}; {describe_length(config, total_steps(config, images.count), images.count)}"
     try:
-        RunDirectory.check_free(config)
-        yield f"a run would write to {Path(config.output.root) / config.output.name}/; nothing was written"
+        RunDirectory.check(config)
+        place = Path(config.output.root) / config.output.name
+        yield f"a run would {'go on in' if RunDirectory.holds_run(place) else 'write to'} {place}/; nothing was written"
     except UserError as error:  # no reason not to look
         yield f"a run would be refused: {error}"
 
@@ -412,11 +243,14 @@ def main(arguments: list[str] | None = None) -> int:
     default = Path(__file__).with_name("config.yaml")
     parser.add_argument("--config", metavar="FILE", default=default, help="YAML file with settings (config.yaml)")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and stop")
+    parser.add_argument(
+        "--accept-changes", action="store_true", help="resume with settings that change what is learned"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
     options = parser.parse_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
-        return dry_run(config) if options.dry_run else train(config)
+        return dry_run(config) if options.dry_run else train(config, options.accept_changes)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

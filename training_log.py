@@ -1,9 +1,11 @@
 """What the user sees while a run trains: progress, metrics, samples of fixed latents, and how it is stopped."""
 
 import math
+import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,40 +27,72 @@ class Log:
     Steps hand over scalars that stay on the device; only `write` and `check` wait for it.
     """
 
-    def __init__(self, run: RunDirectory, steps: int, config: Config) -> None:
+    def __init__(self, run: RunDirectory, steps: int, config: Config, done: int = 0) -> None:
         self.run, self.steps = run, steps
         self.images_per_step = config.training.n_critic * config.training.batch_size
         self.names: list[str] = []
+        self.latest: dict[str, float] = {}
         self.skipped_count = 0
         self.sums: Tensor | None = None
         self.first_bad: Tensor | None = None
-        self.step = self.since_step = 0
-        self.since_time = time.perf_counter()
-        self.started = self.since_time
+        self.step = self.since_step = done
+        self.since_time = self.started = time.perf_counter()
         self.is_terminal = sys.stderr.isatty()
         self.bar = tqdm(
             total=steps,
+            initial=done,
             unit="step",
             disable=not self.is_terminal,
             dynamic_ncols=True,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
         )
 
+    def state(self) -> dict[str, Any]:
+        """The interval that has begun, so that the line it becomes is the same after a stop between its steps."""
+        now = time.perf_counter()
+        return {
+            "names": self.names,
+            "sums": self.sums,
+            "since_step": self.since_step,
+            "interval_seconds": now - self.since_time,
+            "seconds": now - self.started,
+            "latest": self.latest,
+        }
+
+    def restore(self, saved: dict[str, Any], device: torch.device) -> None:
+        """Goes on with what `state` gave."""
+        now = time.perf_counter()
+        self.since_step, self.latest = saved["since_step"], saved["latest"]
+        self.since_time, self.started = now - saved["interval_seconds"], now - saved["seconds"]
+        if saved["sums"] is not None:
+            self.names = saved["names"]
+            self._begin_interval(saved["sums"].to(device))
+
     def line(self, text: str) -> None:
-        """Prints one line, above the bar where there is one."""
-        tqdm.write(text) if self.is_terminal else print(text, flush=True)
+        """Prints one line, above the bar where there is one. A terminal or pipe that is gone stops no training."""
+        try:
+            tqdm.write(text) if self.is_terminal else print(text, flush=True)
+        except OSError:
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def collect(self, step: int, metrics: dict[str, Tensor]) -> None:
         """Adds one step's scalars, without waiting for the device."""
         values = torch.stack([value.float() for value in metrics.values()])
-        if self.sums is None or self.first_bad is None:
+        if self.sums is None or self.first_bad is None or self.names != list(metrics):
             self.names = list(metrics)
-            self.sums = torch.zeros_like(values)
-            self.first_bad = torch.full(values.shape, math.inf, device=values.device, dtype=torch.float64)
+            self.since_step = step - 1
+            self._begin_interval(torch.zeros_like(values))
+        assert self.sums is not None
+        assert self.first_bad is not None
         self.sums += values
         self.first_bad = torch.where(values.isfinite(), self.first_bad, self.first_bad.clamp_max(step))
         self.step = step
         self.bar.update()
+
+    def _begin_interval(self, sums: Tensor) -> None:
+        self.sums = sums.clone()
+        self.first_bad = torch.full(sums.shape, math.inf, device=sums.device, dtype=torch.float64)
 
     def check(self, networks: dict[str, nn.Module] | None = None) -> None:
         """Stops a run that has gone wrong, before its state reaches a checkpoint. Waits for the device.
@@ -93,6 +127,7 @@ class Log:
             metrics["memory/peak_gb"] = memory
         metrics["seconds"] = time.perf_counter() - self.started
         self.run.log_metrics(step, metrics)
+        self.latest = metrics
         self.show(step, metrics)
         self.sums.zero_()
         self.since_step, self.since_time = step, time.perf_counter()
@@ -108,7 +143,7 @@ class Log:
             self.bar.set_postfix_str(summary)
         else:
             left = (self.steps - step) * metrics["speed/seconds_per_step"]
-            print(f"step {step}/{self.steps}  {summary}, {duration(left)} left", flush=True)
+            self.line(f"step {step}/{self.steps}  {summary}, {duration(left)} left")
 
     def skipped(self, skipped: list[tuple[Path, str]]) -> None:
         """Lists broken images that were met since the last call, on the screen and in skipped.txt."""
@@ -124,16 +159,18 @@ class Log:
         """A context whose time is not counted in images/s: drawing samples, writing a checkpoint."""
         return _Pause(self)
 
-    def finish(self, step: int, signal_number: int) -> None:
+    def finish(self, step: int, stop: "StopRequest") -> None:
         """The last words of a run."""
         self.close()
-        elapsed = duration(time.perf_counter() - self.started)
-        if signal_number and step < self.steps:
-            self.line(
-                f"stopped by {signal.Signals(signal_number).name} after step {step}; all is saved in {self.run.path}/"
-            )
+        if stop.requested and step < self.steps:
+            self.line(f"stopped by {stop.reason} after step {step}; all is saved in {self.run.path}/")
+            self.line("the same command goes on from there")
             return
-        self.line(f"finished {step} steps in {elapsed}. Look at:")
+        self.line(f"finished {step} steps in {duration(time.perf_counter() - self.started)}. Look at:")
+        self.results(step)
+
+    def results(self, step: int) -> None:
+        """Where to find what a finished run has left."""
         for what, where in (
             ("pictures", f"samples/step_{step:06d}.png"),
             ("videos", f"clips/step_{step:06d}.mp4"),
@@ -144,16 +181,31 @@ class Log:
 
     def _stop(self, what: str) -> NoReturn:
         self.close()
-        kept = self.run.path / "checkpoints" / "latest.pt"
+        kept, network = self.run.path / "checkpoints" / "latest.pt", _suspect(what)
         raise UserError(
             f"training stopped: {what}; "
             + (f"the last good checkpoint is {kept}" if kept.exists() else "no checkpoint was written yet")
-            + "; try smaller training.lr_discriminator, training.lr_vae and training.lr_predictor"
+            + f"; it began in the {network}: try a smaller training.lr_{network}, or training.clip_{network}=10"
+            + (", and go on from there with --accept-changes" if kept.exists() else "")
         )
 
     def close(self) -> None:
         """Ends the progress bar."""
         self.bar.close()
+
+
+def _suspect(what: str) -> str:
+    """The network that the first bad numbers point at. A bad loss makes several gradients bad, so losses count first."""
+    for signs, network in (
+        (("critic/", "score/", "discriminator"), "discriminator"),
+        (("generator/reconstruction", "generator/kl"), "vae"),
+        (("generator/update", "generator/video", "update/"), "predictor"),
+        (("gradient_norm/vae",), "vae"),
+        (("gradient_norm/predictor",), "predictor"),
+    ):
+        if any(sign in what for sign in signs):
+            return network
+    return "vae"
 
 
 class _Pause:
@@ -205,18 +257,38 @@ class FixedSamples:
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second one ends the process."""
+    """Turns Ctrl-C, SIGTERM, a closed terminal or the end of `training.max_minutes` into a stop after the step.
 
-    def __init__(self) -> None:
+    A second signal ends the process at once.
+    """
+
+    def __init__(self, max_minutes: float | None = None) -> None:
         self.signal_number = 0
+        self.max_minutes = max_minutes
+        self._ends = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._before: dict[int, Any] = {}
 
     @property
     def requested(self) -> bool:
-        return self.signal_number != 0
+        return self.signal_number != 0 or time.monotonic() >= self._ends
+
+    @property
+    def reason(self) -> str:
+        """`SIGINT`, `SIGTERM`, or which time is over."""
+        if self.signal_number:
+            return signal.Signals(self.signal_number).name
+        return f"training.max_minutes={self.max_minutes:g}"
+
+    @property
+    def exit_status(self) -> int:
+        """128 + the signal's number, as shells have it; 0 for the end of a time that the user has set."""
+        return 128 + self.signal_number if self.signal_number else 0
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                continue  # under nohup a closed terminal is to be ignored
             self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -226,9 +298,10 @@ class StopRequest:
 
     def _handle(self, number: int, _: object) -> None:
         self.signal_number = number
-        print("\nstopping after this step and saving; press Ctrl-C again to leave at once", file=sys.stderr)
         for other in self._before:
             signal.signal(other, signal.SIG_DFL)
+        with suppress(OSError):  # not print: it may have been interrupted in the middle of a print itself
+            os.write(2, b"\nstopping after this step and saving; press Ctrl-C again to leave at once\n")
 
 
 def peak_memory_gb(device: torch.device) -> float | None:

@@ -1,0 +1,105 @@
+"""The two objectives of a training step, and what its metrics tell. Pure functions of weights, pictures and draws."""
+
+import torch
+from torch import Tensor
+
+from augmentation import DiffAugment
+from configuration import Config
+from losses import CriticLoss, GeneratorLoss, critic_loss, generator_loss, update_penalty, vae_loss, video_loss
+from model_definitions import Discriminator, Generator, GeneratorOutput, states_at
+from random_draws import CriticDraws, GeneratorDraws, base_fakes
+
+
+def critic_objective(
+    generator: Generator,
+    discriminator: Discriminator,
+    x_real: Tensor,
+    draws: CriticDraws,
+    augment: DiffAugment,
+    config: Config,
+) -> CriticLoss:
+    """The critic's loss on real pictures (B, C, H, W) and as many generated ones: first base, then updated pictures.
+
+    A critic that never sees base pictures as fakes has no opinion of them, and lets them go grey.
+    """
+    with torch.no_grad():  # also keeps the penalty's double backward away from the GRU: cuDNN has none
+        n_base = base_fakes(config)
+        features = generator.features(draws.z)
+        x_base = generator.draw_base(features)
+        if n_base < len(x_base):
+            _, states = generator.watch(x_base[n_base:], draws.motion)
+            update = generator.predict_update(states_at(states, draws.frame))
+            x_fake = torch.cat([x_base[:n_base], generator.draw_updated(features[n_base:], update)])
+        else:
+            x_fake = x_base
+    return critic_loss(
+        discriminator,
+        augment(x_real, draws.augment_real),
+        augment(x_fake, draws.augment_fake),
+        draws.epsilon,
+        lambda_gp=config.loss.lambda_gp,
+        epsilon_drift=config.loss.epsilon_drift,
+    )
+
+
+def generator_objective(
+    generator: Generator,
+    discriminator: Discriminator,
+    x_real: Tensor,
+    draws: GeneratorDraws,
+    augment: DiffAugment,
+    config: Config,
+) -> tuple[GeneratorLoss, GeneratorOutput]:
+    """The loss of θ and the GRU together, numbered as in the README's picture of one iteration."""
+    loss = config.loss
+    output = generator(draws.z, draws.motion, draws.frame)  #                                  1 to 4
+    x_judged = augment(torch.cat([output.x_fake, output.x_base]), draws.augment)
+    score_fake, score_base = discriminator(x_judged).chunk(2)  #                               5
+    x_rec, mu, logvar = generator.vae(x_real, draws.posterior)
+    reconstruction, kl = vae_loss(x_real, x_rec, mu, logvar)
+    video = x_real.new_zeros(())
+    if loss.lambda_video:
+        states = states_at(output.states, draws.video_times)
+        frames = generator.draw_frames(output.features, states)
+        target = generator.synthesizer(output.x_base.detach(), draws.motion, draws.video_times, full_size=True)
+        video = video_loss(frames, target)
+    return generator_loss(  #                                                                  6
+        score_fake=score_fake,
+        score_base=score_base,
+        reconstruction=reconstruction,
+        kl=kl,
+        update=update_penalty(output.relative_update),
+        video=video,
+        lambda_adv=loss.lambda_adv,
+        lambda_base=loss.lambda_base,
+        lambda_vae=loss.lambda_vae,
+        beta=loss.beta,
+        lambda_update=loss.lambda_update,
+        lambda_video=loss.lambda_video,
+    ), output
+
+
+def critic_metrics(critic: CriticLoss, config: Config) -> dict[str, Tensor]:
+    """What `metrics.jsonl` tells of a critic step, as scalars on the device."""
+    n_base = base_fakes(config)
+    metrics = {
+        "critic/total": critic.total,
+        "critic/gap": -critic.wasserstein,
+        "critic/penalty": critic.penalty,
+        "critic/drift": critic.drift,
+        "score/real": critic.score_real.mean(),
+    }
+    if n_base:
+        metrics["score/base"] = critic.score_fake[:n_base].mean()
+    if n_base < len(critic.score_fake):
+        metrics["score/updated"] = critic.score_fake[n_base:].mean()
+    return {name: value.detach() for name, value in metrics.items()}
+
+
+def generator_metrics(loss: GeneratorLoss, output: GeneratorOutput, bound: float) -> dict[str, Tensor]:
+    """What `metrics.jsonl` tells of a generator step, as scalars on the device."""
+    relative = output.relative_update.detach()
+    metrics = {f"generator/{name}": value.detach() for name, value in loss._asdict().items()}
+    metrics["update/relative_size"] = relative.square().mean().sqrt()
+    metrics["update/saturated_share"] = (relative.abs() > 0.95 * bound).float().mean()
+    return metrics

@@ -1,0 +1,149 @@
+"""All that training changes: the networks, the generator's average, the optimizers and the step. A checkpoint holds it.
+
+Everything else that a step depends on follows from the settings and the step's number: its random draws
+(`random_draws.py`), its pictures (`TrainingImages.batches`), and the decay of the average.
+"""
+
+import copy
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from configuration import Config, TrainingConfig
+from model_definitions import build_discriminator, build_generator
+
+
+class TrainingState:
+    """Networks, average and optimizers of a run, on `device`; at step 0 they follow from the seed.
+
+    Attributes:
+        step: iterations done.
+        generator: θ, the GRU and its head, as they train.
+        generator_ema: their exponential moving average, which draws samples.
+        discriminator: the critic, with the calibration of its probability.
+        optimizers: "generator" (a group of parameters for the VAE, one for the predictor) and "discriminator".
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        torch.manual_seed(config.training.seed)
+        self.config = config
+        self.device = device
+        self.step = 0
+        self.generator = build_generator(config).to(device)
+        self.discriminator = build_discriminator(config).to(device)
+        self.generator_ema = copy.deepcopy(self.generator).requires_grad_(False)
+        self.generator_ema.predictor.gru.flatten_parameters()  # a copy's weights lie apart: cuDNN mends it every call
+        training = config.training
+        self.parameters: dict[str, list[nn.Parameter]] = {
+            "vae": list(self.generator.vae.parameters()),
+            "predictor": [*self.generator.predictor.parameters(), *self.generator.head.parameters()],
+            "discriminator": list(self.discriminator.parameters()),
+        }
+        rates = learning_rates(training)
+        betas = (training.adam_betas[0], training.adam_betas[1])
+
+        def adam(*networks: str) -> torch.optim.Adam:
+            groups = [{"params": self.parameters[name], "lr": rates[name]} for name in networks]
+            return torch.optim.Adam(groups, betas=betas, fused=True)
+
+        # The predictor's rate is its own: at the VAE's, its first step would move the weights several times further
+        # than the VAE's own step does, since every weight's update sums a step of each GRU unit.
+        self.optimizers = {"generator": adam("vae", "predictor"), "discriminator": adam("discriminator")}
+
+    def apply_gradients(self, optimizer: str, gradients: dict[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+        """One optimizer step; a network's gradient longer than `training.clip_<network>` is scaled down to it first.
+
+        Args:
+            optimizer: "generator" or "discriminator".
+            gradients: network name -> gradients in the order of `parameters[name]`.
+
+        Returns:
+            `gradient_norm/<network>` before clipping, and where clipping is on `clipped_share/<network>`, 0 or 1;
+            scalars on the device.
+        """
+        metrics = {}
+        for network, values in gradients.items():
+            for parameter, gradient in zip(self.parameters[network], values, strict=True):
+                parameter.grad = gradient
+            norm = get_total_norm(values)
+            metrics[f"gradient_norm/{network}"] = norm
+            longest = getattr(self.config.training, f"clip_{network}")
+            if longest is not None:
+                # A norm that is no number makes every gradient one: the log stops the run before its next checkpoint.
+                clip_grads_with_norm_(self.parameters[network], longest, norm)
+                metrics[f"clipped_share/{network}"] = (norm > longest).float()
+        self.optimizers[optimizer].step()
+        return metrics
+
+    @torch.no_grad()
+    def update_ema(self, step: int) -> None:
+        """Moves the average towards the generator: average += (1 - decay) · (network - average).
+
+        Early on the decay is smaller, (1 + step) / (10 + step), so that the average doesn't remember the first weights.
+        """
+        weight = 1 - min(self.config.training.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.generator_ema.parameters()), list(self.generator.parameters()), weight)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The state as plain dicts, numbers, texts and tensors; the tensors are the training ones, not copies."""
+        return {
+            "step": self.step,
+            "generator": self.generator.state_dict(),
+            "generator_ema": self.generator_ema.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "random": _random_states(),
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Takes over what `to_dict` gave, with the learning rates of the present settings.
+
+        Raises:
+            RuntimeError, KeyError, ValueError: `saved` is of other networks.
+        """
+        for name in ("generator", "generator_ema", "discriminator"):
+            getattr(self, name).load_state_dict(saved[name])
+        rates = learning_rates(self.config.training)
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(saved["optimizers"][name])
+            networks = ("vae", "predictor") if name == "generator" else ("discriminator",)
+            for network, group in zip(networks, optimizer.param_groups, strict=True):
+                group["lr"] = rates[network]
+                group["betas"] = tuple(self.config.training.adam_betas)
+        _restore_random_states(saved["random"])
+        self.step = saved["step"]
+
+
+def learning_rates(training: TrainingConfig) -> dict[str, float]:
+    """Network name -> learning rate."""
+    return {
+        "vae": training.lr_vae,
+        "predictor": training.lr_predictor,
+        "discriminator": training.lr_discriminator,
+    }
+
+
+def _random_states() -> dict[str, Any]:
+    """The libraries' own random states. Training draws nothing from them, but code that somebody adds may."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+    }
+
+
+def _restore_random_states(saved: dict[str, Any]) -> None:
+    version, numbers, gauss = saved["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = saved["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(saved["torch"].cpu())
+    if len(saved["cuda"]) == torch.cuda.device_count():  # on another machine there is nothing they could mean
+        torch.cuda.set_rng_state_all([state.cpu() for state in saved["cuda"]])
