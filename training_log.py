@@ -195,7 +195,7 @@ class Log:
 
 
 def _suspect(what: str) -> str:
-    """The network that the first bad numbers point at. A bad loss makes several gradients bad, so losses count first."""
+    """The network that the first bad numbers point at. A bad loss spoils several gradients, so losses count first."""
     for signs, network in (
         (("critic/", "score/", "discriminator"), "discriminator"),
         (("generator/reconstruction", "generator/kl"), "vae"),
