@@ -6,8 +6,10 @@ load without a word.
 """
 
 import hashlib
+import io
 import os
 import shutil
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -44,12 +46,15 @@ class Checkpoints:
             UserError: it cannot be written (disk full, no permission, folder gone); what was there is whole.
         """
         path = self.folder / f"step_{state['step']:06d}.pt"
-        if not self.folder.is_dir():  # not made anew: whoever moved or deleted it would get half a run
+        if not self.folder.is_dir():  # not made anew: who moved or deleted it would get half a run
             raise UserError(f"cannot write {path}: the folder is gone; was it moved or deleted?")
         state = _on_cpu(state)
         with told_in_one_line(path):
             with written_whole(path) as part:
-                torch.save({"format": CHECKPOINT_FORMAT, "checksum": checksum(state), **state}, part)
+                # By way of memory: torch's own file writer tells a full disk as an internal error without its reason.
+                content = io.BytesIO()
+                torch.save({"format": CHECKPOINT_FORMAT, "checksum": checksum(state), **state}, content)
+                part.write_bytes(content.getbuffer())
             self._link(path, "latest.pt")
             self.link_best(state)
             _sync_folder(self.folder)
@@ -128,7 +133,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         UserError: it is missing, cannot be read, or is of another version.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of odd pickles: the error below says all
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; a run keeps its newest in checkpoints/latest.pt") from None
     except (PermissionError, IsADirectoryError) as error:

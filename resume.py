@@ -172,7 +172,7 @@ class CheckpointKeeper:
             self.failed = 0
         except UserError as error:
             self.failed += 1
-            if last or self.failed == self.PATIENCE or not self.run.path.is_dir():
+            if last or self.failed == self.PATIENCE or not self.run.exists:
                 log.close()
                 raise UserError(
                     f"training stopped at step {state.step}: {error}; {self._kept()}; mend that, and the same command "

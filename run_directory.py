@@ -10,14 +10,15 @@ skipped.txt        broken images that were left out, where there were any
 run.lock           held by the process that writes here; it frees it by ending, however it ends
 """
 
+import errno
 import json
 import os
 import platform
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -105,38 +106,48 @@ class RunDirectory:
         if self.config.output.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a second to load
 
-            with self._never_fatal("tensorboard/"):
-                # TensorBoard then hides what was written for steps that are taken again.
+            def start() -> None:
+                # With `purge_step` it hides what was written for steps that are taken again.
                 self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=None if new else step + 1)
+
+            threading.excepthook = _without_tensorboards_thread
+            self._attempt("tensorboard/", start)
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Appends one line to metrics.jsonl, whole and flushed, and the same numbers to TensorBoard."""
-        with self._never_fatal("metrics.jsonl"):
-            self._metrics.append(json.dumps({"step": step, **metrics}))
+
+        def to_tensorboard() -> None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+        self._attempt("metrics.jsonl", lambda: self._metrics.append(json.dumps({"step": step, **metrics})))
         if self._tensorboard:
-            with self._never_fatal("tensorboard/"):
-                for name, value in metrics.items():
-                    self._tensorboard.add_scalar(name, value, step)
+            self._attempt("tensorboard/", to_tensorboard)
 
     def save_samples(self, step: int, columns: dict[str, Tensor]) -> Path:
         """Saves labelled columns of pictures, each (N, C, H, W) in [0, 1], as samples/step_<step>.png."""
         path = self.path / "samples" / f"step_{step:06d}.png"
-        with self._never_fatal("samples/"):
-            picture = labelled_grid(columns)
-            save_picture(path, picture)
-            if self._tensorboard:
-                pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
-                self._tensorboard.add_image(
-                    "samples", pixels.view(picture.height, picture.width, 3), step, dataformats="HWC"
-                )
+        picture = labelled_grid(columns)
+
+        def to_tensorboard() -> None:
+            pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
+            pixels = pixels.view(picture.height, picture.width, 3)
+            self._tensorboard.add_image("samples", pixels, step, dataformats="HWC")
+
+        self._attempt("samples/", lambda: save_picture(path, picture))
+        if self._tensorboard:
+            self._attempt("tensorboard/", to_tensorboard)
         return path
 
     def save_clip(self, step: int, columns: dict[str, Tensor]) -> Path:
         """Saves labelled columns of videos, each (N, T, C, H, W) in [0, 1], as clips/step_<step>.mp4 and .webp."""
         path = self.path / "clips" / f"step_{step:06d}.mp4"
-        with self._never_fatal("clips/"):
+
+        def write() -> None:
             for ending in (".webp", ".mp4"):
                 write_video(path.with_suffix(ending), labelled_frames(columns), fps=self.config.output.fps)
+
+        self._attempt("clips/", write)
         return path
 
     def save_checkpoint(self, state: dict[str, Any]) -> Path:
@@ -145,50 +156,64 @@ class RunDirectory:
         Raises:
             UserError: it cannot be written; the checkpoints of before are whole.
         """
-        with self._never_fatal("metrics.jsonl"):
-            self._metrics.sync()
+        self._attempt("metrics.jsonl", self._metrics.sync)
         if self._tensorboard:
-            with self._never_fatal("tensorboard/"):
-                self._tensorboard.flush()
+            self._attempt("tensorboard/", self._tensorboard.flush)
         return self.checkpoints.save(state)
 
     def list_skipped(self, skipped: list[tuple[Path, str]]) -> None:
         """Adds broken images to skipped.txt that aren't in it yet: path, tab, reason."""
         path = self.path / "skipped.txt"
-        with self._never_fatal("skipped.txt"):
+
+        def write() -> None:
             known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
             lines = [f"{str(image)!r}\t{reason}" for image, reason in skipped]
             with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(f"{line}\n" for line in lines if line not in known)
 
+        self._attempt("skipped.txt", write)
+
     def plot_losses(self) -> Path:
         """Draws loss_curves.png from metrics.jsonl."""
         path = self.path / "loss_curves.png"
-        with self._never_fatal("loss_curves.png"):
+
+        def write() -> None:
             lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
             plot_losses([json.loads(line) for line in lines], path)
+
+        self._attempt("loss_curves.png", write)
         return path
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Flushes and closes the logs, and frees the folder."""
-        with self._never_fatal("metrics.jsonl"):
-            self._metrics.close()
+        self._metrics.close()
         if self._tensorboard:
-            with self._never_fatal("tensorboard/"):
-                self._tensorboard.close()
+            self._attempt("tensorboard/", self._tensorboard.close)
+        threading.excepthook = threading.__excepthook__
         if self._lock:
             self._lock.close()
 
-    @contextmanager
-    def _never_fatal(self, what: str) -> Iterator[None]:
-        """Tells once that `what` cannot be written, and once that it can again; training goes on."""
+    def _attempt(self, what: str, write: Callable[[], None]) -> None:
+        """Writes; tells once that `what` cannot be written, and once that it can again. Training goes on."""
         try:
-            yield
+            if not self.exists:  # or writing would make half a run anew
+                raise FileNotFoundError(errno.ENOENT, "the run's folder is gone; was it moved or deleted?")
+            write()
         except (OSError, UserError) as error:
+            reason = error
+            if isinstance(error, OSError):
+                reason = UserError(f"cannot write {self.path / what}: {error.strerror or error}")
             if what not in self._failing:
-                reason = error if isinstance(error, UserError) else f"cannot write {self.path / what} ({error})"
                 self._warn(f"{reason}; training goes on without {what}")
             self._failing.add(what)
+            if what == "tensorboard/":  # its writer thread has ended, and would raise the same error for ever
+                self._tensorboard = None
         else:
             if what in self._failing:
                 self._failing.remove(what)
@@ -236,7 +261,7 @@ class _Lines:
         self._whole = 0  # bytes of the file that are whole lines
         self._waiting: list[str] = []
 
-    def open(self, keep: Any) -> None:
+    def open(self, keep: Callable[[str], bool]) -> None:
         """Opens the file and cuts it where `keep(line)` is first false or fails, as on a line that was cut short."""
         self._file = self.path.open("r+b" if self.path.exists() else "w+b")
         self._whole = 0
@@ -261,7 +286,7 @@ class _Lines:
         os.lseek(descriptor, self._whole, os.SEEK_SET)
         written = os.write(descriptor, content)
         if written < len(content):
-            raise OSError(28, "No space left on device")
+            raise OSError(errno.ENOSPC, "No space left on device")
         self._whole += written
         self._waiting.clear()
 
@@ -272,6 +297,12 @@ class _Lines:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _without_tensorboards_thread(failure: threading.ExceptHookArgs) -> None:
+    """No traceback for TensorBoard's writer thread: its error is raised again at the next call, and told there."""
+    if type(failure.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(failure)
 
 
 def free_name(path: Path) -> str:

@@ -75,7 +75,7 @@ def train(config: Config, accept_changes: bool = False) -> int:
     n_critic = config.training.n_critic
     batches = images.batches(first=state.step * n_critic)
     keeper = CheckpointKeeper(run, config, images, saved)
-    with stop:
+    with run, stop:
         if state.step == 0:
             with log.pause():
                 log.line(f"first pictures, untrained: {fixed.save(run, 0, state.generator_ema)}")
@@ -105,7 +105,6 @@ def train(config: Config, accept_changes: bool = False) -> int:
                         keeper.save(state, log, last)
             if stopping:
                 break
-    run.close()
     log.finish(state.step, stop)
     return stop.exit_status if state.step < steps else 0
 

@@ -1,5 +1,6 @@
 """Small pictures, small settings, and commands run as a user runs them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -44,6 +45,27 @@ def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture.paste(colour, (4 + index % 5, 3, 13 + index % 3, 15))
         picture.save(folder / f"{index:02d}.png")
     return root
+
+
+def small(folder: Path, pictures: Path, *overrides: str, name: str = "run") -> list[str]:
+    """Overrides for a small run that writes to `folder / name`."""
+    return [*SMALL, f"data.root={pictures}", f"output.root={folder}", f"output.name={name}", *overrides]
+
+
+def metrics_of(run: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a: object, b: object) -> bool:
+    """Whether two nests of dicts, lists, numbers, texts and tensors are equal bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
 
 
 def run_command(*arguments: str, folder: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:

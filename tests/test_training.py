@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, run_command
+from conftest import ROOT, SMALL, metrics_of, run_command, small
 from PIL import Image
 
 import step_runners
@@ -27,14 +27,6 @@ from random_draws import Draws, base_fakes, stable_seed
 from step_runners import EagerSteps
 from training_state import TrainingState
 from video_files import read_video
-
-
-def small(folder: Path, pictures: Path, *overrides: str, name: str = "run") -> list[str]:
-    return [*SMALL, f"data.root={pictures}", f"output.root={folder}", f"output.name={name}", *overrides]
-
-
-def metrics_of(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,234 @@
+"""Checkpoint files: what was written is what is read, or it is not read at all."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import same
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from checkpoints import CHECKPOINT_FORMAT, Checkpoints, DamagedCheckpointError, checksum, load_checkpoint
+from configuration import UserError
+
+
+def content(step: int, best: dict | None = None) -> dict:
+    random = torch.Generator().manual_seed(step)
+    weights = {"a": torch.randn(7, 5, generator=random), "b": torch.tensor(3), "c": torch.zeros(0)}
+    return {"step": step, "generator": weights, "config": {"x": [1, 2.5, "three", None, True]}, "best": best}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Checkpoints:
+    return Checkpoints(tmp_path, keep=2)
+
+
+def names(folder: Checkpoints) -> list[str]:
+    return sorted(path.name for path in folder.folder.iterdir())
+
+
+def flip(path: Path, place: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1 << bit
+    path.write_bytes(data)  # in place: a hard link to it shows the same
+
+
+# ----------------------------------------------------------------------------------------------------- saving, keeping
+
+
+def test_what_was_saved_is_what_is_read(folder: Checkpoints) -> None:
+    path = folder.save(content(5))
+    assert path.name == "step_000005.pt"
+    assert same(load_checkpoint(path), content(5))
+    assert same(load_checkpoint(folder.folder / "latest.pt"), content(5))
+
+
+def test_the_last_few_are_kept_and_latest_is_the_newest(folder: Checkpoints) -> None:
+    for step in (5, 10, 15, 1_000_000):
+        folder.save(content(step))
+    assert names(folder) == ["latest.pt", "step_000015.pt", "step_1000000.pt"]
+    assert load_checkpoint(folder.folder / "latest.pt")["step"] == 1_000_000
+    assert folder.newest()[0]["step"] == 1_000_000
+
+
+def test_the_best_outlives_the_newer_ones(folder: Checkpoints) -> None:
+    best = {"metric": "m", "value": 0.5, "step": 5}
+    for step in (5, 10, 15, 20):
+        folder.save(content(step, best))
+    assert names(folder) == ["best.pt", "latest.pt", "step_000015.pt", "step_000020.pt"]
+    assert load_checkpoint(folder.folder / "best.pt")["step"] == 5
+    assert folder.newest()[0]["step"] == 20
+
+
+def test_latest_is_a_copy_where_there_are_no_hard_links(folder: Checkpoints, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(1, "no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for step in (1, 2):
+        folder.save(content(step))
+    assert load_checkpoint(folder.folder / "latest.pt")["step"] == 2
+
+
+@pytest.mark.parametrize("after", [0, 1000])
+def test_a_disk_that_fills_up_leaves_what_was_there(folder: Checkpoints, monkeypatch, after: int) -> None:
+    folder.save(content(1))
+    before = {path.name: path.read_bytes() for path in folder.folder.iterdir()}
+
+    write_bytes = Path.write_bytes
+
+    def full(part: Path, data: bytes) -> None:
+        write_bytes(part, data[:after])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"cannot write .*step_000002.pt: No space left on device"):
+        folder.save(content(2))
+    assert {path.name: path.read_bytes() for path in folder.folder.iterdir()} == before
+
+
+def test_a_folder_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="moved or deleted"):
+        Checkpoints(tmp_path / "gone", keep=1).save(content(1))
+    assert not (tmp_path / "gone").exists()
+
+
+def test_leftovers_of_a_killed_save_are_no_checkpoints(folder: Checkpoints) -> None:
+    folder.save(content(1))
+    (folder.folder / ".step_000002.pt.0badcafe.part").write_bytes(b"half")
+    assert folder.newest()[0]["step"] == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- damage
+
+
+def test_a_damaged_newest_file_gives_way_to_the_one_before(folder: Checkpoints) -> None:
+    folder.save(content(1))
+    newest = folder.save(content(2))
+    newest.write_bytes(newest.read_bytes()[:-100])
+    state, path, damaged = folder.newest()
+    assert (state["step"], path.name, len(damaged)) == (1, "step_000001.pt", 1)
+    assert "step_000002.pt: damaged" in damaged[0]
+    assert "step_000002.pt.damaged" in names(folder)
+    folder.save(content(2))
+    assert folder.newest()[0]["step"] == 2
+
+
+def test_with_no_whole_file_left_there_is_an_error_and_no_new_start(folder: Checkpoints) -> None:
+    path = folder.save(content(1))
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+        folder.newest()
+
+
+def test_without_checkpoints_there_is_none(folder: Checkpoints) -> None:
+    assert folder.newest() == (None, None, [])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Checkpoints(tmp_path_factory.mktemp("whole"), keep=1).save(content(7))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_flipped_bit_is_noticed_or_harmless(whole: Path, tmp_path: Path, place: float, bit: int) -> None:
+    path = tmp_path / "flipped.pt"
+    path.write_bytes(whole.read_bytes())
+    flip(path, int(place * path.stat().st_size), bit)
+    try:
+        state = load_checkpoint(path)
+    except UserError as error:
+        assert "flipped.pt" in str(error)  # noqa: PT017
+        assert "\n" not in str(error)  # noqa: PT017
+    else:
+        assert same(state, content(7))
+
+
+def test_a_flipped_bit_in_a_weight_is_noticed(whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "flipped.pt"
+    path.write_bytes(whole.read_bytes())
+    weight = content(7)["generator"]["a"].numpy().tobytes()
+    flip(path, path.read_bytes().index(weight) + 8, 3)
+    with pytest.raises(DamagedCheckpointError, match="SHA-256"):
+        load_checkpoint(path)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_a_truncated_file_is_one_line(whole: Path, tmp_path: Path, share: float) -> None:
+    path = tmp_path / "short.pt"
+    path.write_bytes(whole.read_bytes()[: int(share * whole.stat().st_size)])
+    with pytest.raises(UserError, match=r"short.pt: damaged, or no checkpoint") as error:
+        load_checkpoint(path)
+    assert "\n" not in str(error.value)
+
+
+class Exploit:
+    """What a pickle of it would do when it is loaded without care."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("kind", ["torch", "pickle", "zip"])
+def test_a_pickle_that_runs_code_does_not_run(tmp_path: Path, kind: str) -> None:
+    mark, path = tmp_path / "it ran", tmp_path / "evil.pt"
+    if kind == "torch":
+        torch.save({"format": CHECKPOINT_FORMAT, "step": Exploit(mark)}, path)
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Exploit(mark)))
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", pickle.dumps(Exploit(mark)))
+            archive.writestr("archive/version", "3\n")
+    with pytest.raises(UserError, match=r"evil\.pt"):
+        load_checkpoint(path)
+    assert not mark.exists()
+    if kind == "torch":  # the trap works: without the care taken it would have run
+        torch.load(path, weights_only=False)
+        assert mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("stored", "words"),
+    [
+        ({"format": CHECKPOINT_FORMAT + 1}, "a newer version"),
+        ({"format": CHECKPOINT_FORMAT - 1}, "an older version"),
+        ({"weights": torch.zeros(2)}, "no checkpoint of this project"),
+        ([1, 2], "no checkpoint of this project"),
+        ({"format": CHECKPOINT_FORMAT, "step": 3}, "SHA-256"),
+    ],
+)
+def test_other_files_of_torch_are_refused(tmp_path: Path, stored: object, words: str) -> None:
+    torch.save(stored, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=words):
+        load_checkpoint(tmp_path / "other.pt")
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such checkpoint"):
+        load_checkpoint(tmp_path / "nowhere.pt")
+    with pytest.raises(UserError, match=r"cannot be read|damaged"):
+        load_checkpoint(tmp_path)
+
+
+def test_the_checksum_sees_types_order_shape_and_every_value() -> None:
+    base = {"a": torch.tensor([1.0, 2.0]), "b": [1, 2]}
+    others = [
+        {"b": [1, 2], "a": torch.tensor([1.0, 2.0])},
+        {"a": torch.tensor([[1.0, 2.0]]), "b": [1, 2]},
+        {"a": torch.tensor([1.0, 2.0], dtype=torch.float64), "b": [1, 2]},
+        {"a": torch.tensor([1.0, 2.0]), "b": (1, 2)},
+        {"a": torch.tensor([1.0, 2.0]), "b": [1, 2.0]},
+        {"a": torch.tensor([1.0, 2.0]), "b": [1, 2, 3]},
+        {"a": torch.tensor([1.0, -2.0]), "b": [1, 2]},
+    ]
+    assert checksum(base) == checksum({"a": torch.tensor([1.0, 2.0]), "b": [1, 2]})
+    assert len({checksum(value) for value in [base, *others]}) == 1 + len(others)

@@ -1,0 +1,529 @@
+"""Stopped, killed, resumed: the run is the undisturbed one bit for bit, or it is refused with the reason."""
+
+import itertools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, metrics_of, same, small
+
+import checkpoints
+import step_runners
+import training
+from checkpoints import load_checkpoint
+from configuration import UserError, config_to_dict, load_config
+from objectives import generator_objective
+from resume import FREE, SHAPES, Difference
+from run_directory import RunDirectory
+from step_runners import EagerSteps
+from training_log import StopRequest
+
+ODD = ["output.log_every=4", "output.checkpoint_every=2", "output.sample_every=3", "output.keep_checkpoints=10"]
+"""Intervals that don't fall together."""
+
+VARIED = ["data.mirror=true", "training.diffaugment=[color,translation,cutout]", "loss.lambda_video=1",
+          "loss.judged_frame=random"]  # fmt: skip
+"""Everything that draws random numbers."""
+
+
+def train(*overrides: str, accept_changes: bool = False) -> int:
+    return training.train(load_config(None, overrides), accept_changes)
+
+
+def final(run: Path) -> dict[str, Any]:
+    """What the newest checkpoint holds, but for times and where the run lies."""
+    state = load_checkpoint(run / "checkpoints" / "latest.pt")
+    for key in ("interval_seconds", "seconds", "latest"):
+        del state["log"][key]
+    del state["config"]["output"], state["config"]["data"]
+    return state
+
+
+def untimed_metrics(run: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without what depends on the machine's speed and memory."""
+    timed = ("speed/", "memory/", "seconds")
+    return [{key: value for key, value in line.items() if not key.startswith(timed)} for line in metrics_of(run)]
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
+    """Sends this process a signal during step `step`."""
+    before_step(monkeypatch, step, lambda: os.kill(os.getpid(), number))
+
+
+def before_step(monkeypatch: pytest.MonkeyPatch, step: int, do: Callable[[], Any]) -> None:
+    """Calls `do` just before the generator's part of step `step`, once."""
+    original = EagerSteps.generator_step
+
+    def generator_step(self: EagerSteps, *arguments: Any) -> Any:
+        if self.state.step + 1 == step:
+            monkeypatch.setattr(EagerSteps, "generator_step", original)
+            do()
+        return original(self, *arguments)
+
+    monkeypatch.setattr(EagerSteps, "generator_step", generator_step)
+
+
+@pytest.fixture(autouse=True)
+def _few_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clips and curves take longer than these runs do; only tests marked `pictures` want them."""
+    if "pictures" not in request.keywords:
+        monkeypatch.setattr(RunDirectory, "save_clip", lambda *_: None)
+        monkeypatch.setattr(RunDirectory, "plot_losses", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, picture_folder: Path) -> Path:
+    """Nine steps in one go."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert train(*small(folder, picture_folder, "training.steps=9", *ODD, *VARIED)) == 0
+    return folder / "run"
+
+
+# -------------------------------------------------------------------------------------------------------- bit for bit
+
+
+@pytest.mark.parametrize("stops", [(1,), (4, 5), (8,), tuple(range(1, 9))])
+def test_stopped_by_ctrl_c_and_resumed_is_the_undisturbed_run(
+    stops: tuple[int, ...], undisturbed: Path, tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = small(tmp_path, picture_folder, "training.steps=9", *ODD, *VARIED)
+    for stop in stops:
+        interrupt_after(monkeypatch, stop)
+        assert train(*arguments) == 130
+        assert load_checkpoint(tmp_path / "run" / "checkpoints" / "latest.pt")["step"] == stop
+    assert train(*arguments) == 0
+    assert same(final(tmp_path / "run"), final(undisturbed))
+    assert untimed_metrics(tmp_path / "run") == untimed_metrics(undisturbed)
+    for picture in undisturbed.glob("samples/*.png"):
+        assert (tmp_path / "run" / "samples" / picture.name).read_bytes() == picture.read_bytes()
+
+
+@pytest.mark.parametrize("newest", [2, 4, 6])
+def test_killed_after_a_checkpoint_and_resumed_is_the_undisturbed_run(
+    newest: int, undisturbed: Path, tmp_path: Path, picture_folder: Path
+) -> None:
+    """What a SIGKILL leaves: logs that know of later steps than the newest checkpoint, and half a line."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    for path in (run / "checkpoints").iterdir():
+        if path.name == "latest.pt" or int(path.stem[5:]) > newest:
+            path.unlink()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 10, "critic/tot')
+    (run / "checkpoints" / ".step_000008.pt.0badcafe.part").write_bytes(b"half")
+    assert train(*small(tmp_path, picture_folder, "training.steps=9", *ODD, *VARIED)) == 0
+    assert same(final(run), final(undisturbed))
+    assert untimed_metrics(run) == untimed_metrics(undisturbed)
+    assert not list(run.rglob("*.part"))
+
+
+def test_killed_before_its_first_checkpoint_a_run_begins_again(
+    undisturbed: Path, tmp_path: Path, picture_folder: Path, capsys
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    shutil.rmtree(run / "checkpoints")
+    assert train(*small(tmp_path, picture_folder, "training.steps=9", *ODD, *VARIED)) == 0
+    assert "no checkpoint yet: starting again from step 0" in capsys.readouterr().out
+    assert same(final(run), final(undisturbed))
+    assert untimed_metrics(run) == untimed_metrics(undisturbed)
+
+
+def test_a_longer_run_goes_on_where_the_shorter_ended(
+    undisturbed: Path, tmp_path: Path, picture_folder: Path, capsys
+) -> None:
+    arguments = small(tmp_path, picture_folder, *ODD, *VARIED)
+    for steps in ("3", "6", "9"):
+        assert train(*arguments, f"training.steps={steps}") == 0
+    shown = capsys.readouterr().out
+    assert "resuming" in shown
+    assert "changed setting: training.steps 6 -> 9" in shown
+    expected = final(undisturbed)
+    assert same(final(tmp_path / "run"), expected)
+
+
+def test_streaming_and_memory_may_change_between_sessions(
+    undisturbed: Path, tmp_path: Path, picture_folder: Path
+) -> None:
+    arguments = small(tmp_path, picture_folder, *ODD, *VARIED)
+    assert train(*arguments, "training.steps=4", "data.memory_gb=0", "data.workers=1") == 0
+    assert train(*arguments, "training.steps=9") == 0
+    assert same(final(tmp_path / "run"), final(undisturbed))
+
+
+def test_a_damaged_newest_checkpoint_costs_only_its_own_interval(
+    undisturbed: Path, tmp_path: Path, picture_folder: Path, capsys
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    (run / "checkpoints" / "latest.pt").unlink()
+    newest = run / "checkpoints" / "step_000009.pt"
+    newest.write_bytes(newest.read_bytes()[:5000])
+    assert train(*small(tmp_path, picture_folder, "training.steps=9", *ODD, *VARIED)) == 0
+    shown = capsys.readouterr().out
+    assert "step_000009.pt: damaged" in shown
+    assert "resuming" in shown
+    assert "after step 8 (step_000008.pt)" in shown
+    assert same(final(run), final(undisturbed))
+
+
+@pytest.mark.parametrize("library", ["torch.rand(())", "random.random()", "numpy.random.rand()"])
+def test_random_numbers_of_added_code_go_on_too(
+    library: str, tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"torch": torch, "random": __import__("random"), "numpy": __import__("numpy")}
+
+    def changed(*arguments: Any) -> Any:
+        loss, output = generator_objective(*arguments)
+        return loss._replace(total=loss.total * (1 + float(eval(library, names)))), output
+
+    monkeypatch.setattr(step_runners, "generator_objective", changed)
+    for seed in (names["random"].seed, names["numpy"].random.seed):
+        seed(1)
+    assert train(*small(tmp_path, picture_folder, "training.steps=4", "output.checkpoint_every=2", name="whole")) == 0
+    run = tmp_path / "halves"
+    shutil.copytree(tmp_path / "whole", run)
+    for name in ("latest.pt", "step_000004.pt"):
+        (run / "checkpoints" / name).unlink()
+    assert train(*small(tmp_path, picture_folder, "training.steps=4", "output.checkpoint_every=2", name="halves")) == 0
+    assert same(final(run), final(tmp_path / "whole"))
+
+
+def test_tensorboard_has_every_step_once(tmp_path: Path, picture_folder: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = small(tmp_path, picture_folder, "output.tensorboard=true", "output.log_every=1", "training.steps=6",
+                      "output.checkpoint_every=2")  # fmt: skip
+    assert train(*arguments) == 0
+    for name in ("latest.pt", "step_000006.pt"):  # as if killed after step 6 was logged, but not saved
+        (tmp_path / "run" / "checkpoints" / name).unlink()
+    assert train(*arguments) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("critic/gap")] == [1, 2, 3, 4, 5, 6]
+    values = [line["critic/gap"] for line in metrics_of(tmp_path / "run")]
+    assert [event.value for event in events.Scalars("critic/gap")] == pytest.approx(values)
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        train(*overrides)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def run_of_two(tmp_path: Path, picture_folder: Path) -> list[str]:
+    """The command of a run that has done its two steps."""
+    arguments = small(tmp_path, picture_folder, "training.steps=2")
+    assert train(*arguments) == 0
+    return arguments
+
+
+def test_a_finished_run_says_so_and_how_to_extend_it(run_of_two: list[str], tmp_path: Path, capsys) -> None:
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert train(*run_of_two) == 0
+    shown = capsys.readouterr().out
+    assert "is finished: 2 steps" in shown
+    assert "training.steps=4" in shown
+    assert "output.name=run-2" in shown
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_changed_settings_are_refused_with_the_reason(run_of_two: list[str], tmp_path: Path) -> None:
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    text = refused(*run_of_two, "training.steps=4", "vae.latent_dim=7", "loss.beta=2")
+    assert "vae.latent_dim 6 -> 7: the saved weights don't fit" in text
+    text = refused(*run_of_two, "training.steps=4", "training.lr_vae=0.01", "loss.beta=2")
+    assert "loss.beta 1.0 -> 2.0, training.lr_vae 0.0005 -> 0.01: this changes what is learned" in text
+    assert "--accept-changes" in text
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+def test_accepted_changes_take_effect(run_of_two: list[str], tmp_path: Path, capsys) -> None:
+    changes = [
+        "training.steps=3",
+        "training.lr_vae=0.01",
+        "training.lr_discriminator=0.02",
+        "training.adam_betas=[0.5,0.9]",
+    ]
+    assert train(*run_of_two, *changes, accept_changes=True) == 0
+    assert "changed setting: training.lr_vae 0.0005 -> 0.01" in capsys.readouterr().out
+    optimizers = final(tmp_path / "run")["optimizers"]
+    assert [group["lr"] for group in optimizers["generator"]["param_groups"]] == [0.01, 2e-5]
+    assert [group["lr"] for group in optimizers["discriminator"]["param_groups"]] == [0.02]
+    assert tuple(optimizers["discriminator"]["param_groups"][0]["betas"]) == (0.5, 0.9)
+
+
+def test_shapes_are_refused_even_on_purpose(run_of_two: list[str]) -> None:
+    with pytest.raises(UserError, match="don't fit"):
+        train(*run_of_two, "training.steps=4", "vae.channels=[4,16]", accept_changes=True)
+
+
+def test_other_pictures_are_refused(run_of_two: list[str], tmp_path: Path, picture_folder: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(picture_folder, moved)
+    assert train(*run_of_two, "training.steps=3", f"data.root={moved}") == 0
+    first = next(moved.rglob("*.png"))
+    first.rename(first.with_name("renamed.png"))
+    assert "pictures of other names" in refused(*run_of_two, "training.steps=4", f"data.root={moved}")
+    (first.with_name("renamed.png")).unlink()
+    text = refused(*run_of_two, "training.steps=4", f"data.root={moved}")
+    assert "23 readable pictures, and held 24" in text
+    assert train(*run_of_two, "training.steps=4", f"data.root={moved}", accept_changes=True) == 0
+
+
+def test_every_setting_has_an_effect_on_resuming() -> None:
+    settings = [f"{section}.{key}" for section, keys in config_to_dict(load_config()).items() for key in keys]
+    effects = {key: Difference(key, 0, 1).effect for key in settings}
+    assert {effects[key] for key in ("training.steps", "runtime.device", "output.log_every")} == {"free"}
+    assert {effects[key] for key in ("vae.latent_dim", "weight_predictor.head", "image.size")} == {"shapes"}
+    assert {effects[key] for key in ("loss.beta", "training.seed", "data.mirror", "video.shift")} == {"learning"}
+    sections = {f"{key.partition('.')[0]}.*" for key in settings}
+    assert {*settings, *sections} >= FREE | SHAPES  # no name that isn't there
+
+
+# ------------------------------------------------------------------------------------------------------------ stopping
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_other_signals_save_too(
+    number: int, status: int, tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_after(monkeypatch, 2, number)
+    assert train(*small(tmp_path, picture_folder, "training.steps=5")) == status
+    assert final(tmp_path / "run")["step"] == 2
+
+
+def test_a_second_ctrl_c_leaves_at_once() -> None:
+    code = (
+        "import os, signal, time; from training_log import StopRequest\n"
+        "with StopRequest() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGINT); time.sleep(0.1)\n"
+        "    print('asked', stop.requested, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT); time.sleep(30)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == -signal.SIGINT
+    assert done.stdout == "asked True\n"
+    assert "press Ctrl-C again to leave at once" in done.stderr
+
+
+def test_a_run_stops_when_its_minutes_are_over_and_goes_on(tmp_path: Path, picture_folder: Path, capsys) -> None:
+    arguments = small(tmp_path, picture_folder, "training.steps=5")
+    assert train(*arguments, "training.max_minutes=1e-6") == 0
+    assert "stopped by training.max_minutes=1e-06 after step 1" in capsys.readouterr().out
+    assert final(tmp_path / "run")["step"] == 1
+    assert train(*arguments) == 0
+    assert final(tmp_path / "run")["step"] == 5
+
+
+def test_time_is_asked_for_in_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    stop = StopRequest(max_minutes=2)
+    now[0] += 119
+    assert not stop.requested
+    now[0] += 1
+    assert stop.requested
+    assert stop.exit_status == 0
+
+
+def test_the_best_checkpoint_is_kept_across_sessions(tmp_path: Path, picture_folder: Path) -> None:
+    arguments = small(tmp_path, picture_folder, "output.best_metric=generator/reconstruction", "output.log_every=1",
+                      "output.checkpoint_every=1", "output.keep_checkpoints=1", "training.lr_vae=0.003")  # fmt: skip
+    for steps in (4, 8):
+        assert train(*arguments, f"training.steps={steps}") == 0
+    values = {line["step"]: line["generator/reconstruction"] for line in metrics_of(tmp_path / "run")}
+    best = load_checkpoint(tmp_path / "run" / "checkpoints" / "best.pt")
+    assert best["step"] == min(values, key=values.get)
+    assert best["best"] == {"metric": "generator/reconstruction", "value": min(values.values()), "step": best["step"]}
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["best.pt", "latest.pt", "step_000008.pt"]
+
+
+# ------------------------------------------------------------------------------------------------------ a hostile disk
+
+
+def failing_save(monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
+    save, calls = torch.save, itertools.count(1)
+
+    def full(content: Any, target: Any) -> None:
+        if next(calls) <= failures:
+            raise OSError(28, "No space left on device")
+        save(content, target)
+
+    monkeypatch.setattr(checkpoints.torch, "save", full)
+
+
+def test_a_full_disk_is_tried_again(tmp_path: Path, picture_folder: Path, monkeypatch, capsys) -> None:
+    failing_save(monkeypatch, 2)
+    assert train(*small(tmp_path, picture_folder, "training.steps=6", "output.checkpoint_every=2")) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("No space left on device; no checkpoint was written yet; training goes on") == 2
+    assert final(tmp_path / "run")["step"] == 6
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_one_line(
+    tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = small(tmp_path, picture_folder, "output.checkpoint_every=2")
+    assert train(*arguments, "training.steps=2") == 0
+    failing_save(monkeypatch, 1000)
+    text = refused(*arguments, "training.steps=100")
+    assert "training stopped at step 8" in text
+    assert "No space left" in text
+    assert "latest.pt is whole" in text
+    assert final(tmp_path / "run")["step"] == 2
+
+
+def test_a_last_checkpoint_that_fails_is_an_error(
+    tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing_save(monkeypatch, 1000)
+    assert "training stopped at step 1" in refused(*small(tmp_path, picture_folder, "training.steps=1"))
+
+
+def test_a_run_folder_that_disappears_ends_the_run_with_one_line(
+    tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before_step(monkeypatch, 4, lambda: (tmp_path / "run").rename(tmp_path / "moved"))
+    text = refused(*small(tmp_path, picture_folder, "training.steps=50", "output.checkpoint_every=2",
+                          "output.log_every=1", "output.tensorboard=true"))  # fmt: skip
+    assert "training stopped at step 4" in text
+    assert "moved or deleted" in text
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert load_checkpoint(tmp_path / "moved" / "checkpoints" / "latest.pt")["step"] == 2
+
+
+@pytest.mark.pictures
+def test_samples_clips_curves_and_tensorboard_that_cannot_be_written_stop_nothing(
+    tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    names = ("samples", "clips", "loss_curves.png", "tensorboard")
+
+    def spoil() -> None:
+        for name in names:
+            path = tmp_path / "run" / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            path.mkdir() if name.endswith(".png") else path.write_text("no folder")
+
+    before_step(monkeypatch, 3, spoil)
+    overrides = ["training.steps=5", "output.sample_every=1", "output.log_every=1", "output.tensorboard=true"]
+    assert train(*small(tmp_path, picture_folder, *overrides)) == 0
+    shown = capsys.readouterr().err
+    for name in names:
+        assert len(re.findall(rf"^warning: .*; training goes on without {name}/?$", shown, re.MULTILINE)) == 1, shown
+    assert "Traceback" not in shown
+    assert final(tmp_path / "run")["step"] == 5
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_metrics_that_could_not_be_written_are_written_later(
+    tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    write, calls = os.write, itertools.count(1)
+
+    def full(descriptor: int, data: bytes) -> int:
+        if data.startswith(b'{"step"') and next(calls) in (2, 3):
+            if len(data) > 100:
+                write(descriptor, data[:100])  # half a line fits
+            return 100
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", full)
+    assert train(*small(tmp_path, picture_folder, "training.steps=5", "output.log_every=1")) == 0
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    shown = capsys.readouterr().err
+    assert shown.count("training goes on without metrics.jsonl") == 1
+    assert "can be written again" in shown
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="needs to mount a tmpfs")
+def test_a_small_disk_that_fills_during_a_save_loses_nothing(tmp_path: Path, picture_folder: Path, capsys) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no right to mount here")
+    try:
+        arguments = small(disk, picture_folder, "output.checkpoint_every=1", "output.keep_checkpoints=100",
+                          "video.height=4", "video.width=4")  # fmt: skip
+        text = refused(*arguments, "training.steps=100")
+        assert "No space left on device" in text
+        assert "is whole" in text
+        saved = sorted((disk / "run" / "checkpoints").glob("step_*.pt"))
+        assert len(saved) > 1
+        for path in saved:
+            load_checkpoint(path)
+        newest = int(saved[-1].stem[5:])
+        for path in saved[:-1]:  # make room: the same command goes on
+            path.unlink()
+        assert train(*arguments, f"training.steps={newest + 1}") == 0
+        assert f"resuming {disk / 'run'} after step {newest}" in capsys.readouterr().out
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+# ------------------------------------------------------------------------------------------------- two runs, one folder
+
+
+def test_a_second_run_into_one_folder_is_refused_until_the_first_is_dead(tmp_path: Path, picture_folder: Path) -> None:
+    arguments = small(tmp_path, picture_folder, "training.steps=1000000", "output.log_every=1", "data.memory_gb=0")
+    first = subprocess.Popen([sys.executable, str(ROOT / "training.py"), *arguments], stdout=subprocess.PIPE, text=True)
+    for line in first.stdout:
+        if line.startswith("step 2/"):
+            break
+    text = refused(*arguments)
+    assert text.startswith(f"output.name: process {first.pid} on")
+    assert "output.name=run-2" in text
+    first.kill()  # its data loading workers live on for some seconds: they don't hold the lock
+    first.wait()
+    first.stdout.close()
+    assert train(*arguments, "training.max_minutes=1e-6") == 0
+
+
+def test_a_closed_pipe_stops_no_training(tmp_path: Path, picture_folder: Path) -> None:
+    arguments = small(tmp_path, picture_folder, "training.steps=3", "output.log_every=1")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "training.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait() == 0, errors
+    assert "Traceback" not in errors
+    assert final(tmp_path / "run")["step"] == 3
+
+
+# ------------------------------------------------------------------------------------------------------------ clipping
+
+
+def test_clipping_shortens_the_gradient_and_says_how_often(tmp_path: Path, picture_folder: Path) -> None:
+    arguments = small(tmp_path, picture_folder, "training.steps=4", "output.log_every=4", "training.clip_vae=1e-3",
+                      "training.clip_discriminator=1e9")  # fmt: skip
+    assert train(*arguments) == 0
+    (line,) = metrics_of(tmp_path / "run")
+    assert line["gradient_norm/vae"] > 1e-3
+    assert line["clipped_share/vae"] == 1
+    assert line["clipped_share/discriminator"] == 0
+    assert "clipped_share/predictor" not in line
+    moments = final(tmp_path / "run")["optimizers"]["generator"]["state"]
+    vae_tensors = len(final(tmp_path / "run")["optimizers"]["generator"]["param_groups"][0]["params"])
+    squares = sum(moments[index]["exp_avg"].square().sum() for index in range(vae_tensors))
+    assert squares.sqrt() == pytest.approx(1e-3, rel=1e-2)  # β₁ = 0: the first moment is the last gradient
