@@ -30,6 +30,8 @@ class TrainingState:
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
+        random.seed(config.training.seed)
+        np.random.seed(config.training.seed % 2**32)  # noqa: NPY002
         torch.manual_seed(config.training.seed)
         self.config = config
         self.device = device

@@ -187,8 +187,6 @@ def test_random_numbers_of_added_code_go_on_too(
         return loss._replace(total=loss.total * (1 + float(eval(library, names)))), output
 
     monkeypatch.setattr(step_runners, "generator_objective", changed)
-    for seed in (names["random"].seed, names["numpy"].random.seed):
-        seed(1)
     assert train(*small(tmp_path, picture_folder, "training.steps=4", "output.checkpoint_every=2", name="whole")) == 0
     run = tmp_path / "halves"
     shutil.copytree(tmp_path / "whole", run)

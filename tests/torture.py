@@ -19,8 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as training.py does, and for the same reason
 
 import torch
@@ -28,6 +27,7 @@ import torch
 from checkpoints import checksum, load_checkpoint
 from configuration import load_config
 
+ROOT = Path(__file__).parent.parent
 TINY = [
     *("image.size=16", "vae.channels=[4,8]", "vae.latent_dim=6", "discriminator.channels=[4,8]", "output.samples=2"),
     *("weight_predictor.hidden_size=8", "video.frames=3", "training.batch_size=4", "training.n_critic=2"),
@@ -86,7 +86,7 @@ def kills(count: int, steps: int, seed: int, folder: Path) -> int:
                 time.sleep(0.01)
             time.sleep(draw.uniform(0, 1))
             if moment == "saving":
-                while process.poll() is None and not any(name.endswith(".part") for name in os.listdir(saved)):
+                while process.poll() is None and not any(saved.glob(".*.part")):
                     pass
                 time.sleep(draw.uniform(0, 0.004))
         process.send_signal(signal.SIGKILL)
@@ -177,7 +177,7 @@ def saving(folder: Path) -> int:
         size = (run.path / "checkpoints" / "latest.pt").stat().st_size / 1e6
         every = config.output.checkpoint_every
         print(
-            f"{name}: a checkpoint of {size:.1f} MB takes {save_time:.3f} s, {every} steps take {every * step_time:.1f} s: "
+            f"{name}: a checkpoint of {size:.1f} MB takes {save_time:.3f} s, {every} steps {every * step_time:.1f} s: "
             f"{save_time / (save_time + every * step_time):.2%} of the time goes into saving"
         )
         run.close()
