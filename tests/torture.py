@@ -31,11 +31,11 @@ ROOT = Path(__file__).parent.parent
 TINY = [
     *("image.size=16", "vae.channels=[4,8]", "vae.latent_dim=6", "discriminator.channels=[4,8]", "output.samples=2"),
     *("weight_predictor.hidden_size=8", "video.frames=3", "training.batch_size=4", "training.n_critic=2"),
-    *("runtime.device=cpu", f"data.root={ROOT / 'data' / 'emoji' / 'symbols'}"),
+    *("runtime.device=cpu", "output.tensorboard=false", f"data.root={ROOT / 'data' / 'emoji' / 'symbols'}"),
 ]
 VARIED = [
     *("data.mirror=true", "training.diffaugment=[color,translation,cutout]", "loss.lambda_video=1"),
-    *("loss.judged_frame=random", "output.log_every=7", "output.sample_every=50", "output.checkpoint_every=2"),
+    *("loss.judged_frame=random", "output.log_every=7", "output.sample_every=400", "output.checkpoint_every=2"),
 ]
 
 
