@@ -397,10 +397,21 @@ def _check_together(config: Config) -> None:
                 f"use {image.size} or less, or null for the image's own"
             )
     name, root = config.output.name, config.output.root
-    if not root.isprintable() or any(len(part.encode()) > 255 for part in Path(root).parts):
+    if not root.isprintable() or _is_overlong(root):
         raise UserError(f"output.root must be a path without line breaks and overlong names, but is {_shown(root)}")
-    if not name.strip() or name in (".", "..") or not name.isprintable() or set(name) & set('/\\:*?"<>|'):
+    if (
+        not name.strip()
+        or name in (".", "..")
+        or not name.isprintable()
+        or set(name) & set('/\\:*?"<>|')
+        or _is_overlong(name)
+    ):
         raise UserError(f"output.name must be one plain folder name, for example my-run, but is {_shown(name)}")
+
+
+def _is_overlong(path: str) -> bool:
+    """Whether a name in it has more bytes than file systems take."""
+    return any(len(part.encode()) > 255 for part in Path(path).parts)
 
 
 # ------------------------------------------------------------------------------------------------------------- words

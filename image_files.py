@@ -181,7 +181,7 @@ def find_images(root: str | Path) -> list[str]:
 
 
 def _is_folder(path: Path) -> bool:
-    """Whether it is a folder; no, where that cannot be told: an overlong name, a link to itself or to a locked place."""
+    """Whether it is a folder; no where it cannot be told: overlong names, links to themselves or to locked places."""
     try:
         return path.is_dir()
     except OSError:
