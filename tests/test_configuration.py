@@ -136,6 +136,7 @@ def test_resolved_settings_round_trip(write) -> None:
     [
         ("training.stpes=5", ["training.stpes", "did you mean 'training.steps'"]),
         ("trainig.steps=5", ["trainig", "did you mean 'training'"]),
+        ("TRAINING.STEPS=5", ["TRAINING", "did you mean 'training'"]),
         ("data.batch_size=5", ["data.batch_size", "did you mean 'training.batch_size'"]),
         ("zzzzzz.qqqqqq=1", ["zzzzzz", "data, image, vae"]),
         ("training.steps=many", ["training.steps", "whole number", "'many'"]),
