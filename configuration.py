@@ -283,7 +283,7 @@ def _merge(layers: Iterable[tuple[str, dict[str, Any]]]) -> Config:
         length_keys = set()
         for section, settings in sections.items():
             if section not in SECTIONS:
-                raise UserError(f"{source}: unknown section '{section}'{_nearest_key(str(section))}")
+                raise UserError(f"{source}: unknown section '{_cut(str(section))}'{_nearest_key(str(section))}")
             if settings is None:  # `training:` with every line under it commented out
                 continue
             if not isinstance(settings, dict):
@@ -291,7 +291,8 @@ def _merge(layers: Iterable[tuple[str, dict[str, Any]]]) -> Config:
             for key, value in settings.items():
                 setting = next((setting for setting in fields(SECTIONS[section]) if setting.name == key), None)
                 if setting is None:
-                    raise UserError(f"{source}: unknown setting '{section}.{key}'{_nearest_key(f'{section}.{key}')}")
+                    name = f"{section}.{key}"
+                    raise UserError(f"{source}: unknown setting '{_cut(name)}'{_nearest_key(name)}")
                 try:
                     setattr(getattr(config, section), key, _checked(setting, value))
                 except ValueError as error:
