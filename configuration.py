@@ -8,6 +8,7 @@ at each: an unknown key, a wrong type, a value out of range or two settings that
 
 import difflib
 import math
+import sys
 import types
 import typing
 from collections.abc import Iterable
@@ -19,12 +20,22 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from yaml_text import MAX_BYTES, check_yaml
+
 
 class UserError(Exception):
     """A mistake in what the user gave, told in one line: the file or key, the value, and the fix.
 
     Commands print it as `error: ...` on standard error and exit with status 2, without a traceback.
     """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())  # whatever it quotes: keys, paths and patterns may hold line breaks
+
+
+def one_line(text: object) -> str:
+    """`text` with escapes such as `\\n` for everything that is not printable."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in str(text))
 
 
 def _setting(default: Any, *, low: float | None = None, high: float | None = None, above: float | None = None,
@@ -108,8 +119,8 @@ class LossConfig:
 
 @dataclass
 class TrainingConfig:
-    steps: int | None = _setting(30_000, low=1)
-    epochs: float | None = _setting(None, above=0)
+    steps: int | None = _setting(30_000, low=1, high=2**62)
+    epochs: float | None = _setting(None, above=0, high=2**30)
     max_minutes: float | None = _setting(None, above=0)
     batch_size: int = _setting(16, low=1, high=65536)
     n_critic: int = _setting(5, low=1, high=100)
@@ -140,7 +151,7 @@ class OutputConfig:
     keep_checkpoints: int = _setting(3, low=1)
     best_metric: str | None = _setting(None, choices=("generator/reconstruction", "generator/video", "critic/gap"))
     samples: int = _setting(8, low=1, high=256)
-    fps: float = _setting(8.0, above=0, high=90)
+    fps: float = _setting(8.0, low=0.1, high=90)
     tensorboard: bool = True
 
 
@@ -225,16 +236,23 @@ def range_text(section: str, key: str) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"--config {path}: no such file; give the path of a YAML file such as config.yaml")
     try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        if not path.is_file():
+            raise UserError(f"--config {path}: no such file; give the path of a YAML file such as config.yaml")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES:,} bytes; is it a settings file?")
+        text = content.decode("utf-8-sig")
+        check_yaml(text)
+        # Interpolations such as ${oc.env:HOME} stay the texts that they are: settings don't depend on where one runs.
+        loaded = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UserError(f"{path} is not valid YAML{where}: {_one_line(error.problem)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a YAML text file: {_one_line(error)}") from None
+        raise UserError(f"{path} is not a YAML text file in UTF-8: {_one_line(error)}") from None
     except (OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {_one_line(error)}") from None
     if not isinstance(loaded, dict):
@@ -246,20 +264,23 @@ def _read_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and section and name):
-        raise UserError(f"override '{text}' must look like section.key=value, for example training.steps=1000")
+        raise UserError(f"override '{_cut(text)}' must look like section.key=value, for example training.steps=1000")
     setting = next((setting for setting in fields(SECTIONS.get(section, Config)) if setting.name == name), None)
     if setting is not None and setting.type is str:
         return {section: {name: value}}  # a text is taken as it stands: a path may hold '#', ': ' or a leading '['
     try:
         # OmegaConf's reader, not yaml's: it takes 2e-4 for the number that it is.
-        parsed = OmegaConf.to_container(
-            OmegaConf.create(f"value: {value}" if value.strip() else "value: ''"), resolve=False
-        )
+        line = f"value: {value}" if value.strip() else "value: ''"
+        check_yaml(line)
+        parsed = OmegaConf.to_container(OmegaConf.create(line), resolve=False)
+        if len(parsed) > 1:  # a line break, and another key after it
+            raise ValueError("it holds several values")
         return {section: {name: parsed["value"]}}  # type: ignore[call-overload, index]
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError):
-        raise UserError(
-            f"override '{text}': the value is not valid YAML; lists look like vae.channels=[16,32]"
-        ) from None
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError, RecursionError):
+        reason = "the value is not valid YAML; lists look like vae.channels=[16,32]"
+    except ValueError as error:
+        reason = f"the value cannot be read: {_one_line(error)}"
+    raise UserError(f"override '{_cut(text)}': {reason}")
 
 
 def _merge(layers: Iterable[tuple[str, dict[str, Any]]]) -> Config:
@@ -268,7 +289,7 @@ def _merge(layers: Iterable[tuple[str, dict[str, Any]]]) -> Config:
         length_keys = set()
         for section, settings in sections.items():
             if section not in SECTIONS:
-                raise UserError(f"{source}: unknown section '{section}'{_nearest_key(str(section))}")
+                raise UserError(f"{source}: unknown section '{_cut(str(section))}'{_nearest_key(str(section))}")
             if settings is None:  # `training:` with every line under it commented out
                 continue
             if not isinstance(settings, dict):
@@ -276,7 +297,8 @@ def _merge(layers: Iterable[tuple[str, dict[str, Any]]]) -> Config:
             for key, value in settings.items():
                 setting = next((setting for setting in fields(SECTIONS[section]) if setting.name == key), None)
                 if setting is None:
-                    raise UserError(f"{source}: unknown setting '{section}.{key}'{_nearest_key(f'{section}.{key}')}")
+                    name = f"{section}.{key}"
+                    raise UserError(f"{source}: unknown setting '{_cut(name)}'{_nearest_key(name)}")
                 try:
                     setattr(getattr(config, section), key, _checked(setting, value))
                 except ValueError as error:
@@ -319,10 +341,11 @@ def _checked(setting: Any, value: Any) -> Any:
 def _checked_scalar(setting: Any, kind: Any, value: Any, verb: str) -> Any:
     limits = setting.metadata
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_finite = is_number and abs(value) <= sys.float_info.max  # math.isfinite raises on 10**400
     right = {
         bool: isinstance(value, bool),
-        int: is_number and math.isfinite(value) and value == int(value),
-        float: is_number and math.isfinite(value),
+        int: is_finite and value == int(value),
+        float: is_finite,
         str: isinstance(value, str),
         Any: True,
     }[kind]
@@ -380,9 +403,22 @@ def _check_together(config: Config) -> None:
                 f"video.{side}={length} is larger than image.size={image.size}; "
                 f"use {image.size} or less, or null for the image's own"
             )
-    name = config.output.name
-    if not name.strip() or name in (".", "..") or any(character in name for character in '/\\\0\n\r\t:*?"<>|'):
+    name, root = config.output.name, config.output.root
+    if not root.isprintable() or _is_overlong(root):
+        raise UserError(f"output.root must be a path without line breaks and overlong names, but is {_shown(root)}")
+    if (
+        not name.strip()
+        or name in (".", "..")
+        or not name.isprintable()
+        or set(name) & set('/\\:*?"<>|')
+        or _is_overlong(name)
+    ):
         raise UserError(f"output.name must be one plain folder name, for example my-run, but is {_shown(name)}")
+
+
+def _is_overlong(path: str) -> bool:
+    """Whether a name in it has more bytes than file systems take."""
+    return any(len(part.encode()) > 255 for part in Path(path).parts)
 
 
 # ------------------------------------------------------------------------------------------------------------- words
@@ -406,6 +442,9 @@ def _wanted_text(setting: Any, kind: Any) -> str:
 def _nearest_key(key: str) -> str:
     """`; did you mean 'training.batch_size'?` for a mistyped key, a key in the wrong section, or a section."""
     known = [f"{section}.{setting.name}" for section, cls in SECTIONS.items() for setting in fields(cls)]
+    if key in known:  # as one word, where a section stands
+        return "; write '{}:' on one line and '{}:' below it, indented".format(*key.split("."))
+    key = key[:100].lower()
     tail = key.rpartition(".")[2]
     same_name = [name for name in known if name.rpartition(".")[2] == tail]
     close = same_name or difflib.get_close_matches(key, [*SECTIONS, *known], 1, 0.6)
@@ -422,6 +461,10 @@ def _short(number: float) -> str:
 def _shown(value: Any) -> str:
     text = repr(value) if not isinstance(value, list) else "[" + ", ".join(str(item) for item in value) + "]"
     text = " ".join(text.split())
+    return _cut(text)
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -40,7 +40,7 @@ class TrainingImages:
     Attributes:
         count: number of images. Broken ones found while loading into memory are not among them; when streaming they
             are, and the next readable image takes their place.
-        class_names: names of the class folders, sorted; empty for a flat folder.
+        class_names: names of the class folders, sorted and printable; empty for a flat folder.
         class_counts: class name -> number of its images.
         fingerprint: SHA-256 of the images' names below `data.root`, in their order; the same wherever the folder lies.
         storage: `device` (uint8 on the GPU), `memory` (uint8 in RAM) or `stream` (decoded by workers as needed).
@@ -67,7 +67,7 @@ class TrainingImages:
         numbers = [folder.samples[index][1] for index in kept]
         self.count = len(numbers)
         self._megabytes = self.count * math.prod(shape[1:]) / 1e6
-        self.class_names = list(folder.classes)
+        self.class_names = [shown_path(name) for name in folder.classes]  # names of folders may hold anything
         per_class = Counter(numbers)
         self.class_counts = {name: per_class[number] for number, name in enumerate(self.class_names)}
         names = [folder.samples[index][0].removeprefix(folder.root) for index in kept]

@@ -1,5 +1,6 @@
 """Image files: what a folder holds, and one file decoded to a square of pixels."""
 
+import logging
 import math
 import os
 import stat
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
-from configuration import UserError
+from configuration import UserError, one_line
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """Endings of the files that count as images, in any case of letters."""
@@ -26,6 +27,9 @@ _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 # Pillow warns of oddly written files in the middle of the progress bar. The one warning that matters here (too many
 # pixels) is an error below; `warnings.catch_warnings` around it would not do, as threads share its state.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs besides raising would be a second line
+
+_LARGEST_FILE = 10**9  # bytes; more than the pixels allowed below take in any format, and WebP is read whole
 
 
 class BrokenImageError(UserError):
@@ -36,7 +40,8 @@ class BrokenImageError(UserError):
         self.path, self.reason = Path(path), reason
 
     def __str__(self) -> str:
-        return f"broken image {shown_path(self.path)}: {self.reason}; replace or remove it, or set data.on_broken=skip"
+        where = f"broken image {shown_path(self.path)}"
+        return f"{where}: {self.reason}; replace or remove it, or set data.on_broken=skip"
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding
@@ -62,6 +67,8 @@ def decode_image(
             raise ValueError("it is not a regular file")  # opening a named pipe would block for ever
         if status.st_size == 0:
             raise ValueError("the file is empty (0 bytes)")
+        if status.st_size > _LARGEST_FILE:
+            raise ValueError(f"its {status.st_size:,} bytes exceed the limit of {_LARGEST_FILE:,} bytes")
         with Image.open(path, formats=_PILLOW_FORMATS) as image:
             _draw_on(canvas, image, fit)
     except Image.UnidentifiedImageError:
@@ -69,7 +76,7 @@ def decode_image(
     # Damaged files raise nearly anything: OSError, SyntaxError, ValueError, EOFError, struct.error, ...
     except Exception as error:
         reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-        raise BrokenImageError(path, " ".join(reason.split())) from None
+        raise BrokenImageError(path, one_line(" ".join(reason.split()))) from None
     pixels = np.asarray(canvas if channels == 3 else canvas.convert("L")).reshape(size, size, channels)
     # The copy in NumPy: torch would start a team of threads for it, in each of the decoding threads.
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
@@ -101,21 +108,31 @@ def _draw_on(canvas: Image.Image, image: Image.Image, fit: str) -> None:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """The image as RGB, or as RGBA where it may be transparent. Pillow's own conversion clips greys of more bits."""
     if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.float64)
-        if not np.isfinite(values).all():
+        values = np.asarray(image)
+        largest = float(values.max())
+        if not np.isfinite([largest, float(values.min())]).all():  # NaN anywhere makes both NaN
             raise ValueError("it holds values that are not finite")
         # 16-bit greys have a known range; 32-bit ones (TIFF) don't: white is the end of a usual one, else the maximum.
         usual = (1, 255) if image.mode == "F" else (65535,)
-        white = next((limit for limit in usual if values.max() <= limit), values.max())
-        image = Image.fromarray((values.clip(0, white) * (255 / white)).round().astype(np.uint8))
+        white = next((limit for limit in usual if largest <= limit), largest)
+        pixels = np.empty(values.size, np.uint8)
+        for start in range(0, values.size, 2**20):  # in parts: float64 of all pixels at once took 2.2 GB
+            part = values.reshape(-1)[start : start + 2**20].astype(np.float64)
+            pixels[start : start + len(part)] = (part.clip(0, white) * (255 / white)).round()
+        image = Image.fromarray(pixels.reshape(values.shape))
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
 def background_colour(colour: str) -> tuple[int, ...]:
     try:
-        return ImageColor.getrgb(colour)[:3]
+        rgb = ImageColor.getrgb(colour)[:3]
+        if not all(0 <= level <= 255 for level in rgb):  # Pillow passes on rgb(999,0,0) as it stands
+            raise ValueError
     except ValueError:
-        raise UserError(f"data.background must be a colour such as white or '#ff8800', but is {colour!r}") from None
+        raise UserError(
+            f"data.background must be a colour such as white or '#ff8800', but is {colour[:60]!r}"
+        ) from None
+    return rgb
 
 
 # ----------------------------------------------------------------------------------------------------------- discovery
@@ -135,9 +152,9 @@ def find_images(root: str | Path) -> list[str]:
     hint = f"(looked for {extensions}); set data.root to a folder of images"
     if not str(root).strip():  # else it would mean the working directory
         raise UserError(f"data.root is empty {hint}")
-    if not top.is_dir():
+    if not _is_folder(top):
         raise UserError(
-            f"data.root: {shown_path(top)} {'is not a folder' if top.exists() else 'does not exist'} {hint}"
+            f"data.root: {shown_path(top)} {'is not a folder' if os.path.lexists(top) else 'does not exist'} {hint}"
         )
     found, entered = [], set()
     folders, links = [str(top)], deque()
@@ -154,13 +171,21 @@ def find_images(root: str | Path) -> list[str]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if Path(entry.path).is_dir():  # entry.is_dir() raises on a link to itself
+            if _is_folder(Path(entry.path)):
                 (links if entry.is_symlink() else folders).append(entry.path)
             elif is_image_file(entry.name):
                 found.append(entry.path)
     if not found:
         raise UserError(f"data.root: {shown_path(top)} holds no images {hint}")
     return sorted(found)
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is a folder; no where it cannot be told: overlong names, links to themselves or to locked places."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def is_image_file(path: str) -> bool:
