@@ -27,6 +27,7 @@ from torch import Tensor
 
 from checkpoints import Checkpoints
 from configuration import Config, UserError, config_to_yaml
+from loss_curves import plot_losses
 from pictures import labelled_frames, labelled_grid, save_picture, told_in_one_line, written_whole
 from video_files import write_video
 
@@ -332,44 +333,6 @@ def _lock_file(file: IO[str]) -> bool:
     except OSError as error:  # a file system without locks
         print(f"warning: cannot lock {file.name} ({error}); don't start a second run there", file=sys.stderr)
     return True
-
-
-# Panel title -> the metrics drawn in it, and whether its axis is logarithmic.
-_PANELS: dict[str, tuple[list[str], bool]] = {
-    "critic: Wasserstein estimate\n(real minus generated score)": (["critic/gap"], False),
-    "scores (their zero is arbitrary)": (["score/real", "score/updated", "score/base"], False),
-    "gradient penalty": (["critic/penalty"], True),
-    "reconstruction error\n(sum of squares per picture)": (["generator/reconstruction"], True),
-    "KL divergence (nats per picture)": (["generator/kl"], False),
-    "size of the update\nrelative to the weights (RMS)": (["update/relative_size"], False),
-    "gradient norms": (["gradient_norm/discriminator", "gradient_norm/vae", "gradient_norm/predictor"], True),
-    "pictures per second": (["speed/images_per_second"], False),
-}
-
-
-def plot_losses(records: list[dict[str, float]], path: Path) -> None:
-    """Draws the course of a run, one panel per question, from `metrics.jsonl` records."""
-    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
-
-    figure = Figure(figsize=(14, 6.5), layout="constrained")
-    axes = figure.subplots(2, 4).flat
-    for (title, (names, logarithmic)), axis in zip(_PANELS.items(), axes, strict=True):
-        for name in names:
-            points = [(record["step"], record[name]) for record in records if name in record]
-            if logarithmic:
-                points = [(step, value) for step, value in points if value > 0]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=name.rpartition("/")[2], linewidth=1.3)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.25)
-        if logarithmic and axis.lines:
-            axis.set_yscale("log")
-        if len(names) > 1 and axis.lines:
-            axis.legend(fontsize=8, frameon=False)
-    with told_in_one_line(path), written_whole(path) as partial:
-        figure.savefig(partial, dpi=110, format="png")
 
 
 def _environment() -> dict[str, Any]:
