@@ -55,8 +55,7 @@ class Checkpoints:
                 content = io.BytesIO()
                 torch.save({"format": CHECKPOINT_FORMAT, "checksum": checksum(state), **state}, content)
                 part.write_bytes(content.getbuffer())
-            self._link(path, "latest.pt")
-            self.link_best(state)
+            self.link(state)
             _sync_folder(self.folder)
         for old in self._numbered()[self.keep :]:
             with suppress(OSError):  # what cannot be deleted now will be next time
@@ -102,11 +101,13 @@ class Checkpoints:
         found = {int(path.stem[5:]): path for path in self.folder.glob("step_*.pt") if path.stem[5:].isdecimal()}
         return [found[step] for step in sorted(found, reverse=True)]
 
-    def link_best(self, state: dict[str, Any]) -> None:
-        """Makes best.pt the checkpoint of `state`, if `state` says that it is the best."""
+    def link(self, state: dict[str, Any]) -> None:
+        """Makes the checkpoint of `state` latest.pt, and best.pt if `state` says that it is the best."""
         path = self.folder / f"step_{state['step']:06d}.pt"
-        if state.get("best") and state["best"]["step"] == state["step"] and path.exists():
-            self._link(path, "best.pt")
+        if path.exists():
+            self._link(path, "latest.pt")
+            if state.get("best") and state["best"]["step"] == state["step"]:
+                self._link(path, "best.pt")
 
     def _link(self, path: Path, name: str) -> None:
         part = self.folder / f".{name}.part"

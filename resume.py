@@ -119,7 +119,7 @@ def resume_point(run: RunDirectory, config: Config, accept_changes: bool) -> tup
         return None, [*notes, f"{run.path} has no checkpoint yet: starting again from step 0"]
     changed = differences(saved, config, str(path))
     check_settings(changed, str(run.path), accept_changes)
-    run.checkpoints.link_best(saved)  # in case the process was killed before it came to that
+    run.checkpoints.link(saved)  # in case the process was killed before it came to that
     notes.append(f"resuming {run.path} after step {saved['step']:,} ({path.name})")
     notes += [f"  changed setting: {change}" for change in changed]
     return saved, notes

@@ -53,11 +53,12 @@ def train(config: Config, accept_changes: bool = False) -> int:
     )
     steps = total_steps(config, images.count)
     # Reads images, so that a broken one shows before the run's folder is made.
-    fixed = FixedSamples(config, state.generator, images)
+    fixed = FixedSamples(config, state.generator, images, last_step=steps)
     if saved:
         check_pictures(saved, images.fingerprint, images.count, str(run.path), accept_changes)
         state.restore(saved)
-    if state.step >= steps:
+    owed = fixed.missing(run, state.step)  # pictures of this step: a new run's first ones, or a kill came before them
+    if state.step >= steps and not owed:
         return already_finished(run, config, state.step)
     run.begin(state.step)
     log = Log(run, steps, config, state.step)
@@ -76,9 +77,11 @@ def train(config: Config, accept_changes: bool = False) -> int:
     batches = images.batches(first=state.step * n_critic)
     keeper = CheckpointKeeper(run, config, images, saved)
     with run, stop:
-        if state.step == 0:
+        if owed:
             with log.pause():
-                log.line(f"first pictures, untrained: {fixed.save(run, 0, state.generator_ema)}")
+                path = fixed.save(run, state.step, state.generator_ema)
+            if state.step == 0:
+                log.line(f"first pictures, untrained: {path}")
         while state.step < steps:
             step = state.step + 1
             for repeat in range(n_critic):
@@ -97,12 +100,10 @@ def train(config: Config, accept_changes: bool = False) -> int:
             if sample_due or checkpoint_due:
                 with log.pause():
                     log.check({"generator": state.generator, "discriminator": state.discriminator})
-                    if stopping:  # first: who sends SIGTERM may not wait for pictures
-                        keeper.save(state, log, last=True)
+                    if checkpoint_due:  # first: who sends SIGTERM may not wait for pictures
+                        keeper.save(state, log, last or stopping)
                     if sample_due:
                         fixed.save(run, step, state.generator_ema)
-                    if checkpoint_due and not stopping:
-                        keeper.save(state, log, last)
             if stopping:
                 break
     log.finish(state.step, stop)

@@ -224,13 +224,19 @@ class _Pause:
 class FixedSamples:
     """The same latents, motions and real pictures through the whole run, drawn by the averaged networks."""
 
-    def __init__(self, config: Config, generator: Generator, images: TrainingImages) -> None:
+    def __init__(self, config: Config, generator: Generator, images: TrainingImages, last_step: int) -> None:
+        self.every, self.last_step = config.output.sample_every, last_step
         device = generator.vae.to_mu.weight.device
         random = torch.Generator(device).manual_seed(stable_seed(config.training.seed, "samples"))
         count = config.output.samples
         self.z = torch.randn(count, config.vae.latent_dim, device=device, generator=random)
         self.motion = generator.draw_motion(count, random)
         self.x_real = images.fixed_sample(count)
+
+    def missing(self, run: RunDirectory, step: int) -> bool:
+        """Whether the pictures of `step` are due and not there: a kill may come between a checkpoint and them."""
+        due = step in (0, self.last_step) or step % self.every == 0
+        return due and not (run.path / "samples" / f"step_{step:06d}.png").exists()
 
     @torch.no_grad()
     def save(self, run: RunDirectory, step: int, generator: Generator) -> Path:

@@ -126,6 +126,24 @@ def test_killed_after_a_checkpoint_and_resumed_is_the_undisturbed_run(
     assert not list(run.rglob("*.part"))
 
 
+@pytest.mark.parametrize("step", [6, 9])
+def test_killed_between_a_checkpoint_and_its_pictures(
+    step: int, undisturbed: Path, tmp_path: Path, picture_folder: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    for path in (run / "checkpoints").iterdir():
+        if path.name == "latest.pt" or int(path.stem[5:]) > step:
+            path.unlink()
+    for path in (run / "samples").iterdir():
+        if int(path.stem[5:]) >= step:
+            path.unlink()
+    assert train(*small(tmp_path, picture_folder, "training.steps=9", *ODD, *VARIED)) == 0
+    assert same(final(run), final(undisturbed))
+    for picture in undisturbed.glob("samples/*.png"):
+        assert (run / "samples" / picture.name).read_bytes() == picture.read_bytes()
+
+
 def test_killed_before_its_first_checkpoint_a_run_begins_again(
     undisturbed: Path, tmp_path: Path, picture_folder: Path, capsys
 ) -> None:
