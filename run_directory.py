@@ -11,6 +11,7 @@ run.lock           held by the process that writes here; it frees it by ending, 
 """
 
 import errno
+import gc
 import json
 import os
 import platform
@@ -181,6 +182,7 @@ class RunDirectory:
         def write() -> None:
             lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
             plot_losses([json.loads(line) for line in lines], path)
+            gc.collect()  # a figure is a knot of references: tens of megabytes gathered before Python untied it
 
         self._attempt("loss_curves.png", write)
         return path

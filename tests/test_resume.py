@@ -126,6 +126,17 @@ def test_killed_after_a_checkpoint_and_resumed_is_the_undisturbed_run(
     assert not list(run.rglob("*.part"))
 
 
+def test_logs_are_cut_to_the_step_that_a_run_goes_on_from(
+    undisturbed: Path, tmp_path: Path, picture_folder: Path
+) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    run = RunDirectory(load_config(None, small(tmp_path, picture_folder)))
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [4, 8, 9]
+    run.begin(4)
+    run.close()
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [4]
+
+
 @pytest.mark.parametrize("step", [6, 9])
 def test_killed_between_a_checkpoint_and_its_pictures(
     step: int, undisturbed: Path, tmp_path: Path, picture_folder: Path
