@@ -285,10 +285,10 @@ class _Lines:
         # Unbuffered from the last whole line on: a disk that fills up leaves no half lines inside the file.
         content = "".join(f"{line}\n" for line in self._waiting).encode()
         descriptor = self._file.fileno()
-        os.ftruncate(descriptor, self._whole)
         os.lseek(descriptor, self._whole, os.SEEK_SET)
         written = os.write(descriptor, content)
         if written < len(content):
+            os.ftruncate(descriptor, self._whole)
             raise OSError(errno.ENOSPC, "No space left on device")
         self._whole += written
         self._waiting.clear()

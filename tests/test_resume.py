@@ -371,14 +371,14 @@ def test_time_is_asked_for_in_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_best_checkpoint_is_kept_across_sessions(tmp_path: Path, picture_folder: Path) -> None:
-    arguments = small(tmp_path, picture_folder, "output.best_metric=generator/reconstruction", "output.log_every=1",
-                      "output.checkpoint_every=1", "output.keep_checkpoints=1", "training.lr_vae=0.003")  # fmt: skip
+    arguments = small(tmp_path, picture_folder, "output.best_metric=critic/gap", "output.log_every=1",
+                      "output.checkpoint_every=1", "output.keep_checkpoints=1")  # fmt: skip
     for steps in (4, 8):
         assert train(*arguments, f"training.steps={steps}") == 0
-    values = {line["step"]: line["generator/reconstruction"] for line in metrics_of(tmp_path / "run")}
+    values = {line["step"]: line["critic/gap"] for line in metrics_of(tmp_path / "run")}
     best = load_checkpoint(tmp_path / "run" / "checkpoints" / "best.pt")
-    assert best["step"] == min(values, key=values.get)
-    assert best["best"] == {"metric": "generator/reconstruction", "value": min(values.values()), "step": best["step"]}
+    assert best["step"] == min(values, key=values.get) <= 4
+    assert best["best"] == {"metric": "critic/gap", "value": min(values.values()), "step": best["step"]}
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["best.pt", "latest.pt", "step_000008.pt"]
 
@@ -430,10 +430,10 @@ def test_a_run_folder_that_disappears_ends_the_run_with_one_line(
 ) -> None:
     before_step(monkeypatch, 4, lambda: (tmp_path / "run").rename(tmp_path / "moved"))
     text = refused(*small(tmp_path, picture_folder, "training.steps=50", "output.checkpoint_every=2",
-                          "output.log_every=1", "output.tensorboard=true"))  # fmt: skip
+                          "output.log_every=1", "output.sample_every=1", "output.tensorboard=true"))  # fmt: skip
     assert "training stopped at step 4" in text
     assert "moved or deleted" in text
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
     assert load_checkpoint(tmp_path / "moved" / "checkpoints" / "latest.pt")["step"] == 2
 
 
@@ -466,17 +466,15 @@ def test_metrics_that_could_not_be_written_are_written_later(
     write, calls = os.write, itertools.count(1)
 
     def full(descriptor: int, data: bytes) -> int:
-        if data.startswith(b'{"step"') and next(calls) in (2, 3):
-            if len(data) > 100:
-                write(descriptor, data[:100])  # half a line fits
-            return 100
+        if data.startswith(b'{"step"') and next(calls) in (2, 5):  # the second time it is the last line
+            return write(descriptor, data[:100])  # half a line fits
         return write(descriptor, data)
 
     monkeypatch.setattr(os, "write", full)
     assert train(*small(tmp_path, picture_folder, "training.steps=5", "output.log_every=1")) == 0
-    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4]
     shown = capsys.readouterr().err
-    assert shown.count("training goes on without metrics.jsonl") == 1
+    assert shown.count("training goes on without metrics.jsonl") == 2
     assert "can be written again" in shown
 
 
