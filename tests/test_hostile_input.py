@@ -233,6 +233,8 @@ def wrong_values() -> Iterator[tuple[str, tuple[str, ...]]]:
             # What is wrong as YAML is told with the file, the line and the column instead of the key.
             yield f"{section}:\n  {setting.name}: {value}\n", ()
         for value in WRONG_FOR[kind]:
+            if value == "~" and setting.default is None:  # null is right where it is the default
+                continue
             yield f"{section}:\n  {setting.name}: {value}\n", (name,)
         if "choices" in setting.metadata and kind is str:
             yield from (
