@@ -320,8 +320,10 @@ class Generator(nn.Module):
         update = self.spec.split(relative_update * self.scales())
 
         def draw(features: Tensor, update: dict[str, Tensor]) -> Tensor:
-            updated = {name: own[name] + delta for name, delta in update.items()}
-            return functional_call(suffix, own | updated, (features,), strict=True)
+            updated = own | {name: own[name] + delta for name, delta in update.items()}
+            # Autocast doesn't reach convolutions inside vmap: the weights follow what it made of the features.
+            updated = {name: weight.to(features.dtype) for name, weight in updated.items()}
+            return functional_call(suffix, updated, (features,), strict=True)
 
         update = {name.removeprefix("decoder."): delta for name, delta in update.items()}
         if len(relative_update) == 1:  # one update for all (or one picture): an ordinary pass

@@ -6,8 +6,10 @@ changes the state: clipping, Adam, calibration, average. The pass is most of the
 two lie the gradients: several processes would sum theirs there.
 """
 
+import os
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -221,7 +223,7 @@ def choose_step(config: Config, device: torch.device, steps: int) -> tuple[str, 
     asked = config.runtime.step
     if asked == "cuda_graph" and device.type != "cuda":
         raise UserError("runtime.step is cuda_graph, but the device is a CPU; use auto, eager or compiled")
-    compiler = _has_compiler(device)
+    compiler = has_compiler(device)
     if asked == "compiled" and not compiler:
         needs = "Triton" if device.type == "cuda" else "a C++ compiler (g++ or clang++)"
         raise UserError(f"runtime.step is compiled, which needs {needs}, and none was found; install it, or use eager")
@@ -240,13 +242,10 @@ def choose_step(config: Config, device: torch.device, steps: int) -> tuple[str, 
     return "compiled", f"steps: compiled; {length} and costs about {COMPILE_SECONDS / 60:.0f} now"
 
 
-def _has_compiler(device: torch.device) -> bool:
+def has_compiler(device: torch.device) -> bool:
+    """Whether `torch.compile` has what it needs: Triton for a GPU, a C++ compiler for a CPU."""
     if device.type == "cuda":
-        from importlib.util import find_spec
-
         return find_spec("triton") is not None
-    import os
-
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl") if name)
 
 
@@ -258,7 +257,9 @@ def build_steps(config: Config, state: TrainingState, augment: DiffAugment, step
     """
     kind, why = choose_step(config, state.device, steps)
     if config.runtime.precision == "bf16" and not has_bf16(state.device):
-        why += "\nWARNING: this device has no bf16 arithmetic; runtime.precision=bf16 will be slower than fp32 here"
+        why += (
+            "\nWARNING: this device has no bf16 arithmetic; runtime.precision=bf16 will be much slower than fp32 here"
+        )
     if kind == "compiled":
         return CompiledSteps(state, augment, required=config.runtime.step == "compiled"), why
     return (CudaGraphSteps if kind == "cuda_graph" else EagerSteps)(state, augment), why
