@@ -139,6 +139,8 @@ class TrainingConfig:
 @dataclass
 class RuntimeConfig:
     device: str = "auto"
+    step: str = _setting("auto", choices=("auto", "eager", "compiled", "cuda_graph"))
+    precision: str = _setting("fp32", choices=("fp32", "bf16"))
 
 
 @dataclass

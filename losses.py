@@ -43,7 +43,7 @@ def critic_loss(
         epsilon: (B,) in [0, 1], where on the line between a fake and a real picture the penalty looks.
     """
     # Without BatchNorm a score depends on its own picture alone, so both halves go through in one pass.
-    score_real, score_fake = discriminator(torch.cat([x_real, x_fake])).chunk(2)
+    score_real, score_fake = at_least_fp32(discriminator(torch.cat([x_real, x_fake]))).chunk(2)
     wasserstein = score_fake.mean() - score_real.mean()
     penalty = gradient_penalty(discriminator, x_real, x_fake, epsilon)
     drift = score_real.square().mean()
@@ -56,19 +56,22 @@ def gradient_penalty(
 ) -> Tensor:
     """mean (‖∇D(x_hat)‖₂ - 1)² at x_hat = ε · x_real + (1 - ε) · x_fake, one ε and one norm per picture, in fp32.
 
-    Gulrajani et al. 2017, algorithm 1. The gradient is taken with `torch.func.grad`, which `torch.compile` can follow
-    (it cannot follow `torch.autograd.grad(create_graph=True)`); an ordinary `.backward()` goes through it.
+    Gulrajani et al. 2017, algorithm 1. Our critic knows its own `input_gradient`, without double backward. For any
+    other it is taken with `torch.func.grad`, which `torch.compile` can follow (unlike `torch.autograd.grad` with
+    `create_graph=True`). An ordinary `.backward()` goes through both.
 
     Args:
         x_real, x_fake: (B, C, H, W).
         epsilon: (B,) in [0, 1].
     """
     with torch.autocast(x_real.device.type, enabled=False):
-        precision = torch.promote_types(x_real.dtype, torch.float32)  # fp32, or fp64 for a check in double precision
-        epsilon = epsilon.to(precision).view(-1, 1, 1, 1)
-        x_hat = (epsilon * x_real.to(precision) + (1 - epsilon) * x_fake.to(precision)).detach()
+        epsilon = at_least_fp32(epsilon).view(-1, 1, 1, 1)
+        x_hat = (epsilon * at_least_fp32(x_real) + (1 - epsilon) * at_least_fp32(x_fake)).detach()
         # Scores of different pictures don't mix, so the gradient of their sum is each picture's own gradient.
-        gradient = torch.func.grad(lambda x: discriminator(x).sum())(x_hat)
+        input_gradient = getattr(discriminator, "input_gradient", None) or torch.func.grad(
+            lambda x: discriminator(x).sum()
+        )
+        gradient = input_gradient(x_hat)
         # The small number inside the root keeps its derivative finite where the gradient vanishes.
         norm = (gradient.square().sum(dim=(1, 2, 3)) + 1e-12).sqrt()
         return (norm - 1).square().mean()
@@ -112,7 +115,7 @@ def generator_loss(
         update: from `update_penalty`.
         video: from `video_loss`, or zero when λ_video is.
     """
-    adversarial, adversarial_base = -score_fake.mean(), -score_base.mean()
+    adversarial, adversarial_base = -at_least_fp32(score_fake).mean(), -at_least_fp32(score_base).mean()
     total = (
         lambda_adv * adversarial
         + lambda_base * adversarial_base
@@ -133,13 +136,19 @@ def vae_loss(x: Tensor, x_rec: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tens
         mu, logvar: (B, latent_dim).
     """
     reconstruction = squared_distance(x, x_rec).mean()
+    mu, logvar = at_least_fp32(mu), at_least_fp32(logvar)
     kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(dim=1).mean()
     return reconstruction, kl
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
-    """‖a - b‖² of each picture: (B, C, H, W) twice -> (B,), in fp32."""
-    return (a.float() - b.float()).square().flatten(1).sum(dim=1)
+    """‖a - b‖² of each picture: (B, C, H, W) twice -> (B,), at least in fp32."""
+    return (at_least_fp32(a) - at_least_fp32(b)).square().flatten(1).sum(dim=1)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """bf16, as autocast leaves it, becomes fp32; fp64, for a check in double precision, stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def update_penalty(relative_update: Tensor) -> Tensor:
@@ -148,7 +157,7 @@ def update_penalty(relative_update: Tensor) -> Tensor:
     Args:
         relative_update: (B, total_size), Δ in units of each tensor's RMS.
     """
-    return relative_update.square().mean()
+    return at_least_fp32(relative_update).square().mean()
 
 
 def video_loss(frames: Tensor, video: Tensor) -> Tensor:

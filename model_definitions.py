@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn import functional
 
 from configuration import Config
 from score_calibration import ScoreCalibration
@@ -128,6 +129,28 @@ class Discriminator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Pictures (B, C, H, W) in [0, 1] -> scores (B,): higher is more real, without unit or zero."""
         return self.to_score(self.stages(_centred(x)).flatten(1)).squeeze(1)
+
+    def input_gradient(self, x: Tensor) -> Tensor:
+        """∇D(x) of each picture (B, C, H, W), as a differentiable function of the weights, in one ordinary pass.
+
+        The critic is piecewise linear: which slope a LeakyReLU has and which pixel a MaxPool takes are constants almost
+        everywhere, and with them fixed, D is linear and its gradient is the stages' transposes in reverse. So no double
+        backward is needed. `torch.autograd` would give the same numbers, but it also sends a gradient that is zero all
+        over through the forward pass once more: 6 convolutions' work for each layer instead of 4.
+        """
+        h, slopes, places = _centred(x), [], []
+        with torch.no_grad():
+            for stage in self.stages:
+                drawn = stage.conv(h)
+                h, index = functional.max_pool2d(drawn, 2, return_indices=True)
+                slopes.append(torch.full_like(h, LEAKY_SLOPE).masked_fill(h > 0, 1))  # torch's choice where h = 0
+                places.append((drawn, index))
+                h = h * slopes[-1]
+        gradient = self.to_score.weight.view(1, *h.shape[1:]).expand_as(h)
+        for stage, slope, (drawn, index) in zip(reversed(self.stages), reversed(slopes), reversed(places), strict=True):
+            gradient = _unpool(gradient * slope, drawn, index)
+            gradient = functional.conv_transpose2d(gradient, stage.conv.weight, padding=stage.conv.padding)
+        return 2 * gradient  # of _centred
 
     def probability(self, x: Tensor) -> Tensor:
         """Calibrated probability (B,) in [0, 1] that each picture (B, C, H, W) is real, were half of all pictures real.
@@ -297,8 +320,10 @@ class Generator(nn.Module):
         update = self.spec.split(relative_update * self.scales())
 
         def draw(features: Tensor, update: dict[str, Tensor]) -> Tensor:
-            updated = {name: own[name] + delta for name, delta in update.items()}
-            return functional_call(suffix, own | updated, (features,), strict=True)
+            updated = own | {name: own[name] + delta for name, delta in update.items()}
+            # Autocast doesn't reach convolutions inside vmap: the weights follow what it made of the features.
+            updated = {name: weight.to(features.dtype) for name, weight in updated.items()}
+            return functional_call(suffix, updated, (features,), strict=True)
 
         update = {name.removeprefix("decoder."): delta for name, delta in update.items()}
         if len(relative_update) == 1:  # one update for all (or one picture): an ordinary pass
@@ -369,10 +394,22 @@ def build_discriminator(config: Config) -> Discriminator:
 
 
 def _conv_stage(narrow: int, wide: int, activation: nn.Module) -> nn.Sequential:
-    """(B, narrow, H, W) -> (B, wide, H / 2, W / 2)."""
+    """(B, narrow, H, W) -> (B, wide, H / 2, W / 2).
+
+    The activation stands behind the pooling: it keeps the order of numbers, so the result is the same as the other way
+    round, for a quarter of the work.
+    """
     return nn.Sequential(
-        OrderedDict(conv=nn.Conv2d(narrow, wide, 3, padding=1), activation=activation, pool=nn.MaxPool2d(2))
+        OrderedDict(conv=nn.Conv2d(narrow, wide, 3, padding=1), pool=nn.MaxPool2d(2), activation=activation)
     )
+
+
+def _unpool(pooled: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    """The transpose of `max_pool2d(x, 2)`: each value goes to the pixel that it came from, zeros elsewhere.
+
+    The operation that autograd uses, since every runner has a fast version of it: `max_unpool2d` has none compiled.
+    """
+    return torch.ops.aten.max_pool2d_with_indices_backward(pooled, x, [2, 2], [2, 2], [0, 0], [1, 1], False, index)
 
 
 def _centred(x: Tensor) -> Tensor:

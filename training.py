@@ -9,6 +9,8 @@ The same command again goes on with a run that was stopped or killed.
 """
 
 import argparse
+import contextlib
+import ctypes
 import math
 import os
 import sys
@@ -28,16 +30,18 @@ from model_definitions import Discriminator, Generator, build_discriminator, bui
 from random_draws import Draws
 from resume import CheckpointKeeper, already_finished, check_pictures, resume_point
 from run_directory import RunDirectory
-from step_runners import EagerSteps
+from step_profile import StepProfile
+from step_runners import build_steps, choose_step
 from training_log import FixedSamples, Log, StopRequest
 from training_state import TrainingState
 
 
-def train(config: Config, accept_changes: bool = False) -> int:
+def train(config: Config, accept_changes: bool = False, profile: bool = False) -> int:
     """Runs the training that the settings describe, from its newest checkpoint on if it has one.
 
     Args:
         accept_changes: go on with a run although settings that change what is learned are other ones now.
+        profile: leave a trace of a few steps in the run's folder.
 
     Returns:
         The exit status: 0, or 128 + the number of the signal that stopped it.
@@ -48,10 +52,12 @@ def train(config: Config, accept_changes: bool = False) -> int:
     device = choose_device(config.runtime.device)
     prepare_device(device)
     state = TrainingState(config, device)
+    draws = Draws(config, device)
     images = open_images(
         config.data, config.image, batch_size=config.training.batch_size, seed=config.training.seed, device=device
     )
     steps = total_steps(config, images.count)
+    runner, why = build_steps(config, state, draws.augment, steps)
     # Reads images, so that a broken one shows before the run's folder is made.
     fixed = FixedSamples(config, state.generator, images, last_step=steps)
     if saved:
@@ -66,13 +72,14 @@ def train(config: Config, accept_changes: bool = False) -> int:
         log.line(note)
     log.line(images.description)
     log.line(describe_device(device))
+    log.line(why)
     log.line(f"{describe_update(state.generator)}; {describe_length(config, steps, images.count)}")
     log.line(f"writing to {run.path}/")
     log.skipped(images.skipped)
     if saved:
         log.restore(saved["log"], device)
-    draws = Draws(config, device)
-    runner = EagerSteps(state, draws.augment)
+    runner.say = log.line
+    profiler = StepProfile(run.path, log.line) if profile else None
     n_critic = config.training.n_critic
     batches = images.batches(first=state.step * n_critic)
     keeper = CheckpointKeeper(run, config, images, saved)
@@ -85,11 +92,13 @@ def train(config: Config, accept_changes: bool = False) -> int:
         while state.step < steps:
             step = state.step + 1
             for repeat in range(n_critic):
-                x_real = next(batches)
+                x_real = log.next_batch(batches)
                 critic = runner.critic_step(x_real, draws.critic(state.generator, step, repeat))
             metrics = runner.generator_step(x_real, draws.generator(state.generator, step))
             state.step = step
             log.collect(step, critic | metrics)
+            if profiler:
+                profiler.step()
 
             last, stopping = step == steps, stop.requested
             sample_due = last or stopping or step % config.output.sample_every == 0
@@ -106,6 +115,8 @@ def train(config: Config, accept_changes: bool = False) -> int:
                         fixed.save(run, step, state.generator_ema)
             if stopping:
                 break
+    if profiler:
+        profiler.close()
     log.finish(state.step, stop)
     return stop.exit_status if state.step < steps else 0
 
@@ -134,10 +145,31 @@ def choose_device(name: str) -> torch.device:
 
 
 def prepare_device(device: torch.device) -> None:
-    """Makes `device` the current one, with convolutions in true fp32, as the gradient penalty wants them."""
+    """Makes `device` the current one, with convolutions and products in true fp32.
+
+    TF32 has a mantissa of 10 bits instead of 23. The gradient penalty needs all of them, and its backward pass runs
+    together with all others, so TF32 cannot be kept to the rest. Who wants speed before precision takes
+    runtime.precision=bf16, which spares the penalty.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False  # on by default: a mantissa of 10 bits instead of 23
+        torch.backends.cudnn.allow_tf32 = False  # on by default
+        torch.backends.cuda.matmul.allow_tf32 = False
+    else:
+        keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Makes the C library keep the memory of freed tensors for the next ones, where it can be asked to (glibc).
+
+    It would return every large block to the system at once, and the next tensor would wait for the system to clear the
+    same pages again: about a fifth of a step's time.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mmap_max, trim_threshold = -4, -1
+        mallopt(mmap_max, 0)  # no mappings of their own for large blocks
+        mallopt(trim_threshold, 2**31 - 1)  # give back only what is free beyond this
 
 
 def total_steps(config: Config, image_count: int) -> int:
@@ -220,7 +252,9 @@ def dry_run_report(
         yield f"  {tensor.name:<36} {' x '.join(map(str, tensor.shape)):<20} {tensor.size:>9,}"
     yield f"  head {config.weight_predictor.head}: {describe_update(generator)}"
     yield ""
-    yield f"{describe_device(device)}; {describe_length(config, total_steps(config, images.count), images.count)}"
+    steps = total_steps(config, images.count)
+    yield f"{describe_device(device)}; {describe_length(config, steps, images.count)}"
+    yield choose_step(config, device, steps)[1]
     try:
         RunDirectory.check(config)
         place = Path(config.output.root) / config.output.name
@@ -246,11 +280,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--accept-changes", action="store_true", help="resume with settings that change what is learned"
     )
+    parser.add_argument("--profile", action="store_true", help="leave a torch.profiler trace of a few steps")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
     options = parser.parse_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
-        return dry_run(config) if options.dry_run else train(config, options.accept_changes)
+        return dry_run(config) if options.dry_run else train(config, options.accept_changes, options.profile)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,6 +34,7 @@ class Log:
         self.names: list[str] = []
         self.latest: dict[str, float] = {}
         self.skipped_count = 0
+        self.waited = 0.0  # seconds of this interval in which the loop had no pictures
         self.sums: Tensor | None = None
         self.first_bad: Tensor | None = None
         self.step = self.since_step = done
@@ -55,6 +57,7 @@ class Log:
             "sums": self.sums,
             "since_step": self.since_step,
             "interval_seconds": now - self.since_time,
+            "waited_seconds": self.waited,
             "seconds": now - self.started,
             "latest": self.latest,
         }
@@ -64,6 +67,7 @@ class Log:
         now = time.perf_counter()
         self.since_step, self.latest = saved["since_step"], saved["latest"]
         self.since_time, self.started = now - saved["interval_seconds"], now - saved["seconds"]
+        self.waited = saved.get("waited_seconds", 0.0)
         if saved["sums"] is not None:
             self.names = saved["names"]
             self._begin_interval(saved["sums"].to(device))
@@ -89,6 +93,13 @@ class Log:
         self.first_bad = torch.where(values.isfinite(), self.first_bad, self.first_bad.clamp_max(step))
         self.step = step
         self.bar.update()
+
+    def next_batch(self, batches: Iterator[Tensor]) -> Tensor:
+        """The next of `batches`; the time that the host waits for it becomes `speed/data_wait_share`."""
+        started = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - started
+        return batch
 
     def _begin_interval(self, sums: Tensor) -> None:
         self.sums = sums.clone()
@@ -123,6 +134,7 @@ class Log:
         metrics["images_seen"] = step * self.images_per_step
         metrics["speed/images_per_second"] = (step - self.since_step) * self.images_per_step / seconds
         metrics["speed/seconds_per_step"] = seconds / (step - self.since_step)
+        metrics["speed/data_wait_share"] = self.waited / seconds
         if (memory := peak_memory_gb(self.sums.device)) is not None:
             metrics["memory/peak_gb"] = memory
         metrics["seconds"] = time.perf_counter() - self.started
@@ -130,7 +142,7 @@ class Log:
         self.latest = metrics
         self.show(step, metrics)
         self.sums.zero_()
-        self.since_step, self.since_time = step, time.perf_counter()
+        self.since_step, self.since_time, self.waited = step, time.perf_counter(), 0.0
 
     def show(self, step: int, metrics: dict[str, float]) -> None:
         """The bar's tail, or a plain line where output goes to a file."""

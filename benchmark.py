@@ -1,0 +1,396 @@
+"""Measures the training step: our runners against a textbook's WGAN-GP, side by side in one run.
+
+python benchmark.py                          this device, the source's sizes, and how the cost grows
+python benchmark.py --quick --json quick.json   under a minute, small sizes
+python benchmark.py --full                   every size, batch, head and video; hours on a CPU
+python benchmark.py data.root=my_pictures training.batch_size=32
+
+An iteration is n_critic critic steps and a generator step, with data, draws and optimizers. Variants run in processes
+of their own and take turns, so that whatever else the machine does hits all alike; a speedup is the median of the
+rounds' ratios to the textbook (`textbook.py`). The floor is what the matrix operations of our iteration would take at
+the rates measured on the same device: the longer of arithmetic and fewest bytes.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in training.py
+
+import torch
+
+from configuration import UserError, load_config
+from step_runners import has_bf16, has_compiler
+from training import choose_device
+
+HERE = Path(__file__).parent
+SMALL = [
+    "image.size=32", "vae.channels=[16,32]", "vae.latent_dim=32", "discriminator.channels=[16,32]",
+    "weight_predictor.hidden_size=32", "training.batch_size=8", "training.n_critic=2",
+]  # fmt: skip
+"""Settings of --quick."""
+
+
+class Case(NamedTuple):
+    """One setting of sizes, and the variants that are compared at it."""
+
+    name: str
+    overrides: list[str]
+    variants: list[tuple[str, str]]
+    """(runner, precision); the textbook first, where it takes part."""
+
+
+class Worker:
+    """A process with one variant; see `benchmark_worker.py`."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.name = f"{settings['runner']} {settings.get('precision', '')}".strip()
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        program = "import json, sys, benchmark_worker; benchmark_worker.main(json.loads(sys.argv[1]))"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program, json.dumps(settings)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
+            env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        )  # fmt: skip
+
+    def ask(self, word: str = "") -> dict[str, Any]:
+        """Sends a word (none: waits for the first answer) and returns the answer.
+
+        Raises:
+            UserError: the variant failed; its last line says why.
+        """
+        try:
+            if word:
+                print(word, file=self.process.stdin, flush=True)
+            for line in self.process.stdout:
+                if line.startswith("{"):
+                    return json.loads(line)
+        except BrokenPipeError:
+            pass
+        status = self.process.wait()
+        self.errors.seek(0)
+        lines = [line.strip() for line in self.errors if line.strip()]
+        reason = lines[-1] if lines else f"it ended with status {status}"
+        raise UserError(f"{self.name} failed: {reason.removeprefix('configuration.UserError: ')[:300]}")
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+def measure(case: Case, device: torch.device, rounds: int, base: list[str], rates: dict[str, float],
+            reference: bool) -> list[dict[str, Any]]:  # fmt: skip
+    """The result lines of one case."""
+    overrides = [*base, *case.overrides]
+    config = load_config(None, overrides)
+    with tempfile.TemporaryDirectory() as folder:
+        workers: list[Worker] = []
+        try:
+            common = {"overrides": overrides, "device": str(device), "folder": folder}
+            if reference:  # ends before the others begin: in float64 it takes twice the memory
+                exact = Worker(common | {"runner": "reference", "name": "reference"})
+                workers.append(exact)
+                exact.ask()
+                exact.close()
+                wanted = torch.load(Path(folder) / "reference")
+            measured, lines = [], []
+            for number, (runner, precision) in enumerate(case.variants):
+                settings = common | {"runner": runner, "precision": precision, "name": str(number)}
+                settings["overrides"] = [*overrides, f"runtime.precision={precision}"]
+                worker = Worker(settings)
+                workers.append(worker)
+                measured.append(worker)
+                first = worker.ask()["first_seconds"]
+                line: dict[str, Any] = {
+                    "case": case.name, "device": device.type, "precision": precision, "runner": runner,
+                    "image_size": config.image.size, "batch_size": config.training.batch_size,
+                    "n_critic": config.training.n_critic, "first_seconds": first, "gradient_error": None,
+                }  # fmt: skip
+                if reference:
+                    mine = torch.load(Path(folder) / str(number))
+                    errors = {
+                        name: float((mine[name].double() - exact).norm() / exact.norm())
+                        for name, exact in wanted.items()
+                    }
+                    line |= {"gradient_error": max(errors.values()), "gradient_errors": errors}
+                lines.append(line)
+            for worker in measured:
+                worker.ask("iteration")  # workers start, caches fill
+            times: list[list[dict[str, float]]] = [[] for _ in measured]
+            for _ in range(rounds):
+                for worker, mine in zip(measured, times, strict=True):
+                    mine.append(worker.ask("iteration"))
+            for worker, mine, line in zip(measured, times, lines, strict=True):
+                line["peak_memory_bytes"] = worker.ask("memory")["bytes"]
+                summarise(line, mine, times[0] if case.variants[0][0] == "textbook" else None)
+                if line["runner"] == "eager":
+                    line["gru_share"] = worker.ask("gru")["seconds"] / line["seconds_per_iteration"]
+                    work = worker.ask("work")
+                    floor = max(
+                        sum(part["flops"] / rates[precision] for precision, part in work.items()),
+                        sum(part["bytes"] for part in work.values()) / rates["copy"],
+                    )
+                    line |= {"work": work, "floor_seconds": floor}
+        finally:
+            for worker in workers:
+                worker.close()
+    complete(lines)
+    return lines
+
+
+def summarise(line: dict[str, Any], times: list[dict[str, float]], textbook: list[dict[str, float]] | None) -> None:
+    """Adds medians, quartiles and the speedup to a result line."""
+    whole = [one["iteration"] for one in times]
+    line["seconds_per_iteration"] = statistics.median(whole)
+    line["quartiles"] = statistics.quantiles(whole, n=4)[::2] if len(whole) > 1 else [whole[0]] * 2
+    line["fastest"] = min(whole)
+    for part in ("critic", "generator", "data"):
+        each = line["n_critic"] if part == "critic" else 1
+        line[f"{part}_seconds"] = statistics.median(one[part] for one in times) / each
+    line["data_wait_share"] = sum(one["data"] for one in times) / sum(
+        one["data"] + one["critic"] + one["generator"] for one in times
+    )
+    line["images_per_second"] = line["n_critic"] * line["batch_size"] / line["seconds_per_iteration"]
+    ratios = [theirs["iteration"] / ours["iteration"] for ours, theirs in zip(times, textbook or [], strict=False)]
+    line["speedup"] = statistics.median(ratios) if ratios else None
+
+
+def complete(lines: list[dict[str, Any]]) -> None:
+    """Adds what one variant's line takes from another's: the floor, compile time, and when compiling has paid."""
+    eager = {line["precision"]: line for line in lines if line["runner"] == "eager"}
+    for line in lines:
+        own = eager.get(line["precision"]) or next(iter(eager.values()), {})
+        floor = own.get("floor_seconds")
+        line["share_of_floor"] = floor / line["seconds_per_iteration"] if floor else None
+        line["compile_seconds"] = line["break_even_steps"] = None
+        if line["runner"] == "compiled" and line["precision"] in eager:
+            line["compile_seconds"] = max(0.0, line["first_seconds"] - own["first_seconds"])
+            saved = own["seconds_per_iteration"] - line["seconds_per_iteration"]
+            line["break_even_steps"] = math.ceil(line["compile_seconds"] / saved) if saved > 0 else None
+
+
+# ------------------------------------------------------------------------------------------------------------- cases
+
+
+def cases(device: torch.device, quick: bool, full: bool) -> list[Case]:
+    """What is measured. On a CPU without --full, what ends in a quarter of an hour."""
+    textbook, eager = ("textbook", "fp32"), ("eager", "fp32")
+    if quick:
+        return [Case("quick", [], [textbook, eager, *[("eager", "bf16")] * has_bf16(device)])]
+    on_gpu = device.type == "cuda"
+    precisions = ["fp32"] + ["bf16"] * (full or has_bf16(device))
+    runners = ["eager"] + ["compiled"] * has_compiler(device) + ["cuda_graph"] * on_gpu
+    variants = [textbook, *((runner, precision) for precision in precisions for runner in runners)]
+    if not on_gpu:  # compiling twice would take minutes, and tells nothing new
+        variants = [variant for variant in variants if variant != ("compiled", "bf16")]
+    best = ("cuda_graph", "fp32") if on_gpu else eager
+    small = [textbook, eager] if best == eager else [textbook, eager, best, ("cuda_graph", "bf16")]
+    ours = [eager] if best == eager else [eager, best]
+    everything = full or on_gpu
+    result = [Case("source sizes", [], variants)]
+    for size in (32, 64, 256) if everything else (32, 64):
+        result.append(Case(f"{size} px", [f"image.size={size}"], small))
+    for batch in (32, 64, 128, 256) if everything else (32,):
+        result.append(Case(f"batch {batch}", [f"training.batch_size={batch}"], small))
+    for frames in (4, 16, 32) if everything else (16,):
+        result.append(Case(f"{frames} frames", [f"video.frames={frames}"], ours))
+    for head in ("low_rank", "per_channel") if everything else ("low_rank",):
+        result.append(Case(f"head {head}", [f"weight_predictor.head={head}"], ours))
+    for side in (64, 32):
+        result.append(Case(f"video {side} px", [f"video.height={side}", f"video.width={side}"], ours))
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def table(results: list[dict[str, Any]]) -> list[str]:
+    """The results as lines of a Markdown table."""
+    lines = [
+        "| case | runner | precision | s / iteration (quartiles) | speedup | images/s | critic step | generator step "
+        "| data wait | GRU | peak memory | gradient error | share of floor |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for line in results:
+        low, high = line["quartiles"]
+        seconds = f"{line['seconds_per_iteration']:.3g} ({low:.3g} to {high:.3g})"
+        cells = [
+            line["case"], line["runner"], line["precision"], seconds, _shown(line["speedup"], "{:.2f} ×"),
+            f"{line['images_per_second']:.0f}", f"{line['critic_seconds'] * 1e3:.0f} ms",
+            f"{line['generator_seconds'] * 1e3:.0f} ms", f"{line['data_wait_share']:.1%}",
+            _shown(line.get("gru_share"), "{:.1%}"), f"{line['peak_memory_bytes'] / 1e9:.2f} GB",
+            _shown(line["gradient_error"], "{:.1e}"), _shown(line["share_of_floor"], "{:.0%}"),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def report(results: list[dict[str, Any]], device: torch.device, rates: dict[str, float]) -> str:
+    """The whole Markdown page."""
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{processor()}, {torch.get_num_threads()} threads"
+    )
+    rate = ", ".join(
+        f"{value / 1e9:,.0f} G{'B/s copied' if key == 'copy' else f'FLOP/s {key}'}" for key, value in rates.items()
+    )
+    notes = [f"{name}; PyTorch {torch.__version__}; {date.today()}. Measured: {rate}."]
+    if device.type == "cpu":
+        notes.append(f"Load of the machine over the last minutes: {', '.join(f'{x:.1f}' for x in os.getloadavg())}.")
+    for line in results:
+        if line["compile_seconds"] is not None:
+            paid = line["break_even_steps"]
+            after = f"has paid after {paid:,} iterations" if paid else "did not pay: no faster than eager"
+            notes.append(
+                f"Compiling ({line['case']}, {line['precision']}) took {line['compile_seconds']:.0f} s and {after}."
+            )
+    if not has_bf16(device):
+        notes.append("This device has no bf16 arithmetic; emulated, it is left out unless --full is given.")
+    return "\n".join(["# Training speed", "", *notes, "", *table(results), ""])
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Bars: seconds per iteration of every line, and its floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.3 * len(results)), layout="constrained")
+    places = range(len(results))
+    colours = {"textbook": "tab:gray", "eager": "tab:blue", "compiled": "tab:orange", "cuda_graph": "tab:green"}
+    seconds = [line["seconds_per_iteration"] for line in results]
+    spread = [
+        [max(0, line["seconds_per_iteration"] - line["quartiles"][0]) for line in results],
+        [max(0, line["quartiles"][1] - line["seconds_per_iteration"]) for line in results],
+    ]
+    axes.barh(places, seconds, xerr=spread, color=[colours[line["runner"]] for line in results])
+    floors = [(place, line["share_of_floor"] * line["seconds_per_iteration"])
+              for place, line in zip(places, results, strict=True) if line["share_of_floor"]]  # fmt: skip
+    if floors:
+        axes.scatter([floor for _, floor in floors], [place for place, _ in floors], color="black", marker="|", s=90,
+                     label="floor", zorder=3)  # fmt: skip
+        axes.legend(loc="lower right")
+    axes.set_yticks(places, [f"{line['case']}: {line['runner']} {line['precision']}" for line in results])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds per iteration (median, quartiles)")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def processor() -> str:
+    """The CPU's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+# ----------------------------------------------------------------------------------------------------------- command
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures, and writes table, plot and JSON.
+
+    Raises:
+        UserError: settings, device or a variant that don't work, or a file that cannot be written.
+    """
+    device = choose_device(options.device)
+    base = [
+        f"data.root={HERE / 'data' / 'emoji'}",
+        *(SMALL if options.quick else []),
+        *options.overrides,
+    ]
+    config = load_config(None, base)
+    if config.training.diffaugment or config.loss.lambda_video:
+        raise UserError("training.diffaugment and loss.lambda_video are not in the textbook; leave them out")
+    base = [
+        line if not line.startswith("data.root=") else f"data.root={Path(config.data.root).resolve()}" for line in base
+    ]
+    for path in (options.out, *([options.json.parent] if options.json else [])):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write into {path} ({error.strerror}); choose another place") from None
+    rounds = options.rounds or (3 if options.quick else 5)
+    rates_of = Worker({"runner": "rates", "device": str(device), "overrides": [], "precisions": ["fp32", "bf16"]})
+    rates = rates_of.ask()
+    rates_of.close()
+    results: list[dict[str, Any]] = []
+    for case in cases(device, options.quick, options.full):
+        started = time.perf_counter()
+        try:
+            results += measure(case, device, rounds, base, rates, reference=case.name in ("quick", "source sizes"))
+        except UserError as error:
+            if not results:
+                raise
+            print(f"warning: {case.name} left out: {error}", file=sys.stderr)
+            continue
+        print(f"measured {case.name} in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        page = report(results, device, rates)
+        try:  # after each case, so that a long measurement that is stopped leaves something
+            (options.out / "benchmark.md").write_text(page, encoding="utf-8")
+            plot(results, options.out / "benchmark.png")
+            if options.json:
+                content = {"rates": rates, "torch": torch.__version__, "date": str(date.today()), "results": results}
+                options.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {error.filename or options.out} ({error.strerror})") from None
+    print(page)
+    print(f"also written to {options.out}/benchmark.md and benchmark.png")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    examples = list(itertools.takewhile(str.strip, __doc__.split("\n\n", 1)[1].splitlines()))
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="examples:\n" + "\n".join(f"  {line}" for line in examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number> (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="small sizes without compiling, under a minute")
+    parser.add_argument("--full", action="store_true", help="every size, also on a CPU")
+    parser.add_argument("--rounds", type=int, metavar="N", help="iterations of each variant (5; 3 with --quick)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", default=Path("runs/benchmark"),
+        help="where benchmark.md and benchmark.png go (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, as for training.py")
+    options = parser.parse_args(arguments)
+    if options.rounds is not None and options.rounds < 1:
+        print(f"error: --rounds must be 1 or more, but is {options.rounds}", file=sys.stderr)
+        return 2
+    try:
+        run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
