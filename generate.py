@@ -71,7 +71,10 @@ def generate(options: argparse.Namespace) -> str:
 def make_pictures(options: argparse.Namespace, sampler: Sampler) -> str:
     as_folder = not Path(options.out).suffix or options.out.endswith(("/", os.sep))
     if not as_folder and Path(options.out).suffix.lower() != ".png":
-        raise UserError(f"{options.out}: pictures go into a .png, or into a folder (a name without an ending)")
+        raise UserError(
+            f"{options.out}: pictures go into a .png or a folder (a name without an ending), videos into "
+            f"{', '.join(VIDEO_ENDINGS)}, .png or a folder"
+        )
     draw = options.draw or ("triples" if options.image else "updated")  # who brings a picture wants to see it beside
     as_rows = draw == "triples" and not as_folder
     if options.grid and (as_folder or draw == "triples"):

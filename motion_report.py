@@ -267,8 +267,8 @@ def report(options: argparse.Namespace) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = OneLineParser(
         description="Measure the weight-driven videos of a run: following, steering, rolling on.",
-        epilog="columns: PSNR of the still base image and of the drawn frames against the synthetic video; how much of\n"
-        "its motion is drawn; the correlation of the two motions over time.",
+        epilog="columns: PSNR of the still base image and of the drawn frames against the synthetic video; how much\n"
+        "of its motion is drawn; the correlation of the two motions over time.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
