@@ -138,8 +138,10 @@ def background_colour(colour: str) -> tuple[int, ...]:
 # ----------------------------------------------------------------------------------------------------------- discovery
 
 
-def find_images(root: str | Path) -> list[str]:
+def find_images(root: str | Path, setting: str = "data.root") -> list[str]:
     """Absolute paths of the image files below `root`, sorted; hidden files and folders don't count.
+
+    `setting` is what errors call the place where the user named the folder.
 
     Links to folders are followed, but no folder is entered twice, so loops of links end; a folder that can be reached
     directly and through a link counts where it really lies.
@@ -149,12 +151,12 @@ def find_images(root: str | Path) -> list[str]:
     """
     top = _absolute(root)
     extensions = ", ".join(extension[1:] for extension in IMAGE_EXTENSIONS)
-    hint = f"(looked for {extensions}); set data.root to a folder of images"
+    hint = f"(looked for {extensions}); set {setting} to a folder of images"
     if not str(root).strip():  # else it would mean the working directory
-        raise UserError(f"data.root is empty {hint}")
+        raise UserError(f"{setting} is empty {hint}")
     if not _is_folder(top):
         raise UserError(
-            f"data.root: {shown_path(top)} {'is not a folder' if os.path.lexists(top) else 'does not exist'} {hint}"
+            f"{setting}: {shown_path(top)} {'is not a folder' if os.path.lexists(top) else 'does not exist'} {hint}"
         )
     found, entered = [], set()
     folders, links = [str(top)], deque()
@@ -167,7 +169,7 @@ def find_images(root: str | Path) -> list[str]:
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
-            raise UserError(f"data.root: folder {shown_path(folder)} cannot be read: {error.strerror}") from None
+            raise UserError(f"{setting}: folder {shown_path(folder)} cannot be read: {error.strerror}") from None
         for entry in entries:
             if entry.name.startswith("."):
                 continue
@@ -176,7 +178,7 @@ def find_images(root: str | Path) -> list[str]:
             elif is_image_file(entry.name):
                 found.append(entry.path)
     if not found:
-        raise UserError(f"data.root: {shown_path(top)} holds no images {hint}")
+        raise UserError(f"{setting}: {shown_path(top)} holds no images {hint}")
     return sorted(found)
 
 

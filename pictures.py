@@ -19,6 +19,7 @@ from configuration import UserError
 
 _CELL = 128  # the least height and width of a cell on a sheet, in pixels: a 32 px picture is shown four times as large
 _GAP, _MARGIN = 8, 20
+_SEAM = 4  # between the pictures of a grid without words
 _LABEL_SIZE, _TITLE_SIZE = 16, 20
 # Cells are often white themselves: a light grey sheet shows where each one ends.
 _SHEET, _INK = (240, 241, 243), (32, 34, 38)
@@ -61,6 +62,22 @@ def enlarge(pixels: np.ndarray, scale: int) -> np.ndarray:
 def scale_for(height: int, width: int, at_least: int = _CELL) -> int:
     """The smallest whole factor that makes both sides at least `at_least` pixels."""
     return max(1, -(-at_least // min(height, width)))
+
+
+def tiled(pictures: torch.Tensor | np.ndarray, rows: int, columns: int, scale: int = 1) -> np.ndarray:
+    """Pictures close together, without words: (N, C, H, W) in [0, 1], or pixels (N, H, W, 3) -> (height, width, 3).
+
+    They fill `rows` x `columns` places row by row, each pixel shown as `scale` x `scale`; places left over stay empty.
+    A single place has no border.
+    """
+    cells = enlarge(to_pixels(pictures), scale)
+    height, width = cells.shape[1:3]
+    pitch_y, pitch_x = height + _SEAM, width + _SEAM
+    sheet = np.full((rows * pitch_y - _SEAM, columns * pitch_x - _SEAM, 3), _SHEET, dtype=np.uint8)
+    for index, cell in enumerate(cells):
+        y, x = index // columns * pitch_y, index % columns * pitch_x
+        sheet[y : y + height, x : x + width] = cell
+    return sheet
 
 
 def labelled_grid(

@@ -98,7 +98,14 @@ class VideoSynthesizer(nn.Module):
         grain = torch.randn(batch, 2, channels, height, width, generator=generator, device=device)
         return Motion(phases, grain)
 
-    def forward(self, images: Tensor, motion: Motion, times: Tensor | None = None, full_size: bool = False) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        motion: Motion,
+        times: Tensor | None = None,
+        full_size: bool = False,
+        grain: bool | None = None,
+    ) -> Tensor:
         """The videos of a batch of pictures.
 
         Args:
@@ -106,6 +113,7 @@ class VideoSynthesizer(nn.Module):
             motion: from `draw_motion` for as many pictures.
             times: (B, K) frame numbers to make, whole or not, of any size (the path is closed); None makes 0 to T - 1.
             full_size: make frames of the picture's size and without grain: what drawn frames are compared with.
+            grain: with the noise or without it, whatever the size; at full size it is as coarse as in the small video.
 
         Returns:
             (B, T or K, C, height, width) in [0, 1].
@@ -133,8 +141,13 @@ class VideoSynthesizer(nn.Module):
         if strengths.contrast:
             mean = video.mean(dim=(2, 3, 4), keepdim=True)
             video = mean + (video - mean) * _per_frame(1 + strengths.contrast * paths["contrast"])
-        if strengths.noise and not full_size:
-            first, second = motion.grain[:, None].unbind(dim=2)  # (B, 1, C, height, width) each
+        if strengths.noise and (not full_size if grain is None else grain):
+            noise = motion.grain
+            if noise.shape[-2:] != (height, width):
+                noise = functional.interpolate(noise.flatten(1, 2), size=(height, width)).view(
+                    *noise.shape[:3], height, width
+                )
+            first, second = noise[:, None].unbind(dim=2)  # (B, 1, C, height, width) each
             video = video + strengths.noise * (_per_frame(turn.cos()) * first + _per_frame(turn.sin()) * second)
         return video.clamp(0, 1)
 
