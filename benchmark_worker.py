@@ -65,12 +65,14 @@ class Variant:
         )  # fmt: skip
         return images.batches()
 
-    def gradients(self) -> dict[str, Tensor]:
-        """The gradients of one critic and one generator pass, each as one vector on the CPU."""
+    def gradients(self, number: int) -> dict[str, Tensor]:
+        """The gradients of one critic and one generator pass, each as one vector on the CPU; `number`: which draws."""
         size, batch = self.config.image.size, self.config.training.batch_size
-        x_real = torch.rand(batch, self.config.image.channels, size, size, generator=torch.Generator().manual_seed(2))
+        x_real = torch.rand(
+            batch, self.config.image.channels, size, size, generator=torch.Generator().manual_seed(number)
+        )
         x_real = x_real.to(self.device, self.dtype)
-        critic_draws, generator_draws = self.pass_draws()
+        critic_draws, generator_draws = self.pass_draws(number)
         if self.is_textbook:
             losses = [
                 (self.steps.discriminator, self.steps.critic_loss(x_real, _as(self.dtype, critic_draws))[0]),
@@ -94,9 +96,9 @@ class Variant:
             for name, network, part in zip(("critic", "generator"), networks, named, strict=True)
         }
 
-    def pass_draws(self) -> tuple[Any, Any]:
-        """The random numbers of the first critic and generator step."""
-        return self.draws.critic(self.generator, 1, 0), self.draws.generator(self.generator, 1)
+    def pass_draws(self, step: int = 1) -> tuple[Any, Any]:
+        """The random numbers of a critic and a generator step."""
+        return self.draws.critic(self.generator, step, 0), self.draws.generator(self.generator, step)
 
     def iteration(self, batches: Iterator[Tensor], step: int, synchronize: Callable[[], None]) -> dict[str, float]:
         """Runs one whole iteration; returns the seconds of its parts. `synchronize` is called between them."""
@@ -258,14 +260,16 @@ def main(settings: dict[str, Any]) -> None:
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     answer: dict[str, Any] = {}
     if runner == "rates":
-        answer = device_rates(device, settings["precisions"])
-        print(json.dumps(answer), flush=True)
+        for _ in sys.stdin:
+            print(json.dumps(device_rates(device, settings["precisions"])), flush=True)
         return
     variant = Variant(config, device, runner)
     started = time.perf_counter()
-    torch.save(variant.gradients(), Path(settings["folder"]) / settings["name"])
-    wait()
-    answer["first_seconds"] = time.perf_counter() - started
+    for number in range(1, 1 + settings["gradients"]):
+        torch.save(variant.gradients(number), Path(settings["folder"]) / f"{settings['name']} {number}")
+        if number == 1:
+            wait()
+            answer["first_seconds"] = time.perf_counter() - started
     print(json.dumps(answer), flush=True)
     batches = step = None
     for line in sys.stdin:

@@ -21,9 +21,11 @@ from objectives import critic_metrics, critic_objective, generator_metrics, gene
 from random_draws import CriticDraws, GeneratorDraws
 from training_state import TrainingState
 
-# What compiling costs and saves on a CPU: `python benchmark.py` measures both. Rounded to the careful side.
-COMPILE_SECONDS = 120
-SAVED_SECONDS_PER_MEGAPIXEL = 0.5
+# What compiling costs and saves on a CPU, as `python benchmark.py` measures it (2 cores with AVX2, November 2026: 85 s,
+# and steps as long as eager ones, at 32 as at 128 pixels). What it used to save lay in the double backward and between
+# pooling and activation, and neither is there any more. Where it does save, enter it: a long enough run then compiles.
+COMPILE_SECONDS = 90
+SAVED_SECONDS_PER_MEGAPIXEL = 0.0  # of pictures through an iteration
 
 
 class CriticPass(NamedTuple):
@@ -236,10 +238,10 @@ def choose_step(config: Config, device: torch.device, steps: int) -> tuple[str, 
     training, side = config.training, config.image.size
     megapixels = training.batch_size * side**2 * (training.n_critic + 1) / 1e6  # of an iteration
     saved = steps * megapixels * SAVED_SECONDS_PER_MEGAPIXEL
-    length = f"for {steps:,} steps of {side} x {side} pixels, compiling would save about {saved / 60:,.0f} min"
+    length = f"for {steps:,} steps of {side} x {side} pixels compiling would save about {saved:,.0f} s on a CPU"
     if saved < 2 * COMPILE_SECONDS:
-        return "eager", f"steps: eager; {length} and cost about {COMPILE_SECONDS / 60:.0f}"
-    return "compiled", f"steps: compiled; {length} and costs about {COMPILE_SECONDS / 60:.0f} now"
+        return "eager", f"steps: eager; {length}, as measured, and cost about {COMPILE_SECONDS} s"
+    return "compiled", f"steps: compiled; {length}, as measured, and costs about {COMPILE_SECONDS} s now"
 
 
 def has_compiler(device: torch.device) -> bool:

@@ -81,6 +81,9 @@ class TrainingState:
                 clip_grads_with_norm_(self.parameters[network], longest, norm)
                 metrics[f"clipped_share/{network}"] = (norm > longest).float()
         self.optimizers[optimizer].step()
+        for network in gradients:
+            for parameter in self.parameters[network]:
+                parameter.grad = None  # or the predictor's large ones would take room through all critic steps
         return metrics
 
     @torch.no_grad()
