@@ -91,11 +91,11 @@ def make_pictures(options: argparse.Namespace, sampler: Sampler) -> str:
                 taken[name] += 1
                 name = name if taken[name] == 1 else f"{name}-{taken[name]}"
                 write_png(folder / f"{name}.png", sheet(draw, [one], (1, 1), options.scale), options.out)
-        return f"wrote {options.out}: {len(seeds)} pictures of {told(sampler, seeds, files)}"
+        return f"wrote {options.out}: {counted(len(seeds), 'picture')} of {told(sampler, seeds, files)}"
     with written_whole(options.out) as part:
         pixels = sheet(draw, list(drawn), places, options.scale)
         write_png(part, pixels, options.out)
-    return f"wrote {options.out}: {len(seeds)} pictures, {size_of(pixels)}, of {told(sampler, seeds, files)}"
+    return f"wrote {options.out}: {counted(len(seeds), 'picture')}, {size_of(pixels)}, of {told(sampler, seeds, files)}"
 
 
 def drawn_in_batches(sampler: Sampler, seeds: list[int], files: list[str] | None) -> Iterator[tuple[Subjects, Drawn]]:
@@ -184,7 +184,7 @@ def make_video(options: argparse.Namespace, sampler: Sampler, kind: str) -> str:
         return tiled(columns[main], *places, options.scale or default_scale(columns[main], places, 512))
 
     size = write_frames(options.out, (to_pixels(columns) for columns in frames), count, fps)
-    return f"wrote {options.out}: {count} frames, {size}, {fps:g} a second, {kind}, of {told(sampler, seeds, files)}"
+    return f"wrote {options.out}: {size}, {fps:g} a second, {kind}, of {told(sampler, seeds, files)}"
 
 
 def make_training_video(options: argparse.Namespace) -> str:
@@ -208,15 +208,15 @@ def make_training_video(options: argparse.Namespace) -> str:
 
     fps = options.fps or 4.0
     size = write_frames(options.out, frames(), count, fps, options.scale or 1)
-    return f"wrote {options.out}: {count} frames, {size}, {fps:g} a second, steps {chosen[0][0]} to {chosen[-1][0]}"
+    return f"wrote {options.out}: {size}, {fps:g} a second, steps {chosen[0][0]} to {chosen[-1][0]}"
 
 
 def write_frames(out: str, frames: Iterable[np.ndarray], count: int, fps: float, scale: int = 1) -> str:
-    """Frames go out as they come. Returns their size."""
+    """Frames go out as they come. Returns how many there are, and their size."""
     with open_video(out, fps=fps, scale=scale) as video:
         for pixels in progress(frames, count, "frames"):
             video.write(pixels)
-    return size_of(pixels, scale)
+    return f"{counted(count, 'frame')}, {size_of(pixels, scale)}"
 
 
 # ------------------------------------------------------------------------------------------------------ small helpers
@@ -289,10 +289,19 @@ def size_of(pixels: np.ndarray, scale: int = 1) -> str:
 
 
 def told(sampler: Sampler, seeds: list[int], files: list[str] | None) -> str:
-    last = f"-{seeds[-1]}" if len(seeds) > 1 and seeds[-1] - seeds[0] == len(seeds) - 1 else ""
-    which = f"seeds {seeds[0]}{last}" if last or len(seeds) == 1 else f"{len(seeds)} seeds"
-    what = f"{len(set(files))} images, {which}" if files else which
-    return f"{what}, {shown_path(sampler.path)} (step {sampler.step:,})"
+    if len(seeds) == 1:
+        which = f"seed {seeds[0]}"
+    elif seeds[-1] - seeds[0] == len(seeds) - 1:
+        which = f"seeds {seeds[0]}-{seeds[-1]}"
+    else:
+        which = f"{len(seeds)} seeds"
+    if files:
+        which = f"{counted(len(set(files)), 'image')} ({which})"
+    return f"{which}, {shown_path(sampler.path)} (step {sampler.step:,})"
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def progress(items: Iterable, total: int, unit: str) -> Iterable:

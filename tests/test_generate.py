@@ -257,6 +257,7 @@ def test_the_same_command_gives_the_same_bytes(command) -> None:
 def test_triples_show_both_and_their_amplified_difference(command, sampler: Sampler, monkeypatch) -> None:
     seen = {}
     original = generate.labelled_frames
+    monkeypatch.setattr(generate, "amplification", lambda difference: 5)
     monkeypatch.setattr(
         generate, "labelled_frames", lambda columns, scale: seen.update(columns) or original(columns, scale)
     )
@@ -266,9 +267,10 @@ def test_triples_show_both_and_their_amplified_difference(command, sampler: Samp
     assert (base, updated) == ("base image", "updated")
     assert torch.allclose(seen[base][:, 0], drawn.x_base, atol=1e-5)
     assert torch.allclose(seen[updated][:, 0], drawn.x_fake, atol=1e-5)
-    factor = int(difference.removeprefix("difference x ")) if " x " in difference else 1
-    expected = (0.5 + factor * (drawn.x_fake - drawn.x_base)).clamp(0, 1)
+    assert difference == "difference x 5"
+    expected = (0.5 + 5 * (drawn.x_fake - drawn.x_base)).clamp(0, 1)
     assert torch.allclose(seen[difference][:, 0], expected, atol=1e-4)
+    monkeypatch.undo()
     assert generate.amplification(torch.full((100,), 0.02)) == 20
     assert generate.amplification(torch.full((100,), 0.9)) == 1
 
@@ -363,20 +365,24 @@ def test_the_history_of_a_run(command, run: Path) -> None:
     assert "give its folder" in errors
 
 
-def test_ctrl_c_leaves_nothing_half_written(run: Path, tmp_path: Path) -> None:
-    for number, expected in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "generate.py"), str(run), "--out", "long.mp4", "--roll", "--frames", "9999999"],
-            cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob(".long*")) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.3)
-        process.send_signal(number)
-        assert process.communicate(timeout=30)[1] == ""
-        assert process.returncode == expected
-        assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_command_leaves_nothing_half_written(run: Path, tmp_path: Path, number: int, expected: int) -> None:
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "generate.py"), str(run), "--out", "long.mp4", "--roll", "--frames", "9999999"],
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+    ) as process:  # fmt: skip
+        try:
+            deadline = time.monotonic() + 60
+            while not any(path.stat().st_size for path in tmp_path.glob(".long*")) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert list(tmp_path.glob(".long*"))
+            process.send_signal(number)
+            assert process.communicate(timeout=30)[1] == ""
+            assert process.returncode == expected
+            assert list(tmp_path.iterdir()) == []
+        finally:
+            process.kill()
 
 
 def test_a_closed_pipe_is_no_error(run: Path, tmp_path: Path) -> None:
