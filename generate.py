@@ -48,7 +48,8 @@ def generate(options: argparse.Namespace) -> str:
         UserError: options that don't fit, no usable checkpoint, an image that can't be read, a file that can't be
             written.
     """
-    kind = options.video or ("weights" if Path(options.out).suffix.lower() in VIDEO_ENDINGS else "pictures")
+    moves = Path(options.out).suffix.lower() in VIDEO_ENDINGS or options.roll or options.roll_after is not None
+    kind = options.video or ("weights" if moves else "pictures")
     for name, value in vars(options).items():
         users = [f"--video {user}" if user != "pictures" else user for user in USES if name in USES[user]]
         if users and name not in USES[kind] and value not in (None, False):

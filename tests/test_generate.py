@@ -135,6 +135,13 @@ def test_the_synthetic_video_is_the_one_that_is_watched(sampler: Sampler) -> Non
     assert 0.5 * 0.02 < grain < 1.2 * 0.02
 
 
+def test_asking_to_roll_on_asks_for_a_video(command) -> None:
+    status, said, _ = command("--roll", "--frames", "3", "--grid", "1x1", "--out", "rolled")
+    assert status == 0
+    assert "3 frames" in said
+    assert len(read_video("rolled")) == 3
+
+
 def test_rolling_on_feeds_the_drawn_frames_back(sampler: Sampler) -> None:
     subjects, generator = sampler.subjects(range(2)), sampler.generator
     driven, rolled = (frames_of(sampler.weight_driven(subjects, 12, roll_after=k)) for k in (None, 5))
