@@ -32,9 +32,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in training.py
 import torch
 
 from configuration import UserError, load_config
+from devices import choose_device
 from image_data import open_images
 from step_runners import has_bf16, has_compiler
-from training import choose_device
 
 HERE = Path(__file__).parent
 SMALL = [

@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from configuration import Config, load_config
+from devices import prepare_device
 from image_data import open_images
 from random_draws import Draws, base_fakes
 from step_runners import CompiledSteps, CudaGraphSteps, EagerSteps, has_bf16
 from textbook import Textbook, textbook_batches
-from training import prepare_device
 from training_state import TrainingState
 
 KINDS = {"eager": EagerSteps, "compiled": CompiledSteps, "cuda_graph": CudaGraphSteps}

@@ -16,7 +16,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as training.py does, and befo
 import torch
 
 from configuration import UserError
-from training import choose_device, prepare_device
+from devices import choose_device, prepare_device
 
 
 class OneLineParser(argparse.ArgumentParser):
