@@ -62,7 +62,7 @@ def test_metrics_tell_every_term(finished_run: Path) -> None:
         *("generator/total", "generator/adversarial", "generator/adversarial_base", "generator/reconstruction"),
         *("generator/kl", "generator/update", "generator/video", "update/relative_size", "update/saturated_share"),
         *("gradient_norm/discriminator", "gradient_norm/vae", "gradient_norm/predictor"),
-        *("images_seen", "speed/images_per_second", "memory/peak_gb"),
+        *("images_seen", "speed/images_per_second", "speed/data_wait_share", "memory/peak_gb"),
     ]
     for line in metrics_of(finished_run):
         assert all(math.isfinite(line[name]) for name in wanted)
