@@ -90,12 +90,6 @@ class Checkpoints:
             )
         return None, None, []
 
-    def clean(self) -> None:
-        """Removes what a killed process left half written."""
-        for part in self.folder.glob(".*.part"):
-            with suppress(OSError):
-                part.unlink()
-
     def _numbered(self) -> list[Path]:
         """step_*.pt, the newest first."""
         found = {int(path.stem[5:]): path for path in self.folder.glob("step_*.pt") if path.stem[5:].isdecimal()}
@@ -124,8 +118,8 @@ class DamagedCheckpointError(UserError):
     """A file that should be a checkpoint and cannot be read as one, or not as the one that was written."""
 
 
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Reads a checkpoint as plain tensors, numbers and texts, and checks that it is what was written.
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint as plain tensors (on the CPU), numbers and texts, and checks that it is what was written.
 
     Code hidden in the file never runs.
 
@@ -161,7 +155,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         intact = False
     if not intact:
         raise DamagedCheckpointError(f"{path}: damaged, its content is not what was written (SHA-256 differs)")
-    return _on_device(state, torch.device(device))
+    return state
 
 
 def checksum(content: Any) -> str:
@@ -189,19 +183,15 @@ def checksum(content: Any) -> str:
     return digest.hexdigest()
 
 
-def _on_device(value: Any, device: torch.device) -> Any:
-    """The same nest of dicts, lists and tuples with its tensors on `device`."""
+def _on_cpu(value: Any) -> Any:
+    """The same nest of dicts, lists and tuples with its tensors on the CPU."""
     if isinstance(value, Tensor):
-        return value.detach().to(device)
+        return value.detach().cpu()
     if isinstance(value, dict):
-        return {key: _on_device(inner, device) for key, inner in value.items()}
+        return {key: _on_cpu(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_on_device(inner, device) for inner in value)
+        return type(value)(_on_cpu(inner) for inner in value)
     return value
-
-
-def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
-    return _on_device(state, torch.device("cpu"))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the commands that draw from checkpoints share: mistakes told in one line, exit statuses, the device."""
+"""What commands share: mistakes told in one line, exit statuses, readers that have gone, the device to draw on."""
 
 import argparse
 import difflib
@@ -91,5 +91,10 @@ def say(line: str) -> None:
     try:
         print(line, flush=True)
     except BrokenPipeError:
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence_output()
+
+
+def silence_output() -> None:
+    """Lets all that is printed from now on go nowhere, without an error: its reader has gone."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

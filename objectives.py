@@ -22,7 +22,7 @@ def critic_objective(
 
     A critic that never sees base pictures as fakes has no opinion of them, and lets them go grey.
     """
-    with torch.no_grad():  # also keeps the penalty's double backward away from the GRU: cuDNN has none
+    with torch.no_grad():  # the critic's loss reaches the critic alone
         n_base = base_fakes(config)
         features = generator.features(draws.z)
         x_base = generator.draw_base(features)

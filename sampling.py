@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from checkpoints import DamagedCheckpointError, load_checkpoint
 from configuration import Config, UserError, config_from_dict
+from devices import choose_device
 from image_files import BrokenImageError, decode_image, shown_path
 from model_definitions import Generator, build_generator
 from random_draws import stable_seed
@@ -218,8 +219,7 @@ def load_sampler(source: str | Path, device: torch.device | str | None = None, b
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path}: a checkpoint, but not of this project's networks ({reason})") from None
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Sampler(generator.to(device), config, step, path)
+    return Sampler(generator.to(device or choose_device("auto")), config, step, path)
 
 
 def find_checkpoint(source: str | Path, best: bool = False) -> Path:

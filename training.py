@@ -22,6 +22,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported
 import torch
 from torch import Tensor
 
+from command_line import silence_output
 from configuration import Config, UserError, config_to_yaml, load_config
 from devices import choose_device, describe_device, prepare_device
 from image_data import TrainingImages, open_images
@@ -162,7 +163,7 @@ def dry_run(config: Config) -> int:
             print(line)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough; what is left goes nowhere, without a traceback
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence_output()
     return 0
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from command_line import silence_output
 from configuration import Config, UserError
 from image_data import TrainingImages
 from model_definitions import Generator
@@ -77,8 +78,7 @@ class Log:
         try:
             tqdm.write(text) if self.is_terminal else print(text, flush=True)
         except OSError:
-            with suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            silence_output()
 
     def collect(self, step: int, metrics: dict[str, Tensor]) -> None:
         """Adds one step's scalars, without waiting for the device."""

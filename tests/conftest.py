@@ -5,10 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+
+from checkpoints import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,6 +29,10 @@ SMALL = [
     "output.tensorboard=false",
 ]
 """Overrides for a run that takes a second or two."""
+
+VARIED = ["data.mirror=true", "training.diffaugment=[color,translation,cutout]", "loss.lambda_video=1",
+          "loss.judged_frame=random"]  # fmt: skip
+"""Overrides that switch on everything that draws random numbers."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -68,11 +75,35 @@ def same(a: object, b: object) -> bool:
     return type(a) is type(b) and a == b
 
 
+def final(run: Path) -> dict[str, Any]:
+    """What the newest checkpoint holds, but for times and where run and pictures lie."""
+    state = load_checkpoint(run / "checkpoints" / "latest.pt")
+    for key in ("interval_seconds", "seconds", "latest"):
+        del state["log"][key]
+    del state["config"]["output"], state["config"]["data"]
+    return state
+
+
+def untimed_metrics(run: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without what depends on the machine's speed and memory."""
+    timed = ("speed/", "memory/", "seconds")
+    return [{key: value for key, value in line.items() if not key.startswith(timed)} for line in metrics_of(run)]
+
+
 def run_command(*arguments: str, folder: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """`python <arguments>` as a user runs it, from `folder`; relative script names are this project's."""
+    with start_command(*arguments, cwd=folder) as process:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def start_command(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """The same, under way: standard output and errors are pipes, unless `options` of Popen say otherwise."""
     script, *rest = arguments
     command = [sys.executable, str(ROOT / script), *rest]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    return subprocess.Popen(command, text=True, **(pipes | options))

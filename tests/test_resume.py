@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, metrics_of, same, small
+from conftest import ROOT, VARIED, final, metrics_of, same, small, start_command, untimed_metrics
 
 import checkpoints
 import step_runners
@@ -30,28 +30,16 @@ from training_log import StopRequest
 ODD = ["output.log_every=4", "output.checkpoint_every=2", "output.sample_every=3", "output.keep_checkpoints=10"]
 """Intervals that don't fall together."""
 
-VARIED = ["data.mirror=true", "training.diffaugment=[color,translation,cutout]", "loss.lambda_video=1",
-          "loss.judged_frame=random"]  # fmt: skip
-"""Everything that draws random numbers."""
-
 
 def train(*overrides: str, accept_changes: bool = False) -> int:
     return training.train(load_config(None, overrides), accept_changes)
 
 
-def final(run: Path) -> dict[str, Any]:
-    """What the newest checkpoint holds, but for times and where the run lies."""
-    state = load_checkpoint(run / "checkpoints" / "latest.pt")
-    for key in ("interval_seconds", "seconds", "latest"):
-        del state["log"][key]
-    del state["config"]["output"], state["config"]["data"]
-    return state
-
-
-def untimed_metrics(run: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl without what depends on the machine's speed and memory."""
-    timed = ("speed/", "memory/", "seconds")
-    return [{key: value for key, value in line.items() if not key.startswith(timed)} for line in metrics_of(run)]
+def forget_after(run: Path, step: int) -> None:
+    """Leaves the checkpoints that a kill would have left which came before there were newer ones than `step`'s."""
+    for path in (run / "checkpoints").iterdir():
+        if path.name == "latest.pt" or int(path.stem[5:]) > step:
+            path.unlink()
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
@@ -114,9 +102,7 @@ def test_killed_after_a_checkpoint_and_resumed_is_the_undisturbed_run(
     """What a SIGKILL leaves: logs that know of later steps than the newest checkpoint, and half a line."""
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
-    for path in (run / "checkpoints").iterdir():
-        if path.name == "latest.pt" or int(path.stem[5:]) > newest:
-            path.unlink()
+    forget_after(run, newest)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 10, "critic/tot')
     (run / "checkpoints" / ".step_000008.pt.0badcafe.part").write_bytes(b"half")
@@ -143,9 +129,7 @@ def test_killed_between_a_checkpoint_and_its_pictures(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
-    for path in (run / "checkpoints").iterdir():
-        if path.name == "latest.pt" or int(path.stem[5:]) > step:
-            path.unlink()
+    forget_after(run, step)
     for path in (run / "samples").iterdir():
         if int(path.stem[5:]) >= step:
             path.unlink()
@@ -219,8 +203,7 @@ def test_random_numbers_of_added_code_go_on_too(
     assert train(*small(tmp_path, picture_folder, "training.steps=4", "output.checkpoint_every=2", name="whole")) == 0
     run = tmp_path / "halves"
     shutil.copytree(tmp_path / "whole", run)
-    for name in ("latest.pt", "step_000004.pt"):
-        (run / "checkpoints" / name).unlink()
+    forget_after(run, 2)
     assert train(*small(tmp_path, picture_folder, "training.steps=4", "output.checkpoint_every=2", name="halves")) == 0
     assert same(final(run), final(tmp_path / "whole"))
 
@@ -231,8 +214,7 @@ def test_tensorboard_has_every_step_once(tmp_path: Path, picture_folder: Path) -
     arguments = small(tmp_path, picture_folder, "output.tensorboard=true", "output.log_every=1", "training.steps=6",
                       "output.checkpoint_every=2")  # fmt: skip
     assert train(*arguments) == 0
-    for name in ("latest.pt", "step_000006.pt"):  # as if killed after step 6 was logged, but not saved
-        (tmp_path / "run" / "checkpoints" / name).unlink()
+    forget_after(tmp_path / "run", 4)  # as if killed after step 6 was logged, but not saved
     assert train(*arguments) == 0
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
@@ -508,7 +490,7 @@ def test_a_small_disk_that_fills_during_a_save_loses_nothing(tmp_path: Path, pic
 
 def test_a_second_run_into_one_folder_is_refused_until_the_first_is_dead(tmp_path: Path, picture_folder: Path) -> None:
     arguments = small(tmp_path, picture_folder, "training.steps=1000000", "output.log_every=1", "data.memory_gb=0")
-    first = subprocess.Popen([sys.executable, str(ROOT / "training.py"), *arguments], stdout=subprocess.PIPE, text=True)
+    first = start_command("training.py", *arguments, stderr=None)
     for line in first.stdout:
         if line.startswith("step 2/"):
             break
@@ -523,12 +505,7 @@ def test_a_second_run_into_one_folder_is_refused_until_the_first_is_dead(tmp_pat
 
 def test_a_closed_pipe_stops_no_training(tmp_path: Path, picture_folder: Path) -> None:
     arguments = small(tmp_path, picture_folder, "training.steps=3", "output.log_every=1")
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "training.py"), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start_command("training.py", *arguments)
     process.stdout.close()
     errors = process.stderr.read()
     assert process.wait() == 0, errors

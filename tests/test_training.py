@@ -6,13 +6,12 @@ import math
 import re
 import signal
 import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, metrics_of, run_command, small
+from conftest import ROOT, SMALL, metrics_of, run_command, small, start_command
 from PIL import Image
 
 import step_runners
@@ -307,8 +306,7 @@ def test_dry_run_still_shows_everything_where_a_run_lies_already(tmp_path: Path,
 
 
 def test_dry_run_into_a_closed_pipe_is_quiet(tmp_path: Path, picture_folder: Path) -> None:
-    arguments = [sys.executable, str(ROOT / "training.py"), "--dry-run", *small(tmp_path, picture_folder)]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start_command("training.py", "--dry-run", *small(tmp_path, picture_folder))
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 0
@@ -324,12 +322,7 @@ def test_plain_lines_where_output_is_no_terminal(tmp_path: Path, picture_folder:
 
 def test_ctrl_c_saves_and_exits_with_130(tmp_path: Path, picture_folder: Path) -> None:
     arguments = small(tmp_path, picture_folder, "training.steps=1000000", "output.log_every=1")
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "training.py"), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = start_command("training.py", *arguments, stderr=subprocess.STDOUT)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 3/"):

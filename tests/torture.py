@@ -23,42 +23,27 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as training.py does, and for the same reason
 
 import torch
+from conftest import ROOT, SMALL, VARIED, final, same, start_command, untimed_metrics
 
-from checkpoints import checksum, load_checkpoint
+from checkpoints import load_checkpoint
 from configuration import load_config
 
-ROOT = Path(__file__).parent.parent
-TINY = [
-    *("image.size=16", "vae.channels=[4,8]", "vae.latent_dim=6", "discriminator.channels=[4,8]", "output.samples=2"),
-    *("weight_predictor.hidden_size=8", "video.frames=3", "training.batch_size=4", "training.n_critic=2"),
-    *("runtime.device=cpu", "output.tensorboard=false", f"data.root={ROOT / 'data' / 'emoji' / 'symbols'}"),
-]
-VARIED = [
-    *("data.mirror=true", "training.diffaugment=[color,translation,cutout]", "loss.lambda_video=1"),
-    *("loss.judged_frame=random", "output.log_every=7", "output.sample_every=400", "output.checkpoint_every=2"),
-]
+TINY = [*SMALL, f"data.root={ROOT / 'data' / 'emoji' / 'symbols'}"]
+KILLED = [*VARIED, "output.log_every=7", "output.sample_every=400", "output.checkpoint_every=2"]
 
 
 def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
     """A training run of its own, with its output in `folder / log.txt`."""
-    command = [sys.executable, str(ROOT / "training.py"), *TINY, f"output.root={folder}", "output.name=run", *overrides]
+    arguments = [*TINY, f"output.root={folder}", "output.name=run", *overrides]
     with (folder / "log.txt").open("a") as log:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment)
+        return start_command("training.py", *arguments, stdout=log, stderr=subprocess.STDOUT)
 
 
 def end(folder: Path) -> dict[str, Any]:
-    """What is to be the same: the newest checkpoint without clock times, the metrics without them, the sample grids."""
+    """What is to be the same: the newest checkpoint and the metrics without clock times, and the sample grids."""
     run = folder / "run"
-    state = load_checkpoint(run / "checkpoints" / "latest.pt")
-    for key in ("interval_seconds", "seconds", "latest"):
-        del state["log"][key]
-    del state["config"]["output"]
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = ("speed/", "memory/", "seconds")
-    metrics = [{key: value for key, value in line.items() if not key.startswith(timed)} for line in lines]
     grids = {path.name: path.read_bytes() for path in sorted(run.glob("samples/*.png"))}
-    return {"checkpoint": checksum(state), "metrics": metrics, "grids": checksum(grids), "step": state["step"]}
+    return {"checkpoint": final(run), "metrics": untimed_metrics(run), "grids": grids}
 
 
 def kills(count: int, steps: int, seed: int, folder: Path) -> int:
@@ -68,7 +53,7 @@ def kills(count: int, steps: int, seed: int, folder: Path) -> int:
     for place in (alone, killed):
         place.mkdir()
     began = time.perf_counter()
-    if start(alone, *VARIED, f"training.steps={steps}").wait():
+    if start(alone, *KILLED, f"training.steps={steps}").wait():
         raise SystemExit(f"the undisturbed run failed: {(alone / 'log.txt').read_text()[-2000:]}")
     lifetime = time.perf_counter() - began
     print(f"undisturbed run: {steps} steps in {lifetime:.0f} s", flush=True)
@@ -76,7 +61,7 @@ def kills(count: int, steps: int, seed: int, folder: Path) -> int:
     saved = killed / "run" / "checkpoints"
     read = 0
     while sum(moments.values()) < count:
-        process = start(killed, *VARIED, f"training.steps={steps}")
+        process = start(killed, *KILLED, f"training.steps={steps}")
         moment = draw.choices(["starting", "training", "saving"], [1, 2, 2])[0]
         if moment == "starting":
             time.sleep(draw.uniform(0, 4))
@@ -99,14 +84,14 @@ def kills(count: int, steps: int, seed: int, folder: Path) -> int:
             read += 1
         if sum(moments.values()) % 10 == 0:
             print(f"{sum(moments.values())} kills, at step {step}; all of {read} checkpoints could be read", flush=True)
-    if start(killed, *VARIED, f"training.steps={steps}").wait():
+    if start(killed, *KILLED, f"training.steps={steps}").wait():
         raise SystemExit(f"the killed run did not end well: {(killed / 'log.txt').read_text()[-2000:]}")
     first, second = end(alone), end(killed)
     log = (killed / "log.txt").read_text()
     print(f"kills: {moments}; resumed {log.count('resuming ')} times; tracebacks: {log.count('Traceback')}")
-    same = {part: first[part] == second[part] for part in first}
-    print("equal to the undisturbed run, bit for bit: " + ", ".join(f"{part} {ok}" for part, ok in same.items()))
-    return 0 if all(same.values()) and "Traceback" not in log else 1
+    equal = {part: same(first[part], second[part]) for part in first}
+    print("equal to the undisturbed run, bit for bit: " + ", ".join(f"{part} {ok}" for part, ok in equal.items()))
+    return 0 if all(equal.values()) and "Traceback" not in log else 1
 
 
 def log_lines(folder: Path) -> int:
