@@ -141,6 +141,7 @@ class RuntimeConfig:
     device: str = "auto"
     step: str = _setting("auto", choices=("auto", "eager", "compiled", "cuda_graph"))
     precision: str = _setting("fp32", choices=("fp32", "bf16"))
+    timeout_minutes: float = _setting(10.0, above=0, high=1440)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 
 import torch
 
@@ -9,13 +10,25 @@ from configuration import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:1` to a device that exists.
+    """`auto`, `cpu`, `cuda` or `cuda:1` to a device that exists. Of several processes each takes a GPU of its own.
 
     Raises:
         UserError: an unknown name, or a GPU that this machine lacks.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, as torchrun says
+    if name == "cuda" and processes > 1 and torch.cuda.is_available():
+        if processes > torch.cuda.device_count():
+            raise UserError(
+                f"--nproc-per-node is {processes}, but PyTorch sees {torch.cuda.device_count()} GPU(s) here; "
+                "start one process for each GPU, or use runtime.device=cpu"
+            )
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if name.startswith("cuda:") and processes > 1:
+        raise UserError(
+            f"runtime.device is {name}, one GPU for {processes} processes; use auto or cuda: each takes its own"
+        )
     try:
         device = torch.device(name)
     except RuntimeError:

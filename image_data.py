@@ -47,7 +47,9 @@ class TrainingImages:
     """
 
     def __init__(self, folder: ClassImageFolder | FlatImageFolder, data: DataConfig, image: ImageConfig, *,
-                 batch_size: int, seed: int, device: torch.device | str, progress: bool = True):  # fmt: skip
+                 batch_size: int, seed: int, device: torch.device | str, progress: bool = True,
+                 share: slice = slice(None)):  # fmt: skip
+        self.share = share
         self.batch_size, self.seed, self.device = batch_size, seed, torch.device(device)
         self._folder, self._mirror, self._workers = folder, data.mirror, data.workers
         self._items = _Items(folder, skip=data.on_broken == "skip")
@@ -96,12 +98,12 @@ class TrainingImages:
 
         The images of all batches are one permutation of the set per epoch, one after the other; batch k takes the
         places k·B to (k + 1)·B of that row, across the borders of epochs. Starting anywhere costs one permutation.
+        Of several processes each gets its `share` of every batch.
 
         Raises:
             BrokenImageError: when streaming with `data.on_broken=error`, once the image's batch is due.
             UserError: when streaming with `data.on_broken=skip`, if no image at all can be read.
         """
-        # For several processes: each would take its own slice of `indices` and `coins`, and the order stays the same.
         if self._images is not None:
             for indices, coins in self._order(first):
                 yield self._finish(self._images[indices], coins)
@@ -131,7 +133,7 @@ class TrainingImages:
         return torch.from_numpy(np.stack([order, generator.integers(0, 2, self.count)]))
 
     def _order(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Indices (B,) and mirror coins (B,), both int64, of batches `first`, `first` + 1, ...
+        """Indices (B,) and mirror coins (B,), both int64, of batches `first`, `first` + 1, ...; of these the share.
 
         They lie where the images do, and reach the GPU an epoch at a time, so that no batch waits for a copy.
         """
@@ -143,7 +145,7 @@ class TrainingImages:
                 epochs = range(epoch + 1, epoch + 1 + math.ceil(missing / self.count))  # many if shorter than a batch
                 epoch = epochs[-1]
                 ahead = torch.cat([ahead, _to(torch.cat([self._epoch(number) for number in epochs], 1), device)], 1)
-            yield ahead[0, : self.batch_size], ahead[1, : self.batch_size]
+            yield ahead[0, : self.batch_size][self.share], ahead[1, : self.batch_size][self.share]
             ahead = ahead[:, self.batch_size :]
 
     def _finish(self, images: Tensor, coins: Tensor | None = None) -> Tensor:
@@ -242,10 +244,11 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def open_images(data: DataConfig, image: ImageConfig, *, batch_size: int, seed: int, device: torch.device | str,
-                progress: bool = True) -> TrainingImages:  # fmt: skip
+                progress: bool = True, share: slice = slice(None)) -> TrainingImages:  # fmt: skip
     """Finds the images below `data.root` and makes them ready: batches of `batch_size` on `device`, in `seed`'s order.
 
-    `progress` shows a bar while decoding, if standard error is a terminal.
+    `progress` shows a bar while decoding, if standard error is a terminal. `share` are the places of each batch that
+    this process takes, where several share the batches.
 
     Raises:
         UserError: `data.root` is missing or holds no readable image, or `data.background` is no colour.
@@ -254,4 +257,5 @@ def open_images(data: DataConfig, image: ImageConfig, *, batch_size: int, seed: 
     background_colour(data.background)  # before anything slow
     loader = partial(decode_image, size=image.size, channels=image.channels, fit=data.fit, background=data.background)
     folder = open_folder(data.root, loader)
-    return TrainingImages(folder, data, image, batch_size=batch_size, seed=seed, device=device, progress=progress)
+    return TrainingImages(folder, data, image, batch_size=batch_size, seed=seed, device=device, progress=progress,
+                          share=share)  # fmt: skip

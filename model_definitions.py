@@ -279,10 +279,10 @@ class Generator(nn.Module):
         x_fake = self.draw_updated(features, relative_update)
         return GeneratorOutput(features, x_base, video, states, relative_update, x_fake)
 
-    def draw_motion(self, batch: int, generator: torch.Generator | None = None) -> Motion:
+    def draw_motion(self, batch: int, generator: torch.Generator | None = None, grain: bool = True) -> Motion:
         """The random numbers of the synthetic videos of `batch` pictures, on the generator's device."""
         device = self.vae.decoder.projection.weight.device
-        return self.synthesizer.draw_motion(torch.empty(batch, *self.vae.image_shape, device=device), generator)
+        return self.synthesizer.draw_motion(torch.empty(batch, *self.vae.image_shape, device=device), generator, grain)
 
     # The steps of the path, for those who need only some of them.
 

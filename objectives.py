@@ -7,7 +7,7 @@ from augmentation import DiffAugment
 from configuration import Config
 from losses import CriticLoss, GeneratorLoss, critic_loss, generator_loss, update_penalty, vae_loss, video_loss
 from model_definitions import Discriminator, Generator, GeneratorOutput, states_at
-from random_draws import CriticDraws, GeneratorDraws, base_fakes
+from random_draws import CriticDraws, GeneratorDraws, base_fakes, own_base_fakes
 
 
 def critic_objective(
@@ -23,7 +23,7 @@ def critic_objective(
     A critic that never sees base pictures as fakes has no opinion of them, and lets them go grey.
     """
     with torch.no_grad():  # the critic's loss reaches the critic alone
-        n_base = base_fakes(config)
+        n_base = own_base_fakes(draws)
         features = generator.features(draws.z)
         x_base = generator.draw_base(features)
         if n_base < len(x_base):
@@ -79,9 +79,15 @@ def generator_objective(
     ), output
 
 
-def critic_metrics(critic: CriticLoss, config: Config) -> dict[str, Tensor]:
-    """What `metrics.jsonl` tells of a critic step, as scalars on the device."""
-    n_base = base_fakes(config)
+def critic_metrics(critic: CriticLoss, draws: CriticDraws, config: Config) -> dict[str, Tensor]:
+    """What `metrics.jsonl` tells of a critic step, as scalars on the device.
+
+    Of a process's share of the batch they are such that the mean over all processes tells of the whole batch, which may
+    have base pictures where this share has none.
+    """
+    all_base, own_base = base_fakes(config), own_base_fakes(draws)
+    all_updated = config.training.batch_size - all_base
+    processes = config.training.batch_size // len(critic.score_fake)
     metrics = {
         "critic/total": critic.total,
         "critic/gap": -critic.wasserstein,
@@ -89,17 +95,24 @@ def critic_metrics(critic: CriticLoss, config: Config) -> dict[str, Tensor]:
         "critic/drift": critic.drift,
         "score/real": critic.score_real.mean(),
     }
-    if n_base:
-        metrics["score/base"] = critic.score_fake[:n_base].mean()
-    if n_base < len(critic.score_fake):
-        metrics["score/updated"] = critic.score_fake[n_base:].mean()
+    if all_base:
+        metrics["score/base"] = critic.score_fake[:own_base].sum() * processes / all_base
+    if all_updated:
+        metrics["score/updated"] = critic.score_fake[own_base:].sum() * processes / all_updated
     return {name: value.detach() for name, value in metrics.items()}
 
 
 def generator_metrics(loss: GeneratorLoss, output: GeneratorOutput, bound: float) -> dict[str, Tensor]:
-    """What `metrics.jsonl` tells of a generator step, as scalars on the device."""
+    """What `metrics.jsonl` tells of a generator step, as scalars on the device: means over the pictures.
+
+    Only means can be averaged over processes. What is a function of means is added by `finished_metrics`.
+    """
     relative = output.relative_update.detach()
     metrics = {f"generator/{name}": value.detach() for name, value in loss._asdict().items()}
-    metrics["update/relative_size"] = relative.square().mean().sqrt()
     metrics["update/saturated_share"] = (relative.abs() > 0.95 * bound).float().mean()
     return metrics
+
+
+def finished_metrics(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Adds to a generator step's means over the whole batch what is made of them."""
+    return metrics | {"update/relative_size": metrics["generator/update"].sqrt()}  # the root of the mean square

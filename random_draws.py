@@ -3,9 +3,13 @@
 Each draw comes from a generator that is seeded by (seed, step, part). What happens at step k therefore depends on k
 alone: not on the steps before it, nor on how a step is run. A step itself is a pure function of weights, pictures and
 draws.
+
+Several processes each draw the numbers of the whole batch and keep the rows of their own pictures. So a step doesn't
+depend on their number either.
 """
 
 import hashlib
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,8 +17,12 @@ from torch import Tensor
 
 from augmentation import DiffAugment
 from configuration import Config
+from distributed import ALONE, World
 from model_definitions import Generator
 from video_synth import Motion
+
+LARGE_GRAIN = 2**25
+"""Numbers of a whole batch's grain of motion above which each picture's grain has a seed of its own."""
 
 
 def stable_seed(*parts: object) -> int:
@@ -28,8 +36,13 @@ def base_fakes(config: Config) -> int:
     return round(config.loss.base_fake_share * config.training.batch_size)
 
 
+def own_base_fakes(draws: "CriticDraws") -> int:
+    """How many of these pictures are base pictures: a process's share of the batch may hold one more than another's."""
+    return len(draws.z) - len(draws.motion.phases)
+
+
 class CriticDraws(NamedTuple):
-    """The random numbers of one critic step."""
+    """The random numbers of one critic step, for a batch or a process's share of it: B pictures."""
 
     z: Tensor  #                (B, latent_dim)
     motion: Motion  #           for the B - n_base pictures that are updated
@@ -51,40 +64,63 @@ class GeneratorDraws(NamedTuple):
 
 
 class Draws:
-    """Draws what a step needs, on the device, as a pure function of (seed, step, part)."""
+    """Draws what a step needs, on the device, as a pure function of (seed, step, part), for the pictures of `world`."""
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: Config, device: torch.device, world: World = ALONE) -> None:
         self.config = config
         self.device = device
+        self.world = world
         self.random = torch.Generator(device)
         self.augment = DiffAugment(config.training.diffaugment)
 
     def critic(self, generator: Generator, step: int, repeat: int) -> CriticDraws:
         """For critic step number `repeat` of iteration `step`."""
-        batch = self.config.training.batch_size
-        updated = batch - base_fakes(self.config)
-        self.random.manual_seed(stable_seed(self.config.training.seed, step, "critic", repeat))
+        batch, rows = self.config.training.batch_size, self.world.rows
+        base = base_fakes(self.config)
+        # Of the pictures base, base + 1, ... of the batch, which are updated, this process has every world.size-th.
+        updated = slice((self.world.rank - base) % self.world.size, None, self.world.size)
+        self._seed(step, "critic", repeat)
         return CriticDraws(
-            z=self._normal(batch, self.config.vae.latent_dim),
-            motion=generator.draw_motion(updated, self.random),
-            frame=self._judged_frame(updated),
-            epsilon=torch.rand(batch, device=self.device, generator=self.random),
-            augment_real=self.augment.draw(batch, self.device, self.random),
-            augment_fake=self.augment.draw(batch, self.device, self.random),
+            z=rows(self._normal(batch, self.config.vae.latent_dim)),
+            motion=self._motion(generator, batch - base, updated, step, "critic", repeat),
+            frame=self._judged_frame(batch - base, updated),
+            epsilon=rows(torch.rand(batch, device=self.device, generator=self.random)),
+            augment_real=rows(self.augment.draw(batch, self.device, self.random)),
+            augment_fake=rows(self.augment.draw(batch, self.device, self.random)),
         )
 
     def generator(self, generator: Generator, step: int) -> GeneratorDraws:
         """For the generator step of iteration `step`."""
-        batch, video_frames = self.config.training.batch_size, self.config.loss.video_frames
-        self.random.manual_seed(stable_seed(self.config.training.seed, step, "generator"))
+        batch, video_frames, rows = self.config.training.batch_size, self.config.loss.video_frames, self.world.rows
+        own = slice(self.world.rank, None, self.world.size)
+        self._seed(step, "generator")
         return GeneratorDraws(
-            z=self._normal(batch, self.config.vae.latent_dim),
-            motion=generator.draw_motion(batch, self.random),
-            frame=self._judged_frame(batch),
-            posterior=self._normal(batch, self.config.vae.latent_dim),
-            video_times=self._frames(batch, video_frames),
-            augment=self.augment.draw(2 * batch, self.device, self.random),
+            z=rows(self._normal(batch, self.config.vae.latent_dim)),
+            motion=self._motion(generator, batch, own, step, "generator"),
+            frame=self._judged_frame(batch, own),
+            posterior=rows(self._normal(batch, self.config.vae.latent_dim)),
+            video_times=rows(self._frames(batch, video_frames)),
+            augment=torch.cat([rows(half) for half in self.augment.draw(2 * batch, self.device, self.random).chunk(2)]),
         )
+
+    def _seed(self, *part: object) -> None:
+        self.random.manual_seed(stable_seed(self.config.training.seed, *part))
+
+    def _motion(self, generator: Generator, count: int, rows: slice, *part: object) -> Motion:
+        """Motion of `count` videos, and of these the `rows`."""
+        shape = generator.draw_motion(0).grain.shape[1:]
+        if count * math.prod(shape) <= LARGE_GRAIN:
+            motion = generator.draw_motion(count, self.random)
+            return motion if self.world.size == 1 else Motion(*(numbers[rows] for numbers in motion))
+        # To draw all of a large batch's grain and throw most of it away would take longer than the step.
+        chosen = range(count)[rows]
+        phases = generator.draw_motion(count, self.random, grain=False).phases[rows]
+        grain = torch.empty(len(chosen), *shape, device=self.device)
+        own = torch.Generator(self.device)
+        for place, picture in zip(grain, chosen, strict=True):
+            own.manual_seed(stable_seed(self.config.training.seed, *part, "grain", picture))
+            place.normal_(generator=own)
+        return Motion(phases, grain)
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self.device, generator=self.random)
@@ -94,5 +130,5 @@ class Draws:
         # A shared update is the mean over the batch at one time, so all pictures then look at the same times.
         return frames[:1].expand(shape) if self.config.weight_predictor.sharing == "shared" else frames
 
-    def _judged_frame(self, batch: int) -> Tensor | None:
-        return self._frames(batch) if self.config.loss.judged_frame == "random" else None
+    def _judged_frame(self, batch: int, rows: slice) -> Tensor | None:
+        return self._frames(batch)[rows] if self.config.loss.judged_frame == "random" else None

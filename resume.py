@@ -157,7 +157,6 @@ class CheckpointKeeper:
             UserError: it cannot be written, and that was the last chance.
         """
         training = self.config.training
-        state.discriminator.calibration.fit()
         self._judge(state.step, log)
         content = state.to_dict() | {
             "images_seen": state.step * training.n_critic * training.batch_size,

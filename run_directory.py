@@ -45,6 +45,8 @@ class RunDirectory:
         UserError: the folder holds something else, cannot be written, or another process is training in it.
     """
 
+    writes = True
+
     def __init__(self, config: Config) -> None:
         self.path = Path(config.output.root) / config.output.name
         self.config = config
@@ -253,6 +255,35 @@ class RunDirectory:
         sessions.append({"from_step": step, **_environment()})
         with written_whole(path) as part:
             part.write_text(json.dumps({"sessions": sessions}, indent=2) + "\n", encoding="utf-8")
+
+
+class OnlookersDirectory(RunDirectory):
+    """The folder for a process that leaves all writing to another one: nothing is checked, read, locked or written."""
+
+    writes = False
+
+    @staticmethod
+    def check(config: Config) -> None:
+        """Nothing: the writing process does."""
+
+    @property
+    def exists(self) -> bool:
+        """Never: what is there is the writing process's."""
+        return False
+
+    def begin(self, step: int) -> None:
+        """Nothing."""
+
+    def save_samples(self, step: int, columns: dict[str, Tensor]) -> Path:
+        """Nothing; tells where the file would be."""
+        return self.path / "samples" / f"step_{step:06d}.png"
+
+    def save_checkpoint(self, state: dict[str, Any]) -> Path:
+        """Nothing; tells where the file would be."""
+        return self.checkpoints.folder / f"step_{state['step']:06d}.pt"
+
+    def _attempt(self, what: str, write: Callable[[], None]) -> None:
+        """Nothing: metrics, clips, curves and lists are written elsewhere."""
 
 
 class _Lines:

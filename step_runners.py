@@ -3,7 +3,7 @@
 A step is a *pass*, a pure function from pictures and random draws to metrics, scores and gradients, and a *tail* that
 changes the state: clipping, Adam, calibration, average. The pass is most of the work, so it alone is run as written
 (`EagerSteps`), under `torch.compile` (`CompiledSteps`) or replayed from a CUDA graph (`CudaGraphSteps`). Between the
-two lie the gradients: several processes would sum theirs there.
+two lie the gradients: several processes average theirs there, outside any graph (`World.average`).
 """
 
 import os
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from augmentation import DiffAugment
 from configuration import Config, UserError
-from objectives import critic_metrics, critic_objective, generator_metrics, generator_objective
+from distributed import ALONE, World
+from objectives import critic_metrics, critic_objective, finished_metrics, generator_metrics, generator_objective
 from random_draws import CriticDraws, GeneratorDraws
 from training_state import TrainingState
 
@@ -56,11 +57,15 @@ class EagerSteps:
     Args:
         state: whose weights the steps change.
         augment: DiffAugment of the pictures that the critic sees.
+
+    Attributes:
+        world: the processes that share a batch; each step takes this one's share of pictures and draws.
     """
 
     def __init__(self, state: TrainingState, augment: DiffAugment) -> None:
         self.state = state
         self.augment = augment
+        self.world: World = ALONE
         self.autocast = state.config.runtime.precision == "bf16"
         self.say: Callable[[str], None] = print  # where a runner tells what the user should know
 
@@ -72,7 +77,7 @@ class EagerSteps:
         with torch.autocast(x_real.device.type, torch.bfloat16, enabled=self.autocast):
             loss = critic_objective(state.generator, state.discriminator, x_real, draws, self.augment, state.config)
         gradients = torch.autograd.grad(loss.total, state.parameters["discriminator"])
-        metrics = critic_metrics(loss, state.config)
+        metrics = critic_metrics(loss, draws, state.config)
         return CriticPass(metrics, loss.score_real.detach(), loss.score_fake.detach(), gradients)
 
     def generator_pass(self, x_real: Tensor, draws: GeneratorDraws) -> GeneratorPass:
@@ -96,18 +101,22 @@ class EagerSteps:
     def critic_step(self, x_real: Tensor, draws: CriticDraws) -> dict[str, Tensor]:
         """One critic step on real pictures (B, C, H, W) in [0, 1]; returns its metrics, scalars on the device."""
         done = self.run_pass("critic_pass", x_real, draws)
-        norms = self.state.apply_gradients("discriminator", {"discriminator": done.gradients})
-        self.state.discriminator.calibration.observe(done.score_real, done.score_fake)
-        return done.metrics | norms
+        gradients, metrics, scores = self.world.average(
+            "discriminator", done.gradients, done.metrics, (done.score_real, done.score_fake)
+        )
+        norms = self.state.apply_gradients("discriminator", {"discriminator": gradients})
+        self.state.discriminator.calibration.observe(*scores)
+        return metrics | norms
 
     def generator_step(self, x_real: Tensor, draws: GeneratorDraws) -> dict[str, Tensor]:
         """One step of θ, the GRU and their average. Returns its metrics, scalars on the device."""
         done = self.run_pass("generator_pass", x_real, draws)
+        averaged, metrics, _ = self.world.average("generator", done.gradients, done.metrics)
         count = len(self.state.parameters["vae"])
-        gradients = {"vae": done.gradients[:count], "predictor": done.gradients[count:]}
+        gradients = {"vae": averaged[:count], "predictor": averaged[count:]}
         norms = self.state.apply_gradients("generator", gradients)
         self.state.update_ema(self.state.step + 1)
-        return done.metrics | norms
+        return finished_metrics(metrics) | norms
 
 
 class CompiledSteps(EagerSteps):

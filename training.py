@@ -4,6 +4,7 @@ python training.py                                      the default settings of 
 python training.py --config config_quick.yaml           small pictures, a few minutes on a laptop
 python training.py data.root=my_pictures output.name=my-run training.steps=50000
 python training.py --dry-run                            check everything, show what would run, and stop
+torchrun --nproc-per-node=8 training.py                 one process on each of 8 GPUs
 
 The same command again goes on with a run that was stopped or killed.
 """
@@ -23,63 +24,69 @@ import torch
 from torch import Tensor
 
 from command_line import silence_output
-from configuration import Config, UserError, config_to_yaml, load_config
+from configuration import Config, UserError, config_to_dict, config_to_yaml, load_config
 from devices import choose_device, describe_device, prepare_device
+from distributed import ALONE, World, join_processes, report, report_lost
 from image_data import TrainingImages, open_images
 from model_definitions import Discriminator, Generator, build_discriminator, build_generator
+from process_watch import PeerLostError
 from random_draws import Draws
 from resume import CheckpointKeeper, already_finished, check_pictures, resume_point
-from run_directory import RunDirectory
+from run_directory import OnlookersDirectory, RunDirectory
 from step_profile import StepProfile
 from step_runners import build_steps, choose_step
 from training_log import FixedSamples, Log, StopRequest
 from training_state import TrainingState
 
 
-def train(config: Config, accept_changes: bool = False, profile: bool = False) -> int:
+def train(config: Config, accept_changes: bool = False, profile: bool = False, world: World = ALONE) -> int:
     """Runs the training that the settings describe, from its newest checkpoint on if it has one.
 
     Args:
         accept_changes: go on with a run although settings that change what is learned are other ones now.
         profile: leave a trace of a few steps in the run's folder.
+        world: the processes that share each batch. All go through this function in step; the first one alone writes.
 
     Returns:
         The exit status: 0, or 128 + the number of the signal that stopped it.
     """
-    stop = StopRequest(config.training.max_minutes)
-    run = RunDirectory(config)
+    stop = StopRequest(config.training.max_minutes, world)
+    check_processes(config, world)
+    run = (RunDirectory if world.is_first else OnlookersDirectory)(config)
     saved, notes = resume_point(run, config, accept_changes)
     device = choose_device(config.runtime.device)
     prepare_device(device)
     state = TrainingState(config, device)
-    draws = Draws(config, device)
-    images = open_images(
-        config.data, config.image, batch_size=config.training.batch_size, seed=config.training.seed, device=device
-    )
+    draws = Draws(config, device, world)
+    images = open_share(config, device, world)
     steps = total_steps(config, images.count)
     runner, why = build_steps(config, state, draws.augment, steps)
+    runner.world = world
     # Reads images, so that a broken one shows before the run's folder is made.
     fixed = FixedSamples(config, state.generator, images, last_step=steps)
     if saved:
         check_pictures(saved, images.fingerprint, images.count, str(run.path), accept_changes)
         state.restore(saved)
-    owed = fixed.missing(run, state.step)  # pictures of this step: a new run's first ones, or a kill came before them
+    if world.size > 1:  # whoever has read no checkpoint takes all from the first process
+        state.restore(world.from_first(state.to_dict()))
+    # Pictures of this step: a new run's first ones, or a kill came before them.
+    owed = world.from_first(fixed.missing(run, state.step))
     if state.step >= steps and not owed:
-        return already_finished(run, config, state.step)
+        return already_finished(run, config, state.step) if world.is_first else 0
     run.begin(state.step)
-    log = Log(run, steps, config, state.step)
+    log = Log(run, steps, config, state.step, world)
     for note in notes:
         log.line(note)
     log.line(images.description)
-    log.line(describe_device(device))
+    log.line(describe_device(device) + describe_processes(config, world))
     log.line(why)
     log.line(f"{describe_update(state.generator)}; {describe_length(config, steps, images.count)}")
     log.line(f"writing to {run.path}/")
     log.skipped(images.skipped)
-    if saved:
-        log.restore(saved["log"], device)
+    if log_before := world.from_first(saved["log"] if saved else None):
+        log.restore(log_before, device)
     runner.say = log.line
-    profiler = StepProfile(run.path, log.line) if profile else None
+    profiler = StepProfile(run.path, log.line) if profile and world.is_first else None
     n_critic = config.training.n_critic
     batches = images.batches(first=state.step * n_critic)
     keeper = CheckpointKeeper(run, config, images, saved)
@@ -91,6 +98,7 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False) -
                 log.line(f"first pictures, untrained: {path}")
         while state.step < steps:
             step = state.step + 1
+            world.at(f"step {step}")
             for repeat in range(n_critic):
                 x_real = log.next_batch(batches)
                 critic = runner.critic_step(x_real, draws.critic(state.generator, step, repeat))
@@ -100,15 +108,17 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False) -
             if profiler:
                 profiler.step()
 
-            last, stopping = step == steps, stop.requested
+            last, stopping = step == steps, stop.agreed()
             sample_due = last or stopping or step % config.output.sample_every == 0
             checkpoint_due = last or stopping or step % config.output.checkpoint_every == 0
             if last or step % config.output.log_every == 0:
                 log.write(step)  # here, and below where something is due, the device is waited for; nowhere else
-                log.skipped(images.skipped)
+                log.skipped(gather_skipped(images, world))
             if sample_due or checkpoint_due:
                 with log.pause():
                     log.check({"generator": state.generator, "discriminator": state.discriminator})
+                    state.discriminator.calibration.fit()
+                    world.check_same(state.networks(), step)
                     if checkpoint_due:  # first: who sends SIGTERM may not wait for pictures
                         keeper.save(state, log, last or stopping)
                     if sample_due:
@@ -133,6 +143,55 @@ def total_steps(config: Config, image_count: int) -> int:
     return max(1, math.ceil(config.training.epochs * image_count / per_step))
 
 
+def check_processes(config: Config, world: World) -> None:
+    """Refuses what several processes cannot do together.
+
+    Raises:
+        UserError: the batch cannot be shared evenly, or a shared update would need all pictures of the batch.
+    """
+    world.share_batch(config.training.batch_size)
+    if world.size > 1 and config.weight_predictor.sharing == "shared":
+        raise UserError(
+            "weight_predictor.sharing is shared, an update from the mean over the whole batch, which no single one of "
+            f"{world.size} processes sees; use per_sample, or one process"
+        )
+
+
+def open_share(config: Config, device: torch.device, world: World) -> TrainingImages:
+    """The images, of whose batches this process takes its share.
+
+    Raises:
+        UserError: as `open_images`; or the processes see different pictures, settings or versions.
+    """
+    images = open_images(
+        config.data, config.image, batch_size=config.training.batch_size, seed=config.training.seed, device=device,
+        progress=world.is_first, share=slice(world.rank, None, world.size),
+    )  # fmt: skip
+    own = {"data.root", "output.root", "runtime.device"}  # may be called differently on each machine
+    settings = {
+        f"{section}.{key}": value
+        for section, values in config_to_dict(config).items()
+        for key, value in values.items()
+        if f"{section}.{key}" not in own
+    }
+    pictures = {"images in data.root": images.count, "names of images, by their SHA-256": images.fingerprint}
+    world.agree(settings | pictures | {"torch": torch.__version__})
+    return images
+
+
+def gather_skipped(images: TrainingImages, world: World) -> list[tuple[Path, str]]:
+    """The broken images that any process has met; each meets its own when they stream."""
+    if images.storage != "stream":
+        return images.skipped
+    return list(dict.fromkeys(found for skipped in world.gather_objects(images.skipped) for found in skipped))
+
+
+def describe_processes(config: Config, world: World) -> str:
+    if world.size == 1:
+        return ""
+    return f"; {world.size} processes, each with {config.training.batch_size // world.size} of a batch's pictures"
+
+
 def describe_update(generator: Generator) -> str:
     return (
         f"WEIGHT_UPDATE_SIZE {generator.head.update_size:,} for {generator.spec.total_size:,} weights "
@@ -148,18 +207,19 @@ def describe_length(config: Config, steps: int, image_count: int) -> str:
 # ---------------------------------------------------------------------------------------------------------- commands
 
 
-def dry_run(config: Config) -> int:
+def dry_run(config: Config, world: World = ALONE) -> int:
     """Checks everything, loads one batch, and prints what would run. Writes nothing."""
+    check_processes(config, world)
     device = choose_device(config.runtime.device)
     prepare_device(device)
     torch.manual_seed(config.training.seed)
     generator, discriminator = build_generator(config).to(device), build_discriminator(config).to(device)
-    images = open_images(
-        config.data, config.image, batch_size=config.training.batch_size, seed=config.training.seed, device=device
-    )
+    images = open_share(config, device, world)
     batch = next(images.batches())
+    if not world.is_first:
+        return 0
     try:
-        for line in dry_run_report(config, device, generator, discriminator, images, batch):
+        for line in dry_run_report(config, device, generator, discriminator, images, batch, world):
             print(line)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough; what is left goes nowhere, without a traceback
@@ -174,6 +234,7 @@ def dry_run_report(
     discriminator: Discriminator,
     images: TrainingImages,
     batch: Tensor,
+    world: World = ALONE,
 ) -> Iterator[str]:
     yield "# settings"
     yield config_to_yaml(config)
@@ -199,7 +260,8 @@ def dry_run_report(
     yield f"  head {config.weight_predictor.head}: {describe_update(generator)}"
     yield ""
     steps = total_steps(config, images.count)
-    yield f"{describe_device(device)}; {describe_length(config, steps, images.count)}"
+    processes = describe_processes(config, world)
+    yield f"{describe_device(device)}{processes}; {describe_length(config, steps, images.count)}"
     yield choose_step(config, device, steps)[1]
     try:
         RunDirectory.check(config)
@@ -216,7 +278,8 @@ def main(arguments: list[str] | None = None) -> int:
         "  python training.py --config config_quick.yaml\n"
         "  python training.py data.root=my_pictures output.name=my-run\n"
         "  python training.py image.size=64 training.epochs=200 weight_predictor.head=low_rank output.name=low-rank\n"
-        "  python training.py --dry-run weight_predictor.layers='[decoder.*.weight]'\n\n"
+        "  python training.py --dry-run weight_predictor.layers='[decoder.*.weight]'\n"
+        "  torchrun --nproc-per-node=8 training.py        one process on each of 8 GPUs\n\n"
         "config.yaml explains every setting.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -231,10 +294,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
-        return dry_run(config) if options.dry_run else train(config, options.accept_changes, options.profile)
+        with join_processes(config.runtime, choose_device(config.runtime.device)) as world:
+            if options.dry_run:
+                return dry_run(config, world)
+            return train(config, options.accept_changes, options.profile, world)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report(f"error: {error}", 2)
+    except PeerLostError as error:
+        return report_lost(error)
     except KeyboardInterrupt:  # before training began; from then on Ctrl-C saves first
         return 130
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -248,8 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
 def out_of_memory(error: BaseException) -> int:
     """One line for a device or a machine that is too small; exit status 2."""
     hint = "try a smaller training.batch_size, video.height and video.width, or weight_predictor.head=low_rank"
-    print(f"error: out of memory ({' '.join(str(error).split())[:100]}); {hint}", file=sys.stderr)
-    return 2
+    return report(f"error: out of memory ({' '.join(str(error).split())[:100]}); {hint}", 2)
 
 
 if __name__ == "__main__":

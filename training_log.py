@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from command_line import silence_output
 from configuration import Config, UserError
+from distributed import ALONE, World
 from image_data import TrainingImages
 from model_definitions import Generator
 from random_draws import stable_seed
@@ -29,8 +30,8 @@ class Log:
     Steps hand over scalars that stay on the device; only `write` and `check` wait for it.
     """
 
-    def __init__(self, run: RunDirectory, steps: int, config: Config, done: int = 0) -> None:
-        self.run, self.steps = run, steps
+    def __init__(self, run: RunDirectory, steps: int, config: Config, done: int = 0, world: World = ALONE) -> None:
+        self.run, self.steps, self.world = run, steps, world
         self.images_per_step = config.training.n_critic * config.training.batch_size
         self.names: list[str] = []
         self.latest: dict[str, float] = {}
@@ -40,7 +41,7 @@ class Log:
         self.first_bad: Tensor | None = None
         self.step = self.since_step = done
         self.since_time = self.started = time.perf_counter()
-        self.is_terminal = sys.stderr.isatty()
+        self.is_terminal = sys.stderr.isatty() and world.is_first
         self.bar = tqdm(
             total=steps,
             initial=done,
@@ -74,7 +75,12 @@ class Log:
             self._begin_interval(saved["sums"].to(device))
 
     def line(self, text: str) -> None:
-        """Prints one line, above the bar where there is one. A terminal or pipe that is gone stops no training."""
+        """Prints one line, above the bar where there is one. A terminal or pipe that is gone stops no training.
+
+        Of several processes the first one speaks.
+        """
+        if not self.world.is_first:
+            return
         try:
             tqdm.write(text) if self.is_terminal else print(text, flush=True)
         except OSError:
@@ -127,6 +133,7 @@ class Log:
         """
         if self.sums is None or self.first_bad is None or step == self.since_step:
             return
+        waited, memory = self.world.largest([self.waited, peak_memory_gb(self.sums.device) or 0.0])
         self.check()
         averages = (self.sums / (step - self.since_step)).tolist()
         seconds = time.perf_counter() - self.since_time
@@ -134,8 +141,8 @@ class Log:
         metrics["images_seen"] = step * self.images_per_step
         metrics["speed/images_per_second"] = (step - self.since_step) * self.images_per_step / seconds
         metrics["speed/seconds_per_step"] = seconds / (step - self.since_step)
-        metrics["speed/data_wait_share"] = self.waited / seconds
-        if (memory := peak_memory_gb(self.sums.device)) is not None:
+        metrics["speed/data_wait_share"] = waited / seconds
+        if memory:
             metrics["memory/peak_gb"] = memory
         metrics["seconds"] = time.perf_counter() - self.started
         self.run.log_metrics(step, metrics)
@@ -252,7 +259,12 @@ class FixedSamples:
 
     @torch.no_grad()
     def save(self, run: RunDirectory, step: int, generator: Generator) -> Path:
-        """Writes the sample grid, the clips and the curves of this moment; returns the grid's path."""
+        """Writes the sample grid, the clips and the curves of this moment; returns the grid's path.
+
+        Of several processes only the one that writes draws them.
+        """
+        if not run.writes:
+            return run.path / "samples"
         output = generator(self.z, self.motion)
         mu, _ = generator.vae.encode(self.x_real)
         path = run.save_samples(
@@ -277,10 +289,15 @@ class FixedSamples:
 class StopRequest:
     """Turns Ctrl-C, SIGTERM, a closed terminal or the end of `training.max_minutes` into a stop after the step.
 
-    A second signal ends the process at once.
+    A second signal ends the process at once. Several processes stop together, whichever of them was told to.
     """
 
-    def __init__(self, max_minutes: float | None = None) -> None:
+    REASONS = (None, "SIGINT", "SIGTERM", "SIGHUP", "time")  # as processes tell them to each other
+
+    def __init__(self, max_minutes: float | None = None, world: World = ALONE) -> None:
+        self.world = world
+        if world.size > 1:
+            world.vote = self._vote
         self.signal_number = 0
         self.max_minutes = max_minutes
         self._ends = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
@@ -289,6 +306,22 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         return self.signal_number != 0 or time.monotonic() >= self._ends
+
+    def agreed(self) -> bool:
+        """To be asked once after each iteration: whether to stop now. The same for all processes."""
+        if self.world.size == 1:
+            return self.requested
+        reason = self.REASONS[self.world.verdict()]
+        if reason == "time":
+            self._ends = -math.inf
+        elif reason:
+            self.signal_number = getattr(signal, reason)
+        return reason is not None
+
+    def _vote(self) -> int:
+        if self.signal_number:
+            return self.REASONS.index(signal.Signals(self.signal_number).name)
+        return self.REASONS.index("time") if self.requested else 0
 
     @property
     def reason(self) -> str:
@@ -318,6 +351,8 @@ class StopRequest:
         self.signal_number = number
         for other in self._before:
             signal.signal(other, signal.SIG_DFL)
+        if not self.world.is_first:
+            return
         with suppress(OSError):  # not print: it may have been interrupted in the middle of a print itself
             os.write(2, b"\nstopping after this step and saving; press Ctrl-C again to leave at once\n")
 

@@ -95,6 +95,11 @@ class TrainingState:
         weight = 1 - min(self.config.training.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.generator_ema.parameters()), list(self.generator.parameters()), weight)
 
+    def networks(self) -> dict[str, Tensor]:
+        """All that the networks and their average hold, by name."""
+        parts = ("generator", "generator_ema", "discriminator")
+        return {f"{part}.{name}": value for part in parts for name, value in getattr(self, part).state_dict().items()}
+
     def to_dict(self) -> dict[str, Any]:
         """The state as plain dicts, numbers, texts and tensors; the tensors are the training ones, not copies."""
         return {

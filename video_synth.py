@@ -86,17 +86,17 @@ class VideoSynthesizer(nn.Module):
         """(height, width) of the video made of `images` (B, C, H, W)."""
         return self.height or images.shape[-2], self.width or images.shape[-1]
 
-    def draw_motion(self, images: Tensor, generator: torch.Generator | None = None) -> Motion:
+    def draw_motion(self, images: Tensor, generator: torch.Generator | None = None, grain: bool = True) -> Motion:
         """Draws the motion of one video per picture of `images` (B, C, H, W), on their device.
 
-        A `generator` on the same device makes it repeatable.
+        A `generator` on the same device makes it repeatable. Without `grain` it is for a caller that draws its own.
         """
         batch, channels = images.shape[:2]
-        height, width = self.video_size(images) if self.strengths.noise else (0, 0)
+        height, width = self.video_size(images) if self.strengths.noise and grain else (0, 0)
         device = images.device
         phases = torch.rand(batch, len(PATHS), len(PATH_WEIGHTS), generator=generator, device=device) * (2 * math.pi)
-        grain = torch.randn(batch, 2, channels, height, width, generator=generator, device=device)
-        return Motion(phases, grain)
+        noise = torch.randn(batch, 2, channels, height, width, generator=generator, device=device)
+        return Motion(phases, noise)
 
     def forward(
         self,
