@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configuration import RuntimeConfig, UserError
-from process_watch import PeerLostError, ProcessWatch
+from process_watch import PeerLostError, ProcessWatch, meet
 
 VOTES = 8  # reasons to stop that a bucket has room for
 
@@ -36,13 +36,12 @@ class World:
     Attributes:
         rank: number of this process, from 0. Process 0 alone writes files and speaks.
         size: how many processes there are.
-        vote: tells why this process wants to stop, 1 to `VOTES` - 1, or 0.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, watch: ProcessWatch | None = None) -> None:
         self.rank, self.size = rank, size
-        self.vote: Callable[[], int] = lambda: 0
         self._watch = watch
+        self._vote: Callable[[], int] = lambda: 0
         self._buckets: dict[str, Tensor] = {}
         self._ballots: list[tuple[Tensor, torch.cuda.Event | None]] = []
 
@@ -116,7 +115,7 @@ class World:
         places = tail[len(values) : len(values) + rows].view(len(scores), rows // max(1, len(scores)))
         for place, score in zip(places, scores, strict=True):
             place[self.rank :: self.size] = score.to(place.dtype)  # zeros elsewhere, so a sum puts all together
-        if vote := self.vote():
+        if vote := self._vote():
             tail[vote - VOTES] = 1
         with self._meeting():
             dist.all_reduce(bucket)
@@ -124,6 +123,11 @@ class World:
         means = dict(zip(metrics, tail[: len(values)].clone().unbind(), strict=True))
         self._ballots.append(_to_host(tail[-VOTES:]))
         return shared, means, places.clone().unbind()
+
+    def vote(self, vote: Callable[[], int]) -> None:
+        """From now on `vote` tells why this process wants to stop, 1 to `VOTES` - 1, or 0."""
+        self._vote = vote
+        self._ballots.clear()
 
     def verdict(self) -> int:
         """To be asked once after each iteration: the reason for which all stop now, or 0; the same everywhere.
@@ -272,10 +276,8 @@ def join_processes(runtime: RuntimeConfig, device: torch.device) -> Iterator[Wor
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         store = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=seconds))))[0]
-        here = [f"here/{number}" for number in range(size)]
-        store.set(here[rank], "")
-        store.wait(here, timedelta(seconds=seconds))
-    except (RuntimeError, ValueError) as error:
+        store = meet(store, rank, size, seconds)
+    except (RuntimeError, ValueError, TimeoutError) as error:
         raise UserError(
             f"process {rank} of {size} did not meet the others at {address} within runtime.timeout_minutes="
             f"{runtime.timeout_minutes:g} ({' '.join(str(error).split())[:120]}); do all machines run the same "
@@ -327,8 +329,8 @@ def report(line: str, status: int) -> int:
 def report_lost(error: PeerLostError) -> int:
     """The same for a process that has lost the others: names the one that has gone, if it has said nothing itself."""
     assert _watch is not None
-    reason = _watch.why(error)
-    return 1 if reason is None else report(f"error: {reason}", 1)
+    reason, status = _watch.why(error)
+    return status if reason is None else report(f"error: {reason}", status)
 
 
 # ------------------------------------------------------------------------------------------------------------- tensors

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import Store
+from torch.distributed import PrefixStore, Store
 
 PERIOD = 1.0  # seconds between two signs of life
 SILENCE = 30.0  # seconds without one after which a process counts as dead, where others wait for it
@@ -31,6 +31,46 @@ PATIENCE = 3.0  # seconds that a process has to leave by itself, after it has se
 
 class PeerLostError(Exception):
     """The others cannot be reached: one of them has ended or told a reason to end."""
+
+
+def meet(store: Store, rank: int, size: int, timeout: float) -> Store:
+    """Waits until all processes of this session are there; returns a part of the store that is theirs alone.
+
+    torchrun's store outlives its processes, so what those of before a restart have written is still in it. Process 0
+    opens a new part for its session, and answers everybody who asks where to go, each by the number that it drew.
+
+    Raises:
+        TimeoutError: says which processes have not come within `timeout` seconds.
+    """
+    ends = time.monotonic() + timeout
+    answered: set[bytes] = set()
+    own = os.urandom(8).hex()
+    if rank:
+        store.set(f"asks/{rank}", own)
+        while not store.check([f"answer/{own}"]):
+            if time.monotonic() > ends:
+                raise TimeoutError("process 0 is missing")
+            time.sleep(0.02)
+        session = PrefixStore(store.get(f"answer/{own}").decode(), store)
+        session.set(f"here/{rank}", "")
+        others = [f"here/{other}" for other in range(size)]
+    else:
+        name = f"session {store.add('sessions', 1)}"
+        session = PrefixStore(name, store)
+        others = [f"here/{other}" for other in range(1, size)]
+    while not session.check(others):
+        missing = [int(key[5:]) for key in others if not session.check([key])]
+        if time.monotonic() > ends:
+            raise TimeoutError("missing processes: " + ", ".join(map(str, missing)))
+        if rank == 0:
+            for other in missing:
+                if store.check([f"asks/{other}"]) and (asks := store.get(f"asks/{other}")) not in answered:
+                    store.set(f"answer/{asks.decode()}", name)
+                    answered.add(asks)
+        time.sleep(0.02)
+    if rank == 0:
+        session.set("here/0", "")
+    return session
 
 
 class ProcessWatch:
@@ -99,19 +139,22 @@ class ProcessWatch:
         threading.Thread(target=_leave, args=(status, 2 * PATIENCE), daemon=True).start()
         return first
 
-    def why(self, error: PeerLostError) -> str | None:
-        """After `PeerLostError`: which process has gone, in words; None if it has told its reason itself."""
+    def why(self, error: PeerLostError) -> tuple[str | None, int]:
+        """After `PeerLostError`: which process has gone, in words (None if it has told it), and the exit status."""
         ends = time.monotonic() + PATIENCE
-        before = self._signs()
-        while time.monotonic() < ends:
-            if self._failure() is not None:
-                return None
-            time.sleep(self.period / 4)
-        now = self._signs()
+        try:
+            before = self._signs()
+            while time.monotonic() < ends:
+                if (failure := self._failure()) is not None:
+                    return None, failure["status"]
+                time.sleep(self.period / 4)
+            now = self._signs()
+        except RuntimeError:
+            return f"the launcher's store and the other processes were lost at {self.place}; was torchrun stopped?", 1
         silent = [rank for rank in now if rank != self.rank and now[rank] == before.get(rank)]
         if silent:
-            return f"{self._named(silent)} ended without a word at {self.place}; was it killed, for want of memory?"
-        return f"the connection to the other processes was lost at {self.place}: {str(error)[:160]}"
+            return f"{self._named(silent)} ended without a word at {self.place}; was it killed, for want of memory?", 1
+        return f"the connection to the other processes was lost at {self.place}: {str(error)[:160]}", 1
 
     # ---------------------------------------------------------------------------------------------------- the thread
 

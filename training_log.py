@@ -297,7 +297,7 @@ class StopRequest:
     def __init__(self, max_minutes: float | None = None, world: World = ALONE) -> None:
         self.world = world
         if world.size > 1:
-            world.vote = self._vote
+            world.vote(self._vote)
         self.signal_number = 0
         self.max_minutes = max_minutes
         self._ends = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes

@@ -3,8 +3,8 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import ROOT, SMALL, VARIED, final, same, small, untimed_metrics
+from torch.distributed import TCPStore
 
 import distributed
 import process_watch
@@ -54,6 +55,7 @@ def run_process(rank: int, size: int, port: int, folder: Path, work: Callable[..
         os.dup2(os.open(folder / f"{name}.{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
     os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": f"{size}", "LOCAL_RANK": f"{rank}", "LOCAL_WORLD_SIZE": f"{size}"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     torch.set_num_threads(1)
     try:
         status = work(*arguments)
@@ -77,24 +79,29 @@ def nursery() -> Any:
         yield context
 
 
+@pytest.fixture(scope="module")
+def store() -> TCPStore:
+    """As torchrun's own: it outlives the processes of a launch, and the next ones find what these have left in it."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
 @pytest.fixture
-def launch(nursery: Any, tmp_path: Path) -> Launch:
+def launch(nursery: Any, store: TCPStore, tmp_path: Path) -> Launch:
     """`launch(size, work, *arguments)` runs `work` in as many processes, and tells how they ended."""
 
-    def launch(size: int, work: Callable[..., int], *arguments: Any, timeout: float = 60) -> list[Ended]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+    def launch(
+        size: int, work: Callable[..., int], *arguments: Any, timeout: float = 60, first_only: bool = False
+    ) -> list[Ended]:
         processes = [
-            nursery.Process(target=run_process, args=(rank, size, port, tmp_path, work, arguments))
+            nursery.Process(target=run_process, args=(rank, size, store.port, tmp_path, work, arguments))
             for rank in range(size)
         ]
         ends = time.monotonic() + timeout
         for process in processes:
             process.start()
-        for process in processes:
+        for process in processes[:1] if first_only else processes:
             process.join(max(0.0, ends - time.monotonic()))
-        late = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        late = [rank for rank, process in enumerate(processes) if process.is_alive() and not (rank and first_only)]
         for process in processes:
             process.kill()  # a stopped one too
             process.join()
@@ -284,54 +291,63 @@ class Late:
         pass
 
 
-def stop_at_every_step(folder: Path, root: Path, lag: int) -> int:
-    """An undisturbed run; and one that each session stops one step further on, by a signal to process 1 alone."""
+def stop_at_every_step(folder: Path, root: Path) -> int:
+    """An undisturbed run; and runs that each session stops one step further on, by a signal to process 1 alone."""
     with join_processes(RuntimeConfig(), CPU) as world, pytest.MonkeyPatch.context() as patch:
-        if lag:
-            patch.setattr(distributed, "_to_host", lambda ballot: (ballot.clone(), Late()))
-        assert training.train(load_config(None, small(folder, root, *EVERYTHING, name="whole")), world=world) == 0
         without_clips(patch)
-        config = load_config(None, small(folder, root, *EVERYTHING))
-        original = EagerSteps.generator_step
-        for stop in range(1, 5 - lag):
-
-            def generator_step(runner: EagerSteps, *arguments: Any, stop: int = stop) -> Any:
-                if world.rank == 1 and runner.state.step + 1 == stop:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                return original(runner, *arguments)
-
-            patch.setattr(EagerSteps, "generator_step", generator_step)
-            last = stop + lag == 4
-            assert training.train(config, world=world) == (0 if last else 143), stop
-            if world.is_first:
-                assert load_checkpoint(folder / "run" / "checkpoints" / "latest.pt")["step"] == stop + lag
-        assert training.train(config, world=world) == 0  # finished already
+        assert training.train(load_config(None, small(folder, root, *EVERYTHING, name="whole")), world=world) == 0
+        stop_each_session(folder, root, world, lag=0, name="stopped")
+        patch.setattr(distributed, "_to_host", lambda ballot: (ballot.clone(), Late()))
+        stop_each_session(folder, root, world, lag=1, name="late")
     return 0
 
 
-@pytest.mark.parametrize("lag", [0, 1])  # a GPU tells votes one step late
+def stop_each_session(folder: Path, root: Path, world: World, lag: int, name: str) -> None:
+    """Votes come `lag` steps late, as from a GPU."""
+    config = load_config(None, small(folder, root, *EVERYTHING, name=name))
+    original, done = EagerSteps.generator_step, 0
+    for _ in range(10):
+
+        def generator_step(runner: EagerSteps, *arguments: Any, stop: int = done + 1) -> Any:
+            if world.rank == 1 and runner.state.step + 1 == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(runner, *arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(EagerSteps, "generator_step", generator_step)
+            status = training.train(config, world=world)
+        done += 1 + lag
+        if done >= 4:
+            break
+        assert status == 143
+        if world.is_first:
+            assert load_checkpoint(folder / name / "checkpoints" / "latest.pt")["step"] == done
+    assert status == 0
+    assert training.train(config, world=world) == 0  # finished already
+
+
 def test_samples_saves_and_stops_at_every_step_deadlock_nowhere(
-    lag: int, launch: Launch, tmp_path: Path, picture_folder: Path
+    launch: Launch, tmp_path: Path, picture_folder: Path
 ) -> None:
-    ended = launch(2, stop_at_every_step, tmp_path, picture_folder, lag)
+    ended = launch(2, stop_at_every_step, tmp_path, picture_folder)
     complete(ended)
-    assert same(final(tmp_path / "run"), final(tmp_path / "whole"))
-    assert untimed_metrics(tmp_path / "run") == untimed_metrics(tmp_path / "whole")
-    assert sorted(path.name for path in (tmp_path / "whole" / "samples").iterdir()) == [
-        f"step_{step:06d}.png" for step in range(5)
-    ]
-    assert ended[1].output == ""  # only the first process speaks
-    assert ended[1].errors == ""
+    for name in ("stopped", "late"):
+        assert same(final(tmp_path / name), final(tmp_path / "whole"))
+        assert untimed_metrics(tmp_path / name) == untimed_metrics(tmp_path / "whole")
+        assert sorted(path.name for path in (tmp_path / name / "samples").iterdir()) == [
+            f"step_{step:06d}.png" for step in range(5)
+        ]
+    assert (ended[1].output, ended[1].errors) == ("", "")  # only the first process speaks
     assert "2 processes, each with 2 of a batch's pictures" in ended[0].output
 
-    if lag:  # and on with one process alone, as an undisturbed run of one process
-        with pytest.MonkeyPatch.context() as patch:
-            without_clips(patch)
-            longer = [*EVERYTHING, "training.steps=6"]
-            assert training.train(load_config(None, small(tmp_path, picture_folder, *longer))) == 0
-            assert training.train(load_config(None, small(tmp_path, picture_folder, *longer, name="one"))) == 0
-        for line, other in zip(untimed_metrics(tmp_path / "run"), untimed_metrics(tmp_path / "one"), strict=True):
-            assert line == pytest.approx(other, rel=1e-3, abs=1e-4)
+    # And on with one process alone, as an undisturbed run of one process.
+    with pytest.MonkeyPatch.context() as patch:
+        without_clips(patch)
+        longer = [*EVERYTHING, "training.steps=6", "output.sample_every=10"]
+        for name in ("whole", "one"):
+            assert training.train(load_config(None, small(tmp_path, picture_folder, *longer, name=name))) == 0
+    for line, other in zip(untimed_metrics(tmp_path / "whole"), untimed_metrics(tmp_path / "one"), strict=True):
+        assert line == pytest.approx(other, rel=1e-3, abs=1e-4)
 
 
 def kill_once(folder: Path, root: Path) -> int:
@@ -394,17 +410,15 @@ def whole_command(arguments: list[str], others: list[str] | None = None) -> int:
         (["weight_predictor.sharing=shared"], None, "weight_predictor.sharing is shared"),
         (["training.stepz=5"], None, "unknown setting 'training.stepz'"),
         ([], ["training.lr_vae=0.1"], "process 1 has 0.1 for training.lr_vae, but process 0 has 0.0005"),
-        ([], ["data.root={broken}", "data.memory_gb=0", "data.workers=0"], "broken image"),
+        (["data.root={broken}", "data.memory_gb=0", "data.workers=0"], None, "broken image"),
         (["output.root={taken}"], None, "holds something else than a run"),
     ],
 )
 def test_a_mistake_ends_all_processes_and_is_told_once(
     arguments: list[str], others: list[str] | None, message: str, launch: Launch, tmp_path: Path, picture_folder: Path
 ) -> None:
-    (tmp_path / "broken").mkdir()
-    for picture in picture_folder.rglob("*.png"):  # the same names, and nothing in them
-        (tmp_path / "broken" / picture.parent.name).mkdir(exist_ok=True)
-        (tmp_path / "broken" / picture.parent.name / picture.name).write_bytes(b"")
+    shutil.copytree(picture_folder, tmp_path / "broken")
+    (tmp_path / "broken" / "cold" / "04.png").write_bytes(b"")  # one process meets it, while the other trains
     (tmp_path / "taken" / "run").mkdir(parents=True)
     (tmp_path / "taken" / "run" / "thesis.txt").write_text("precious")
     places = {"broken": tmp_path / "broken", "taken": tmp_path / "taken"}
@@ -446,7 +460,7 @@ def fall_behind(folder: Path, root: Path, how: str) -> int:
 def test_a_process_that_falls_behind_is_named_and_stops_all(
     how: str, message: str, launch: Launch, tmp_path: Path, picture_folder: Path
 ) -> None:
-    ended = launch(2, fall_behind, tmp_path, picture_folder, how, timeout=20 if how != "stopped" else 8)
+    ended = launch(2, fall_behind, tmp_path, picture_folder, how, first_only=True)
     assert ended[0].status == 1
     errors = [line for one in ended for line in one.errors.splitlines() if line]
     assert len(errors) == 1, errors
