@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configuration import RuntimeConfig, UserError
-from process_watch import PeerLostError, ProcessWatch, meet
+from process_watch import PeerLostError, ProcessWatch, meet, note_for_torchrun
 
 VOTES = 8  # reasons to stop that a bucket has room for
 
@@ -43,6 +43,7 @@ class World:
         self._watch = watch
         self._vote: Callable[[], int] = lambda: 0
         self._buckets: dict[str, Tensor] = {}
+        self._ballot: Tensor | None = None  # of the newest exchange, on the device
         self._ballots: list[tuple[Tensor, torch.cuda.Event | None]] = []
 
     @property
@@ -121,7 +122,7 @@ class World:
             dist.all_reduce(bucket)
         bucket[: total + len(values)].div_(self.size)
         means = dict(zip(metrics, tail[: len(values)].clone().unbind(), strict=True))
-        self._ballots.append(_to_host(tail[-VOTES:]))
+        self._ballot = tail[-VOTES:]
         return shared, means, places.clone().unbind()
 
     def vote(self, vote: Callable[[], int]) -> None:
@@ -132,16 +133,17 @@ class World:
     def verdict(self) -> int:
         """To be asked once after each iteration: the reason for which all stop now, or 0; the same everywhere.
 
-        On a GPU it is the vote of one iteration ago: the newest one is still on its way, and nobody waits for it.
+        A vote lasts, so an iteration's last exchange tells all. On a GPU the answer is that of one iteration ago: the
+        newest is still on its way, and nobody waits for it.
         """
+        assert self._ballot is not None
         with self._meeting(count=False):
-            keep = 1 if self._ballots[-1][1] is not None else 0
-            ballots, self._ballots = self._ballots[: len(self._ballots) - keep], self._ballots[-1:] * keep
-            counts = torch.zeros(VOTES)
-            for ballot, event in ballots:
-                if event is not None:
-                    event.synchronize()
-                counts += ballot
+            self._ballots.append(_to_host(self._ballot))
+            if self._ballots[-1][1] is not None and len(self._ballots) == 1:
+                return 0
+            counts, event = self._ballots.pop(0)
+            if event is not None:
+                event.synchronize()
         return int(counts.nonzero()[0]) if counts.any() else 0
 
     # --------------------------------------------------------------------------------------------------- now and then
@@ -320,6 +322,7 @@ def report(line: str, status: int) -> int:
     if _watch is not None:
         speaks = _watch.tell(line.removeprefix("error: "), status)
     else:
+        note_for_torchrun(line)
         speaks = not launched() or os.environ.get("LOCAL_RANK", "0") == "0"
     if speaks:
         print(line, file=sys.stderr, flush=True)

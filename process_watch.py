@@ -126,7 +126,10 @@ class ProcessWatch:
 
         Whatever keeps this process from ending by itself, it is gone `PATIENCE` seconds later.
         """
+        ends = time.monotonic() + (1.0 if self.rank else 0.0)  # where all fail alike, process 0 is to speak
         try:
+            while time.monotonic() < ends and self._failure() is None:
+                time.sleep(0.05)
             with self._lock:
                 first = self._store.add("failures", 1) == 1
                 if first:
@@ -135,7 +138,7 @@ class ProcessWatch:
         except RuntimeError:  # no store, no others to be silent for
             first = True
         if first:
-            _note_for_torchrun(line)
+            note_for_torchrun(line)
         threading.Thread(target=_leave, args=(status, 2 * PATIENCE), daemon=True).start()
         return first
 
@@ -241,7 +244,7 @@ def _leave(status: int, after: float = 0.0) -> None:
     os._exit(status)
 
 
-def _note_for_torchrun(line: str) -> None:
+def note_for_torchrun(line: str) -> None:
     """Writes the reason where torchrun looks for it, so that its own report ends with it."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": line, "timestamp": str(int(time.time()))}

@@ -67,8 +67,7 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
     if saved:
         check_pictures(saved, images.fingerprint, images.count, str(run.path), accept_changes)
         state.restore(saved)
-    if world.size > 1:  # whoever has read no checkpoint takes all from the first process
-        state.restore(world.from_first(state.to_dict()))
+    share_state(state, world)
     # Pictures of this step: a new run's first ones, or a kill came before them.
     owed = world.from_first(fixed.missing(run, state.step))
     if state.step >= steps and not owed:
@@ -177,6 +176,13 @@ def open_share(config: Config, device: torch.device, world: World) -> TrainingIm
     pictures = {"images in data.root": images.count, "names of images, by their SHA-256": images.fingerprint}
     world.agree(settings | pictures | {"torch": torch.__version__})
     return images
+
+
+def share_state(state: TrainingState, world: World) -> None:
+    """Gives all processes the first one's weights and moments: it alone has read the checkpoint, where there is one."""
+    first = world.from_first(state.to_dict())
+    if not world.is_first:
+        state.restore(first)
 
 
 def gather_skipped(images: TrainingImages, world: World) -> list[tuple[Path, str]]:
