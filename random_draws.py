@@ -24,7 +24,9 @@ def stable_seed(*parts: object) -> int:
 
 
 def base_fakes(config: Config) -> int:
-    """How many of the critic's generated pictures are base pictures, drawn with θ alone."""
+    """How many of the critic's generated pictures are base pictures, drawn with θ alone; all where no update is."""
+    if config.weight_predictor.update == "off":
+        return config.training.batch_size
     return round(config.loss.base_fake_share * config.training.batch_size)
 
 
@@ -32,7 +34,7 @@ class CriticDraws(NamedTuple):
     """The random numbers of one critic step."""
 
     z: Tensor  #                (B, latent_dim)
-    motion: Motion  #           for the B - n_base pictures that are updated
+    motion: Motion  #           for the B - n_base pictures that are updated; for none where no GRU watches
     frame: Tensor | None  #     (B - n_base,) whose update draws the picture; None: the last
     epsilon: Tensor  #          (B,)
     augment_real: Tensor  #     (B, 7)
@@ -43,7 +45,7 @@ class GeneratorDraws(NamedTuple):
     """The random numbers of one generator step."""
 
     z: Tensor  #                (B, latent_dim)
-    motion: Motion
+    motion: Motion  #           for none where no GRU watches and no video is compared
     frame: Tensor | None  #     (B,)
     posterior: Tensor  #        (B, latent_dim), the VAE's reparameterisation noise
     video_times: Tensor  #      (B, K) the frames that the video loss looks at
@@ -58,6 +60,9 @@ class Draws:
         self.device = device
         self.random = torch.Generator(device)
         self.augment = DiffAugment(config.training.diffaugment)
+        self.watching = config.weight_predictor.update == "predicted"
+
+    # What only some settings need is drawn last: runs that differ in it get the same numbers for all the rest.
 
     def critic(self, generator: Generator, step: int, repeat: int) -> CriticDraws:
         """For critic step number `repeat` of iteration `step`."""
@@ -66,11 +71,11 @@ class Draws:
         self.random.manual_seed(stable_seed(self.config.training.seed, step, "critic", repeat))
         return CriticDraws(
             z=self._normal(batch, self.config.vae.latent_dim),
-            motion=generator.draw_motion(updated, self.random),
-            frame=self._judged_frame(updated),
             epsilon=torch.rand(batch, device=self.device, generator=self.random),
             augment_real=self.augment.draw(batch, self.device, self.random),
             augment_fake=self.augment.draw(batch, self.device, self.random),
+            motion=generator.draw_motion(updated if self.watching else 0, self.random),
+            frame=self._judged_frame(updated),
         )
 
     def generator(self, generator: Generator, step: int) -> GeneratorDraws:
@@ -79,11 +84,11 @@ class Draws:
         self.random.manual_seed(stable_seed(self.config.training.seed, step, "generator"))
         return GeneratorDraws(
             z=self._normal(batch, self.config.vae.latent_dim),
-            motion=generator.draw_motion(batch, self.random),
-            frame=self._judged_frame(batch),
             posterior=self._normal(batch, self.config.vae.latent_dim),
-            video_times=self._frames(batch, video_frames),
             augment=self.augment.draw(2 * batch, self.device, self.random),
+            motion=generator.draw_motion(batch if self.watching or self.config.loss.lambda_video else 0, self.random),
+            frame=self._judged_frame(batch),
+            video_times=self._frames(batch, video_frames),
         )
 
     def _normal(self, *shape: int) -> Tensor:
