@@ -6,10 +6,10 @@ python ablation.py --arms off,constant,full --seeds 0,1,2,3,4 --jobs 4
 python ablation.py --quick --out runs/try              every part of it in a few minutes, with results that mean nothing
 python ablation.py --report                            table and plot again, of what is there
 
-Arms with the same seed begin with the same VAE and critic, and see the same pictures in the same order with the
-same noise. They are compared after equal steps, and after equal time: every arm's seconds a step are measured first, the arms
-taking turns, as CPU time of one thread, so that other work on the machine counts little; cheaper arms then train for
-more steps. The same command again goes on where it was stopped.
+Arms with the same seed begin with the same VAE and critic, and see the same pictures in the same order with the same
+noise. They are compared after equal steps, and after equal time: every arm's seconds a step are measured first, the
+arms taking turns, as CPU time of one thread, so that other work on the machine counts little. Cheaper arms then train
+for more steps. The same command again goes on where it was stopped.
 
 Left in the folder: table.md, results.json, over_time.png, rates.json, and a run's usual folder for each arm and seed.
 """
@@ -108,7 +108,7 @@ class Study:
 
     def store(self, name: str, content: Any) -> None:
         with told_in_one_line(self.folder / name), written_whole(self.folder / name) as part:
-            part.write_text(json.dumps(content, indent=1))
+            part.write_text(json.dumps(_strict(content), indent=1, allow_nan=False))
 
     def rates(self, arm: Arm) -> dict[str, float]:
         """An arm's learning rates: tuned ones where there are some, else those of its settings."""
@@ -145,7 +145,7 @@ class Study:
             best = left[0]
             if not math.isfinite(found[best]):
                 raise UserError(f"tuning {arm.name}: no candidate could be trained; see {self.folder / 'logs'}")
-            tried = [{"rates": candidates[number], "kid": _finite(kid)} for number, kid in sorted(found.items())]
+            tried = [{"rates": candidates[number], "kid": kid} for number, kid in sorted(found.items())]
             rates[arm.name] = {"rates": candidates[best], "kid": found[best], "tried": tried, "steps": steps}
             self.store("rates.json", rates)
             chosen = ", ".join(f"{rate} {value:.3g}" for rate, value in candidates[best].items())
@@ -379,8 +379,13 @@ def run_processes(
             raise
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has no infinity
+def _strict(content: Any) -> Any:
+    """`content` with null for numbers that JSON doesn't have."""
+    if isinstance(content, dict):
+        return {key: _strict(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_strict(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _features_name() -> str:

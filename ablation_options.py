@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,7 +69,9 @@ def read_options(arguments: list[str], text: str) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny networks and few steps: tries the command itself")
     parser.add_argument("--report", action="store_true", help="only write table and plot of the runs that are there")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of all arms")
-    options = parser.parse_args(arguments)
+    # Settings may stand anywhere: argparse itself takes those in one place alone.
+    settings = [text for text in arguments if re.match(r"[a-z_]+\.[a-z_]+=", text)]
+    options = parser.parse_args([text for text in arguments if text not in settings] + settings)
     quick = {"arms": "off,constant,full,off-amplified,textbook", "seeds": [0, 1], "steps": 20, "points": 2,
              "pictures": 40, "candidates": 3}  # fmt: skip
     usual = {"arms": ",".join(ARMS), "seeds": [0, 1, 2], "steps": 1500, "points": 5, "pictures": 1000,
