@@ -50,10 +50,11 @@ class Variant:
             self.steps = KINDS[runner](state, self.draws.augment)
             self.generator = state.generator
         # A head of zeros, as at the start of a training, would hide most of the generator's gradient.
-        head = self.generator.predictor.to_update.weight
-        moved = torch.randn(head.shape, generator=torch.Generator().manual_seed(1)) * 0.1
-        with torch.no_grad():
-            head.copy_(moved)
+        if config.weight_predictor.update == "predicted":
+            head = self.generator.predictor.to_update.weight
+            moved = torch.randn(head.shape, generator=torch.Generator().manual_seed(1)) * 0.1
+            with torch.no_grad():
+                head.copy_(moved)
 
     def batches(self) -> Iterator[Tensor]:
         """Pictures as this variant reads them."""
@@ -124,6 +125,8 @@ class Variant:
     def gru_seconds(self, synchronize: Callable[[], None]) -> float:
         """What watching the videos takes in one iteration: synthesis, and the GRU forward and backward."""
         config, watch = self.config, self.generator.watch
+        if config.weight_predictor.update != "predicted":
+            return 0.0
         batch, weights = config.training.batch_size, list(self.generator.predictor.parameters())[:-1]
         x_base = torch.rand(batch, *self.generator.vae.image_shape, device=self.device)
         motion = self.generator.draw_motion(batch)

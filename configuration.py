@@ -78,6 +78,9 @@ class DiscriminatorConfig:
 
 @dataclass
 class WeightPredictorConfig:
+    update: str = _setting("predicted", choices=("predicted", "constant", "off"))
+    watches: str = _setting("own", choices=("own", "other", "still"))
+    train_gru: bool = True
     layers: list[str] = field(default_factory=lambda: ["decoder.stage1.*", "decoder.stage2.*"])
     update_size: Any = "auto"
     head: str = _setting("full", choices=("full", "low_rank", "per_channel"))

@@ -19,7 +19,15 @@ from torch.nn import functional
 from configuration import Config
 from score_calibration import ScoreCalibration
 from video_synth import Motion, MotionStrengths, VideoSynthesizer
-from weight_updates import UpdateSpec, bounded_update, build_head, build_update_spec, check_update_size, weight_scales
+from weight_updates import (
+    ConstantUpdate,
+    UpdateSpec,
+    bounded_update,
+    build_head,
+    build_update_spec,
+    check_update_size,
+    weight_scales,
+)
 
 LEAKY_SLOPE = 0.2
 
@@ -205,13 +213,13 @@ class GeneratorOutput(NamedTuple):
     x_base: Tensor
     """(B, C, H, W) in [0, 1], drawn with θ."""
     video: Tensor
-    """(B, T, C, height, width) in [0, 1], the synthetic video that the GRU watched."""
+    """(B, T, C, height, width) in [0, 1], the synthetic video that the GRU watched; without a GRU x_base, T times."""
     states: Tensor
-    """(B, T, hidden_size), the GRU's state at each frame."""
+    """(B, T, hidden_size), the GRU's state at each frame; (B, T, 0) without a GRU."""
     relative_update: Tensor
-    """(B, total_size), Δ in units of each tensor's RMS; (1, total_size) where it is shared."""
+    """(B, total_size), Δ in units of each tensor's RMS; (1, total_size) where it is shared, constant or off (zeros)."""
     x_fake: Tensor
-    """(B, C, H, W) in [0, 1], drawn with θ + Δ."""
+    """(B, C, H, W) in [0, 1], drawn with θ + Δ; x_base itself where the update is off."""
 
 
 class Generator(nn.Module):
@@ -227,6 +235,11 @@ class Generator(nn.Module):
         bound: α, the largest update of a weight in units of its tensor's RMS.
         shared: average the update over the batch, instead of one for each picture.
         detach_video: keep gradients from flowing through the video into x_base.
+        update: "predicted" by the GRU; "constant", a learned code that is the same for every picture; or "off": x_fake
+            is x_base. The latter two make no video and run no GRU.
+        watches: whose video the GRU watches: the picture's "own", that of the "other" picture before it in the batch,
+            or "still", the first frame of its own repeated.
+        train_gru: False leaves LayerNorm and GRU as they were drawn at first; only `to_update` and the head learn.
 
     Raises:
         UserError: a pattern or an `update_size` that doesn't fit.
@@ -246,6 +259,9 @@ class Generator(nn.Module):
         bound: float = 0.2,
         shared: bool = False,
         detach_video: bool = True,
+        update: str = "predicted",
+        watches: str = "own",
+        train_gru: bool = True,
     ) -> None:
         super().__init__()
         self.vae = vae
@@ -255,7 +271,18 @@ class Generator(nn.Module):
         channels = vae.image_shape[0]
         height, width = synthesizer.video_size(torch.empty(0, *vae.image_shape))
         code_size = check_update_size(update_size, self.head, self.spec)
-        self.predictor = WeightPredictorRNN(channels * height * width, code_size, hidden_size, num_layers)
+        self.predictor: WeightPredictorRNN | ConstantUpdate
+        if update == "predicted":
+            self.predictor = WeightPredictorRNN(channels * height * width, code_size, hidden_size, num_layers)
+            self.predictor.norm.requires_grad_(train_gru)
+            self.predictor.gru.requires_grad_(train_gru)
+        else:
+            self.predictor = ConstantUpdate(code_size)
+        if update == "off":  # a constant that stays at zero
+            self.predictor.requires_grad_(False)
+            self.head.requires_grad_(False)
+        self.update = update
+        self.watches = watches
         self.bound = bound
         self.shared = shared
         self.detach_video = detach_video
@@ -276,7 +303,7 @@ class Generator(nn.Module):
         x_base = self.draw_base(features)
         video, states = self.watch(x_base, motion)
         relative_update = self.predict_update(states_at(states, frame))
-        x_fake = self.draw_updated(features, relative_update)
+        x_fake = x_base if self.update == "off" else self.draw_updated(features, relative_update)
         return GeneratorOutput(features, x_base, video, states, relative_update, x_fake)
 
     def draw_motion(self, batch: int, generator: torch.Generator | None = None, grain: bool = True) -> Motion:
@@ -296,8 +323,20 @@ class Generator(nn.Module):
 
     def watch(self, x_base: Tensor, motion: Motion) -> tuple[Tensor, Tensor]:
         """x_base (B, C, H, W) -> its video (B, T, C, height, width) and the GRU's states (B, T, hidden_size)."""
-        video = self.synthesizer(x_base.detach() if self.detach_video else x_base, motion)
+        x_watched = self.seen(x_base.detach() if self.detach_video else x_base)
+        frames = self.synthesizer.frames
+        if self.update != "predicted":
+            video = x_watched[:, None].expand(-1, frames, -1, -1, -1)
+        elif self.watches == "still":
+            first = torch.zeros(len(x_watched), 1, device=x_watched.device)
+            video = self.synthesizer(x_watched, motion, first).expand(-1, frames, -1, -1, -1)
+        else:
+            video = self.synthesizer(x_watched, motion)
         return video, self.predictor.watch(video)[0]
+
+    def seen(self, x_base: Tensor) -> Tensor:
+        """x_base (B, C, H, W) -> the pictures whose videos the GRU watches for them: rolled by one for `other`."""
+        return x_base.roll(1, 0) if self.watches == "other" else x_base
 
     def predict_update(self, states: Tensor) -> Tensor:
         """GRU states (B, hidden_size) -> Δ in units of each tensor's RMS, (B, total_size), within ± `bound`.
@@ -385,6 +424,9 @@ def build_generator(config: Config) -> Generator:
         bound=predictor.bound,
         shared=predictor.sharing == "shared",
         detach_video=video.detach,
+        update=predictor.update,
+        watches=predictor.watches,
+        train_gru=predictor.train_gru,
     )
 
 

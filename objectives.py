@@ -53,8 +53,11 @@ def generator_objective(
     """The loss of θ and the GRU together, numbered as in the README's picture of one iteration."""
     loss = config.loss
     output = generator(draws.z, draws.motion, draws.frame)  #                                  1 to 4
-    x_judged = augment(torch.cat([output.x_fake, output.x_base]), draws.augment)
-    score_fake, score_base = discriminator(x_judged).chunk(2)  #                               5
+    if generator.update == "off":  # x_fake is x_base: scored once, it has the weight of both
+        score_fake = score_base = discriminator(augment(output.x_base, draws.augment[: len(x_real)]))
+    else:
+        x_judged = augment(torch.cat([output.x_fake, output.x_base]), draws.augment)
+        score_fake, score_base = discriminator(x_judged).chunk(2)  #                           5
     x_rec, mu, logvar = generator.vae(x_real, draws.posterior)
     reconstruction, kl = vae_loss(x_real, x_rec, mu, logvar)
     video = x_real.new_zeros(())

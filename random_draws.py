@@ -32,7 +32,9 @@ def stable_seed(*parts: object) -> int:
 
 
 def base_fakes(config: Config) -> int:
-    """How many of the critic's generated pictures are base pictures, drawn with θ alone."""
+    """How many of the critic's generated pictures are base pictures, drawn with θ alone; all where no update is."""
+    if config.weight_predictor.update == "off":
+        return config.training.batch_size
     return round(config.loss.base_fake_share * config.training.batch_size)
 
 
@@ -45,7 +47,7 @@ class CriticDraws(NamedTuple):
     """The random numbers of one critic step, for a batch or a process's share of it: B pictures."""
 
     z: Tensor  #                (B, latent_dim)
-    motion: Motion  #           for the B - n_base pictures that are updated
+    motion: Motion  #           for the B - n_base pictures that are updated; without grain where no GRU watches
     frame: Tensor | None  #     (B - n_base,) whose update draws the picture; None: the last
     epsilon: Tensor  #          (B,)
     augment_real: Tensor  #     (B, 7)
@@ -56,7 +58,7 @@ class GeneratorDraws(NamedTuple):
     """The random numbers of one generator step."""
 
     z: Tensor  #                (B, latent_dim)
-    motion: Motion
+    motion: Motion  #           without grain where no GRU watches
     frame: Tensor | None  #     (B,)
     posterior: Tensor  #        (B, latent_dim), the VAE's reparameterisation noise
     video_times: Tensor  #      (B, K) the frames that the video loss looks at
@@ -72,6 +74,9 @@ class Draws:
         self.world = world
         self.random = torch.Generator(device)
         self.augment = DiffAugment(config.training.diffaugment)
+        self.watching = config.weight_predictor.update == "predicted"
+
+    # What only some settings need is drawn last: runs that differ in it get the same numbers for all the rest.
 
     def critic(self, generator: Generator, step: int, repeat: int) -> CriticDraws:
         """For critic step number `repeat` of iteration `step`."""
@@ -82,11 +87,11 @@ class Draws:
         self._seed(step, "critic", repeat)
         return CriticDraws(
             z=rows(self._normal(batch, self.config.vae.latent_dim)),
-            motion=self._motion(generator, batch - base, updated, step, "critic", repeat),
-            frame=self._judged_frame(batch - base, updated),
             epsilon=rows(torch.rand(batch, device=self.device, generator=self.random)),
             augment_real=rows(self.augment.draw(batch, self.device, self.random)),
             augment_fake=rows(self.augment.draw(batch, self.device, self.random)),
+            motion=self._motion(generator, batch - base, updated, self.watching, step, "critic", repeat),
+            frame=self._judged_frame(batch - base, updated),
         )
 
     def generator(self, generator: Generator, step: int) -> GeneratorDraws:
@@ -96,21 +101,21 @@ class Draws:
         self._seed(step, "generator")
         return GeneratorDraws(
             z=rows(self._normal(batch, self.config.vae.latent_dim)),
-            motion=self._motion(generator, batch, own, step, "generator"),
-            frame=self._judged_frame(batch, own),
             posterior=rows(self._normal(batch, self.config.vae.latent_dim)),
-            video_times=rows(self._frames(batch, video_frames)),
             augment=torch.cat([rows(half) for half in self.augment.draw(2 * batch, self.device, self.random).chunk(2)]),
+            motion=self._motion(generator, batch, own, self.watching, step, "generator"),
+            frame=self._judged_frame(batch, own),
+            video_times=rows(self._frames(batch, video_frames)),
         )
 
     def _seed(self, *part: object) -> None:
         self.random.manual_seed(stable_seed(self.config.training.seed, *part))
 
-    def _motion(self, generator: Generator, count: int, rows: slice, *part: object) -> Motion:
-        """Motion of `count` videos, and of these the `rows`."""
-        shape = generator.draw_motion(0).grain.shape[1:]
+    def _motion(self, generator: Generator, count: int, rows: slice, grain: bool, *part: object) -> Motion:
+        """Motion of `count` videos, and of these the `rows`; without `grain` where no GRU watches."""
+        shape = generator.draw_motion(0, grain=grain).grain.shape[1:]
         if count * math.prod(shape) <= LARGE_GRAIN:
-            motion = generator.draw_motion(count, self.random)
+            motion = generator.draw_motion(count, self.random, grain)
             return motion if self.world.size == 1 else Motion(*(numbers[rows] for numbers in motion))
         # To draw all of a large batch's grain and throw most of it away would take longer than the step.
         chosen = range(count)[rows]

@@ -16,10 +16,11 @@ FREE = {
     "runtime.*",
     "output.*",
 }
-# Settings without which the saved weights have no place in the networks: no run goes on with other values of them.
+# Settings without which the saved weights, or what Adam knows of them, have no place: no run goes on with other values.
 SHAPES = {
     *("image.size", "image.channels", "vae.*", "discriminator.*", "video.height", "video.width"),
-    *(f"weight_predictor.{key}" for key in ("layers", "update_size", "head", "rank", "hidden_size", "num_layers")),
+    *(f"weight_predictor.{key}" for key in ("update", "train_gru", "layers", "update_size", "head")),
+    *(f"weight_predictor.{key}" for key in ("rank", "hidden_size", "num_layers")),
 }
 # All others change what is learned: a run goes on with new values only if the user says so.
 

@@ -272,11 +272,11 @@ def weight_driven_frames(
     """
     features = generator.features(z)
     x_base = generator.draw_base(features)
-    size = generator.synthesizer.video_size(x_base)
+    size, seen = generator.synthesizer.video_size(x_base), generator.seen(x_base)
     hidden = frame = None
     for t in range(-warm_up, frames):
         if frame is None or roll_after is None or t < roll_after:
-            watched = _synthetic(generator, x_base, motion, speed * t)
+            watched = _synthetic(generator, seen, motion, 0 if generator.watches == "still" else speed * t)
         else:
             watched = functional.interpolate(frame, size=size, mode="area")
         states, hidden = generator.predictor.watch(watched[:, None], hidden)

@@ -49,10 +49,12 @@ class Textbook:
         torch.manual_seed(config.training.seed)
         self.config = config
         self.generator: Generator = build_generator(config).to(device, dtype)
+        torch.manual_seed(config.training.seed + 1)
+        critic = build_discriminator(config)
         for stage in self.generator.vae.encoder:  # ReLU before the pooling
             conv, pool, activation = stage
             stage.__class__, stage._modules = nn.Sequential, {"conv": conv, "activation": activation, "pool": pool}
-        self.discriminator = TextbookCritic(build_discriminator(config)).to(device, dtype)
+        self.discriminator = TextbookCritic(critic).to(device, dtype)
         training = config.training
         betas = (training.adam_betas[0], training.adam_betas[1])
         rest = [p for name, p in self.generator.named_parameters() if not name.startswith("vae.")]
@@ -94,9 +96,10 @@ class Textbook:
         output = self.generator(draws.z, draws.motion, draws.frame)
         x_rec, mu, logvar = self.generator.vae(x_real, draws.posterior)
         reconstruction, kl = vae_loss(x_real, x_rec, mu, logvar)
+        score_base = self.discriminator(output.x_base)
         return generator_loss(
-            score_fake=self.discriminator(output.x_fake),
-            score_base=self.discriminator(output.x_base),
+            score_fake=score_base if self.generator.update == "off" else self.discriminator(output.x_fake),
+            score_base=score_base,
             reconstruction=reconstruction,
             kl=kl,
             update=update_penalty(output.relative_update),

@@ -199,6 +199,8 @@ def describe_processes(config: Config, world: World) -> str:
 
 
 def describe_update(generator: Generator) -> str:
+    if generator.update == "off":
+        return "no weight update, since weight_predictor.update is off"
     return (
         f"WEIGHT_UPDATE_SIZE {generator.head.update_size:,} for {generator.spec.total_size:,} weights "
         f"in {len(generator.spec.tensors)} tensors"

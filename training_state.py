@@ -38,13 +38,21 @@ class TrainingState:
         self.step = 0
         # channels_last: convolutions run faster in that layout, on CPU and GPU, and pass it on from layer to layer.
         self.generator = build_generator(config).to(device, memory_format=torch.channels_last)
+        # The same critic whatever the generator is: an ablation pairs runs by their seeds.
+        torch.manual_seed(config.training.seed + 1)
         self.discriminator = build_discriminator(config).to(device, memory_format=torch.channels_last)
         self.generator_ema = copy.deepcopy(self.generator).requires_grad_(False)
-        self.generator_ema.predictor.gru.flatten_parameters()  # a copy's weights lie apart: cuDNN mends it every call
+        if config.weight_predictor.update == "predicted":  # a copy's weights lie apart: cuDNN mends it every call
+            self.generator_ema.predictor.gru.flatten_parameters()
         training = config.training
         self.parameters: dict[str, list[nn.Parameter]] = {
             "vae": list(self.generator.vae.parameters()),
-            "predictor": [*self.generator.predictor.parameters(), *self.generator.head.parameters()],
+            "predictor": [
+                parameter
+                for network in (self.generator.predictor, self.generator.head)
+                for parameter in network.parameters()
+                if parameter.requires_grad
+            ],
             "discriminator": list(self.discriminator.parameters()),
         }
         rates = learning_rates(training)
@@ -73,7 +81,7 @@ class TrainingState:
         for network, values in gradients.items():
             for parameter, gradient in zip(self.parameters[network], values, strict=True):
                 parameter.grad = _laid_out_like(parameter, gradient)
-            norm = get_total_norm(values)
+            norm = get_total_norm(values) if values else torch.zeros((), device=self.device)  # no predictor, say
             metrics[f"gradient_norm/{network}"] = norm
             longest = getattr(self.config.training, f"clip_{network}")
             if longest is not None:

@@ -221,6 +221,26 @@ class PerChannelHead(nn.Module):
         return torch.cat(pieces, dim=-1)
 
 
+class ConstantUpdate(nn.Module):
+    """What stands in the predictor's place when nothing is predicted: one code for all pictures, whatever they show.
+
+    A learned vector, zero at first, so that θ + Δ = θ before training. It has the GRU predictor's `watch` and
+    `to_update`, but looks at nothing and knows nothing: its states are empty.
+    """
+
+    def __init__(self, update_size: int) -> None:
+        super().__init__()
+        self.code = nn.Parameter(torch.zeros(update_size))
+
+    def watch(self, video: Tensor, hidden: None = None) -> tuple[Tensor, None]:
+        """Video (B, T, C, height, width) -> states (B, T, 0), and no hidden state."""
+        return video.new_empty(*video.shape[:2], 0), None
+
+    def to_update(self, states: Tensor) -> Tensor:
+        """States (B, 0) -> the one code for all of them, (1, update_size)."""
+        return self.code[None]
+
+
 UpdateHead = FullHead | LowRankHead | PerChannelHead
 
 

@@ -1,0 +1,250 @@
+"""The ablation: arms, fair tuning, equal time, statistics with known answers, and a command that goes on."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+
+import ablation
+import ablation_worker
+from ablation_arms import (
+    ARMS,
+    amplification,
+    arm_config,
+    candidate_rates,
+    choose_arms,
+    count_parameters,
+    equal_parameter_channels,
+)
+from ablation_report import Course, bootstrap_difference, compare, t_interval
+from configuration import UserError, config_to_dict, load_config
+
+# ----------------------------------------------------------------------------------------------------------------- arms
+
+
+def test_arms_differ_from_the_whole_method_in_what_they_say_alone() -> None:
+    full = config_to_dict(arm_config(ARMS["full"], None, SMALL, []))
+    expected = {
+        "off": {"weight_predictor.update"},
+        "constant": {"weight_predictor.update", "training.lr_predictor"},
+        "mismatched": {"weight_predictor.watches"},
+        "still": {"weight_predictor.watches"},
+        "frozen": {"weight_predictor.train_gru"},
+        "wide": {"weight_predictor.update", "vae.channels"},
+        "shared": {"weight_predictor.sharing"},
+        "low-rank": {"weight_predictor.head"},
+        "per-channel": {"weight_predictor.head"},
+        "textbook": {"weight_predictor.update"},
+    }
+    for name, keys in expected.items():
+        settings = config_to_dict(arm_config(ARMS[name], None, SMALL, []))
+        changed = {
+            f"{section}.{key}"
+            for section, values in settings.items()
+            for key, value in values.items()
+            if value != full[section][key]
+        }
+        assert changed == keys, name
+
+
+def test_the_reference_and_what_an_arm_needs_are_always_there() -> None:
+    assert [arm.name for arm in choose_arms("constant")] == ["off", "constant"]
+    assert [arm.name for arm in choose_arms("off-amplified")] == ["off", "full", "off-amplified"]
+    with pytest.raises(UserError, match="no arm 'fully'"):
+        choose_arms("off,fully")
+
+
+def test_the_wider_vae_has_as_many_parameters() -> None:
+    config = load_config(None, [*SMALL, "vae.channels=[8,16]"])
+    count = count_parameters(config)
+    channels = equal_parameter_channels(config, count)
+    assert channels[1] == pytest.approx(2 * channels[0], rel=0.1)
+    wide = load_config(None, [*SMALL, f"vae.channels={channels}".replace(" ", ""), "weight_predictor.update=off"])
+    assert count_parameters(wide) == pytest.approx(count, rel=0.05)
+    narrow = load_config(None, [*SMALL, "vae.channels=[8,16]", "weight_predictor.update=off"])
+    assert count_parameters(wide) > 2 * count_parameters(narrow)
+    frozen = load_config(None, [*SMALL, "vae.channels=[8,16]", "weight_predictor.train_gru=false"])
+    assert count_parameters(frozen) < count  # what isn't trained doesn't count
+
+
+def test_amplification_of_known_movements() -> None:
+    theta = torch.arange(4.0)[:, None] * torch.tensor([3.0, 4.0])  # 5 a step
+    still = torch.zeros(4, 2, 2)
+    assert amplification(theta, still) == pytest.approx(1)
+    along = theta[:, None].expand(-1, 2, -1)  # Δ moves as θ does
+    assert amplification(theta, along) == pytest.approx(2)
+    assert amplification(theta, -along) == pytest.approx(0)
+    across = torch.arange(4.0)[:, None, None] * torch.tensor([-8.0, 6.0]).expand(2, 2)  # 10 a step, at a right angle
+    assert amplification(theta, across) == pytest.approx(math.sqrt(5))
+    with pytest.raises(ValueError, match="does not move"):
+        amplification(torch.ones(3, 2), still[:3])
+
+
+def test_every_arm_tries_the_same_rates_around_its_own() -> None:
+    config = load_config(None)
+    candidates = candidate_rates(config, 50)
+    assert candidates[0] == {"lr_vae": 5e-4, "lr_discriminator": 3e-4, "lr_predictor": 2e-5}
+    for rate, reach in (("lr_vae", 4), ("lr_discriminator", 4), ("lr_predictor", 10)):
+        logs = [math.log(one[rate] / candidates[0][rate], reach) for one in candidates]
+        assert -1.01 < min(logs) < -0.5 < 0.5 < max(logs) < 1.01
+    other = candidate_rates(load_config(None, ["training.lr_predictor=0.001"]), 50)
+    assert [one["lr_vae"] for one in other] == [one["lr_vae"] for one in candidates]
+    assert other[7]["lr_predictor"] == pytest.approx(50 * candidates[7]["lr_predictor"], rel=0.01)
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_bootstrap_of_known_numbers() -> None:
+    reference = np.array([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]])
+    assert bootstrap_difference(0.8 * reference, reference) == pytest.approx((-0.2, -0.2, -0.2))  # paired: no spread
+    # One part each, two seeds: the resamples are both of the first, both of the second, or one of each.
+    difference, low, high = bootstrap_difference(np.array([[1.0], [3.0]]), np.array([[2.0], [2.0]]))
+    assert (difference, low, high) == pytest.approx((0, -0.5, 0.5))
+    assert all(math.isnan(value) for value in bootstrap_difference(np.full((2, 2), np.nan), reference[:, :2]))
+
+
+def test_the_bootstrap_interval_covers_as_often_as_it_says() -> None:
+    random, covered = np.random.default_rng(0), 0
+    for trial in range(200):
+        seed_effects = random.normal(10, 1, (30, 1))  # shared by both arms
+        arm, reference = (seed_effects * level + random.normal(0, 0.5, (30, 5)) for level in (0.9, 1.0))
+        _, low, high = bootstrap_difference(arm, reference, resamples=300, seed=trial)
+        covered += low <= -0.1 <= high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_t_interval_by_hand() -> None:
+    arm, reference = np.array([[1.0], [2.0], [4.0]]), np.array([[2.0], [2.0], [2.0]])
+    low, high = t_interval(arm, reference)  # logs -ln 2, 0, ln 2: mean 0, s = ln 2, t(0.975, 2) = 4.3027
+    reach = 4.30265 * math.log(2) / math.sqrt(3)
+    assert (low, high) == pytest.approx((math.exp(-reach) - 1, math.exp(reach) - 1), rel=1e-4)
+
+
+def course(arm: str, seed: int, kids: dict[int, float], seconds: float = 1.0) -> Course:
+    rows = [
+        {"step": step, **{side: {"kid": kid * factor, "kid_parts": [kid * factor, 1.1 * kid * factor], "frechet": 1.0,
+                                 "precision": 0.5, "recall": 0.5} for side, factor in (("base", 2), ("updated", 1))}}
+        for step, kid in kids.items()
+    ]  # fmt: skip
+    return Course(arm, seed, seconds, rows)
+
+
+def test_arms_are_compared_at_equal_steps_and_at_equal_seconds() -> None:
+    courses = [
+        course("off", 0, {10: 8.0, 20: 4.0, 40: 2.0}, seconds=1),
+        course("full", 0, {10: 6.0, 20: 3.0}, seconds=2),
+        course("full", 1, {10: 1.0, 20: 1.0}, seconds=2),  # without a partner: left out
+    ]
+    steps = compare(courses, "full", {"steps": 20})
+    assert steps["seeds"] == [0]
+    assert steps["difference"]["relative"] == pytest.approx(-0.25)
+    assert steps["base_over_off"] == pytest.approx(6 / 8)
+    seconds = compare(courses, "full", {"seconds": 40})  # 20 steps of one, 40 of the other
+    assert seconds["difference"]["relative"] == pytest.approx(0.5)
+    between = compare(courses, "full", {"seconds": 30})  # halfway between two evaluations of both
+    assert between["updated"]["kid"] == pytest.approx(4.5)
+    assert between["difference"]["relative"] == pytest.approx(4.5 / 3 - 1)
+    assert math.isnan(compare(courses, "full", {"seconds": 100})["difference"]["relative"])  # never trained so long
+    assert compare(courses, "wide", {"steps": 20})["seeds"] == []
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+class Colours(torch.nn.Module):
+    """Features that need no network: a picture of 4 × 4 pixels."""
+
+    name, num_features = "colours", 48
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(pictures, 4).flatten(1)
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs jobs in this process, with features that cost nothing; returns the list of jobs that were run."""
+    ran: list[str] = []
+
+    def run(commands, at_a_time, tell) -> None:
+        for index, (command, log) in enumerate(commands):
+            ran.append(Path(command[-1]).stem)
+            log.write_text("")
+            tell(index, ablation_worker.main(command[-1]), 1.0)
+
+    monkeypatch.setattr(ablation, "run_processes", run)
+    monkeypatch.setattr(ablation_worker, "load_features", Colours)
+    monkeypatch.setattr(ablation, "_features_name", lambda: Colours.name)
+    return ran
+
+
+def test_the_whole_command_and_going_on(
+    in_process: list[str], tmp_path: Path, picture_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        *("--quick", "--out", str(tmp_path / "study"), "--steps", "2", "--points", "1", "--pictures", "24"),
+        *("--seconds", "1e-9", f"data.root={picture_folder}"),
+    ]
+    two = [*arguments, "--arms", "textbook", "--seeds", "0"]
+    assert ablation.main(two) == 0
+    capsys.readouterr()
+    assert in_process == ["reals", "calibrate", "off-seed0", "textbook-seed0"]
+    folder = tmp_path / "study"
+    results = json.loads((folder / "results.json").read_text())
+    off, textbook = results["at_steps"]["arms"]
+    assert off["difference"]["relative"] == 0
+    assert off["base"] == off["updated"]
+    assert textbook["updated"]["kid"] != off["updated"]["kid"] > 0
+    assert results["at_seconds"]["arms"][1]["difference"]["relative"] is None  # before the first evaluation
+    table = (folder / "table.md").read_text()
+    assert "| textbook | 1 |" in table
+    assert "nan" not in table
+    assert (folder / "over_time.png").stat().st_size > 10_000
+
+    # Again: nothing to do, and the same numbers.
+    in_process.clear()
+    assert ablation.main(two) == 0
+    assert in_process == []
+    again = json.loads((folder / "results.json").read_text())
+    assert {**again, "date": ""} == {**results, "date": ""}
+
+    # A lost evaluation is made again from the checkpoint that is there, with the same numbers.
+    rows = (folder / "textbook-seed0" / "evaluations.jsonl").read_text()
+    (folder / "textbook-seed0" / "evaluations.jsonl").unlink()
+    assert ablation.main(two) == 0
+    assert in_process == ["textbook-seed0"]
+    assert (folder / "textbook-seed0" / "evaluations.jsonl").read_text() == rows
+
+    # Other settings are another study.
+    capsys.readouterr()
+    assert ablation.main([*two, "loss.beta=2"]) == 2
+    assert "loss.beta 1.0 -> 2.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--arms", "of"], "there is no arm 'of'"),
+        (["--seeds", "0,0"], "--seeds must be different"),
+        (["--seconds", "-1"], "--seconds must be a number above 0"),
+        (["training.seed=3"], "training.seed is set by the ablation itself"),
+        (["image.size=33"], "image.size must be a power of two"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ablation.main(["--quick", "--out", str(tmp_path / "study"), *arguments]) == 2
+    errors = capsys.readouterr().err
+    assert words in errors
+    assert errors.count("\n") == 1
+    assert not (tmp_path / "study").exists()
