@@ -345,7 +345,7 @@ def run(options: argparse.Namespace) -> None:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write into {path} ({error.strerror}); choose another place") from None
-    rounds = options.rounds or (3 if options.quick else 5)
+    rounds = options.rounds or (3 if options.quick or options.full else 5)
     rater = Worker({"runner": "rates", "device": str(device), "overrides": [], "precisions": ["fp32", "bf16"]})
     rates: dict[str, float] = {}
     results: list[dict[str, Any]] = []
@@ -353,7 +353,8 @@ def run(options: argparse.Namespace) -> None:
     planned, end = cases(device, options.quick, options.full), time.perf_counter() + 60 * options.minutes
     for number, wanted in enumerate(planned):
         started = time.perf_counter()
-        share, room = (end - started) / (len(planned) - number), 0.9 * free_bytes(device)
+        left = end - started
+        share, room = min(left, 2 * left / (len(planned) - number)), 0.9 * free_bytes(device)
         fit = fitted(wanted, rounds, base, results, share, room)
         if isinstance(fit, str):
             left_out.append(f"Left out: {wanted.name}, since {fit}.")
@@ -423,7 +424,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--minutes", type=float, metavar="N", default=15.0, help="leave out what would take longer (%(default)g)"
     )
-    parser.add_argument("--rounds", type=int, metavar="N", help="iterations of each variant (5; 3 with --quick)")
+    parser.add_argument(
+        "--rounds", type=int, metavar="N", help="iterations of each variant (5; 3 with --quick or --full)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", default=Path("runs/benchmark"),
