@@ -2,7 +2,8 @@
 
 python benchmark.py                             this device, the source's sizes, and how the cost grows
 python benchmark.py --quick --json quick.json   under a minute, small sizes
-python benchmark.py --full                      every size, batch, head and video; hours on a CPU
+python benchmark.py --full                      every size, batch, head and video that fits into time and memory
+python benchmark.py --full --minutes 120        more of them
 python benchmark.py data.root=my_pictures training.batch_size=32
 
 An iteration is n_critic critic steps and a generator step, with data, draws and optimizers. Variants run in processes
@@ -25,16 +26,17 @@ import time
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in training.py
 
 import torch
 
+from benchmark_plan import Case, cases, fitted, free_bytes
 from configuration import UserError, load_config
 from devices import choose_device
 from image_data import open_images
-from step_runners import has_bf16, has_compiler
+from step_runners import has_bf16
 
 HERE = Path(__file__).parent
 SMALL = [
@@ -45,26 +47,18 @@ SMALL = [
 
 
 GRADIENTS = 3
-"""Draws whose gradients are compared with the reference's. In float32 a critic now and then takes another one of two
-almost equal pixels than in float64, which moves its gradient by about 1e-3, the textbook's like ours."""
-
-
-class Case(NamedTuple):
-    """One setting of sizes, and the variants that are compared at it."""
-
-    name: str
-    overrides: list[str]
-    variants: list[tuple[str, str]]
-    """(runner, precision); the textbook first, where it takes part."""
+"""Draws whose gradients are compared with the reference's: once with the reference's own choices, and once with the
+choices of the fp32 pass (`benchmark_checks.Choices`). A critic in fp32 now and then takes another one of two almost
+equal pixels than in float64, which moves its gradient by about 1e-3, the textbook's like ours."""
 
 
 class Worker:
-    """A process with one variant; see `benchmark_worker.py`."""
+    """A process with one variant; see `benchmark_worker.py` and `benchmark_checks.py`."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any], module: str = "benchmark_worker") -> None:
         self.name = f"{settings['runner']} {settings.get('precision', '')}".strip()
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        program = "import json, sys, benchmark_worker; benchmark_worker.main(json.loads(sys.argv[1]))"
+        program = f"import json, sys, {module}; {module}.main(json.loads(sys.argv[1]))"
         self.process = subprocess.Popen(
             [sys.executable, "-c", program, json.dumps(settings)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
@@ -99,20 +93,23 @@ class Worker:
             self.process.kill()
 
 
-def measure(case: Case, device: torch.device, rounds: int, base: list[str], reference: bool) -> list[dict[str, Any]]:
+def measure(case: Case, device: torch.device, rounds: int, base: list[str]) -> list[dict[str, Any]]:
     """The result lines of one case."""
     overrides = [*base, *case.overrides]
     config = load_config(None, overrides)
     with tempfile.TemporaryDirectory() as folder:
         workers: list[Worker] = []
         try:
-            draws = range(1, 1 + (GRADIENTS if reference else 1))
+            draws = range(1, 1 + (GRADIENTS if case.checked else 1))
             common = {"overrides": overrides, "device": str(device), "folder": folder, "gradients": len(draws)}
-            if reference:  # ends before the others begin: in float64 it takes twice the memory
-                exact = Worker(common | {"runner": "reference", "name": "reference"})
-                workers.append(exact)
-                exact.ask()
-                exact.close()
+            checks: dict[str, Any] = {}
+            if case.checked:  # ends before the others begin: in float64 it takes twice the memory
+                # Only where operations can be seen one by one, and in the precision that is checked.
+                runners = [runner for runner in ("textbook", "eager") if (runner, "fp32") in case.variants]
+                checker = Worker(common | {"runner": "checks", "runners": runners}, "benchmark_checks")
+                workers.append(checker)
+                checks = checker.ask()
+                checker.close()
             measured, lines = [], []
             for number, (runner, precision) in enumerate(case.variants):
                 settings = common | {"runner": runner, "precision": precision, "name": str(number)}
@@ -125,9 +122,11 @@ def measure(case: Case, device: torch.device, rounds: int, base: list[str], refe
                     "case": case.name, "device": device.type, "precision": precision, "runner": runner,
                     "image_size": config.image.size, "batch_size": config.training.batch_size,
                     "n_critic": config.training.n_critic, "first_seconds": first, "gradient_error": None,
+                    "gradient_error_same_choices": None, "peak_tensor_bytes": None, "time_shares": None,
                 }  # fmt: skip
-                if reference:
+                if case.checked:
                     line |= gradient_errors(Path(folder), str(number), draws)
+                    line |= checked(checks.get(runner) if precision == "fp32" else None)
                 lines.append(line)
             for worker in measured:
                 worker.ask("iteration")  # workers start, caches fill
@@ -156,6 +155,21 @@ def gradient_errors(folder: Path, name: str, draws: range) -> dict[str, Any]:
             values.append(float((mine[part].double() - wanted[part]).norm() / wanted[part].norm()))
     medians = {part: statistics.median(values) for part, values in errors.items()}
     return {"gradient_error": max(medians.values()), "gradient_errors": medians}
+
+
+def checked(answer: dict[str, Any] | None) -> dict[str, Any]:
+    """What a result line takes from the answer of `benchmark_checks`; medians over the draws, as above."""
+    if answer is None:
+        return {}
+    draws = answer.pop("same_choices")
+    medians = {part: statistics.median(draw[part] for draw in draws) for part in ("critic", "generator")}
+    return answer | {
+        "gradient_error_same_choices": max(medians.values()),
+        "gradient_errors_same_choices": medians,
+        "flipped_choices": [draw["flipped"] for draw in draws],
+        "choices": draws[0]["of"],
+        "widest_gap": max(draw["widest_gap"] for draw in draws),
+    }
 
 
 def summarise(line: dict[str, Any], times: list[dict[str, float]], textbook: list[dict[str, float]] | None) -> None:
@@ -193,38 +207,6 @@ def complete(results: list[dict[str, Any]], rates: dict[str, float]) -> None:
             line["break_even_steps"] = math.ceil(line["compile_seconds"] / saved) if saved > 0 else None
 
 
-# ------------------------------------------------------------------------------------------------------------- cases
-
-
-def cases(device: torch.device, quick: bool, full: bool) -> list[Case]:
-    """What is measured. On a CPU without --full, what ends in a quarter of an hour."""
-    textbook, eager = ("textbook", "fp32"), ("eager", "fp32")
-    if quick:
-        return [Case("quick", [], [textbook, eager, *[("eager", "bf16")] * has_bf16(device)])]
-    on_gpu = device.type == "cuda"
-    precisions = ["fp32"] + ["bf16"] * (full or has_bf16(device))
-    runners = ["eager"] + ["compiled"] * has_compiler(device) + ["cuda_graph"] * on_gpu
-    variants = [textbook, *((runner, precision) for precision in precisions for runner in runners)]
-    if not on_gpu:  # compiling twice would take minutes, and tells nothing new
-        variants = [variant for variant in variants if variant != ("compiled", "bf16")]
-    best = ("cuda_graph", "fp32") if on_gpu else eager
-    small = [textbook, eager] if best == eager else [textbook, eager, best, ("cuda_graph", "bf16")]
-    ours = [eager] if best == eager else [eager, best]
-    everything = full or on_gpu
-    result = [Case("source sizes", [], variants)]
-    for size in (32, 64, 256) if everything else (32, 64):
-        result.append(Case(f"{size} px", [f"image.size={size}"], small))
-    for batch in (32, 64, 128, 256) if everything else (32,):
-        result.append(Case(f"batch {batch}", [f"training.batch_size={batch}"], small))
-    for frames in (4, 16, 32) if everything else (16,):
-        result.append(Case(f"{frames} frames", [f"video.frames={frames}"], ours))
-    for head in ("low_rank", "per_channel") if everything else ("low_rank",):
-        result.append(Case(f"head {head}", [f"weight_predictor.head={head}"], ours))
-    for side in (64, 32):
-        result.append(Case(f"video {side} px", [f"video.height={side}", f"video.width={side}"], ours))
-    return result
-
-
 # ------------------------------------------------------------------------------------------------------------ report
 
 
@@ -232,8 +214,8 @@ def table(results: list[dict[str, Any]]) -> list[str]:
     """The results as lines of a Markdown table."""
     lines = [
         "| case | runner | precision | s / iteration (quartiles) | speedup | images/s | critic step | generator step "
-        "| data wait | GRU | peak memory | gradient error | share of floor |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| data wait | GRU | peak memory | peak of tensors | gradient error | with the same choices | share of floor |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for line in results:
         low, high = line["quartiles"]
@@ -243,9 +225,24 @@ def table(results: list[dict[str, Any]]) -> list[str]:
             f"{line['images_per_second']:.0f}", f"{line['critic_seconds'] * 1e3:.0f} ms",
             f"{line['generator_seconds'] * 1e3:.0f} ms", f"{line['data_wait_share']:.1%}",
             _shown(line.get("gru_share"), "{:.1%}"), f"{line['peak_memory_bytes'] / 1e9:.2f} GB",
-            _shown(line["gradient_error"], "{:.1e}"), _shown(line["share_of_floor"], "{:.0%}"),
+            _shown((line["peak_tensor_bytes"] or 0) / 1e9 or None, "{:.3f} GB"),
+            _shown(line["gradient_error"], "{:.1e}"), _shown(line["gradient_error_same_choices"], "{:.1e}"),
+            _shown(line["share_of_floor"], "{:.0%}"),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def shares_table(results: list[dict[str, Any]]) -> list[str]:
+    """Where the time of a checked line goes, as lines of a Markdown table."""
+    looked_at = [line for line in results if line["time_shares"]]
+    if not looked_at:
+        return []
+    parts = list(looked_at[0]["time_shares"])
+    lines = ["", f"| time of operations | {' | '.join(parts)} |", "|---" * (1 + len(parts)) + "|"]
+    for line in looked_at:
+        shares = " | ".join(f"{line['time_shares'][part]:.1%}" for part in parts)
+        lines.append(f"| {line['case']}, {line['runner']} | {shares} |")
     return lines
 
 
@@ -253,7 +250,7 @@ def _shown(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
-def report(results: list[dict[str, Any]], device: torch.device, rates: dict[str, float]) -> str:
+def report(results: list[dict[str, Any]], device: torch.device, rates: dict[str, float], left_out: list[str]) -> str:
     """The whole Markdown page."""
     name = (
         torch.cuda.get_device_name(device)
@@ -273,9 +270,17 @@ def report(results: list[dict[str, Any]], device: torch.device, rates: dict[str,
             notes.append(
                 f"Compiling ({line['case']}, {line['precision']}) took {line['compile_seconds']:.0f} s and {after}."
             )
+    for line in results:
+        if line["gradient_error_same_choices"] is not None:
+            notes.append(
+                f"Choices of {line['runner']} ({line['case']}): float64 would take "
+                f"{', '.join(f'{count:,}' for count in line['flipped_choices'])} of {line['choices']:,} otherwise, "
+                f"whose two candidates differ by {line['widest_gap']:.0e} of their map's root mean square at most."
+            )
     if not has_bf16(device):
-        notes.append("This device has no bf16 arithmetic; emulated, it is left out unless --full is given.")
-    return "\n".join(["# Training speed", "", *notes, "", *table(results), ""])
+        notes.append("This device has no bf16 arithmetic; emulated, it would be 100 times slower, and is left out.")
+    notes += left_out
+    return "\n".join(["# Training speed", "", *notes, "", *table(results), *shares_table(results), ""])
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
@@ -340,35 +345,70 @@ def run(options: argparse.Namespace) -> None:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write into {path} ({error.strerror}); choose another place") from None
-    rounds = options.rounds or (3 if options.quick else 5)
+    rounds = options.rounds or (3 if options.quick or options.full else 5)
     rater = Worker({"runner": "rates", "device": str(device), "overrides": [], "precisions": ["fp32", "bf16"]})
     rates: dict[str, float] = {}
     results: list[dict[str, Any]] = []
-    for case in cases(device, options.quick, options.full):
+    left_out: list[str] = []
+    planned, end = cases(device, options.quick, options.full), time.perf_counter() + 60 * options.minutes
+    for number, wanted in enumerate(planned):
         started = time.perf_counter()
+        left = end - started
+        share, room = min(left, 2 * left / (len(planned) - number)), 0.9 * free_bytes(device)
+        fit = fitted(wanted, rounds, base, results, share, room)
+        if isinstance(fit, str):
+            left_out.append(f"Left out: {wanted.name}, since {fit}.")
+            print(left_out[-1], file=sys.stderr)
+            continue
+        case, turns = fit
+        if len(case.variants) < len(wanted.variants):
+            left_out.append(f"Left out: the textbook at {case.name}, for which time or memory is short.")
+            print(left_out[-1], file=sys.stderr)
         for key, rate in rater.ask("go").items():  # the best ever: on a shared machine any single one may be too low
             rates[key] = max(rate, rates.get(key, 0.0))
         try:
-            results += measure(case, device, rounds, base, reference=case.name in ("quick", "source sizes"))
+            results += measure(case, device, turns, base)
         except UserError as error:
             if not results:
                 raise
-            print(f"warning: {case.name} left out: {error}", file=sys.stderr)
+            left_out.append(f"Left out: {case.name}, since {error}.")
+            print(left_out[-1], file=sys.stderr)
             continue
         print(f"measured {case.name} in {time.perf_counter() - started:.0f} s", file=sys.stderr)
         complete(results, rates)
-        page = report(results, device, rates)
-        try:  # after each case, so that a long measurement that is stopped leaves something
-            (options.out / "benchmark.md").write_text(page, encoding="utf-8")
-            plot(results, options.out / "benchmark.png")
-            if options.json:
-                content = {"rates": rates, "torch": torch.__version__, "date": str(date.today()), "results": results}
-                options.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write {error.filename or options.out} ({error.strerror})") from None
+        publish(options, results, device, rates, left_out)  # a long measurement that is stopped leaves something
     rater.close()
-    print(page)
+    print(publish(options, results, device, rates, left_out))
     print(f"also written to {options.out}/benchmark.md and benchmark.png")
+
+
+def publish(
+    options: argparse.Namespace,
+    results: list[dict[str, Any]],
+    device: torch.device,
+    rates: dict[str, float],
+    left_out: list[str],
+) -> str:
+    """Writes table, plot and JSON of what there is so far; returns the page.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    page = report(results, device, rates, left_out)
+    content = {
+        "rates": rates, "torch": torch.__version__, "date": str(date.today()), "left_out": left_out, "results": results,
+    }  # fmt: skip
+    try:
+        (options.out / "benchmark.md").write_text(page, encoding="utf-8")
+        plot(results, options.out / "benchmark.png")
+        if options.json:
+            options.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or options.out} ({error.strerror})") from None
+    return page
+
+
+# ----------------------------------------------------------------------------------------------------------- command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -380,8 +420,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number> (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="small sizes without compiling, under a minute")
-    parser.add_argument("--full", action="store_true", help="every size, also on a CPU")
-    parser.add_argument("--rounds", type=int, metavar="N", help="iterations of each variant (5; 3 with --quick)")
+    parser.add_argument("--full", action="store_true", help="every size, as far as time and memory allow")
+    parser.add_argument(
+        "--minutes", type=float, metavar="N", default=15.0, help="leave out what would take longer (%(default)g)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, metavar="N", help="iterations of each variant (5; 3 with --quick or --full)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", default=Path("runs/benchmark"),
@@ -391,6 +436,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.rounds is not None and options.rounds < 1:
         print(f"error: --rounds must be 1 or more, but is {options.rounds}", file=sys.stderr)
+        return 2
+    if not options.minutes > 0:
+        print(f"error: --minutes must be above 0, but is {options.minutes:g}", file=sys.stderr)
         return 2
     try:
         run(options)

@@ -35,18 +35,21 @@ class Variant:
 
     Args:
         runner: `textbook`, `eager`, `compiled`, `cuda_graph`, or `reference`: the textbook in float64.
+        dtype: of weights and pictures; the reference's is float64 anyway.
     """
 
-    def __init__(self, config: Config, device: torch.device, runner: str) -> None:
+    def __init__(self, config: Config, device: torch.device, runner: str, dtype: torch.dtype = torch.float32) -> None:
         self.config, self.device, self.runner = config, device, runner
         self.draws = Draws(config, device)
         self.is_textbook = runner in ("textbook", "reference")
-        self.dtype = torch.float64 if runner == "reference" else torch.float32
+        self.dtype = torch.float64 if runner == "reference" else dtype
         if self.is_textbook:
             self.steps: Any = Textbook(config, device, self.dtype)
             self.generator = self.steps.generator
         else:
             state = TrainingState(config, device)
+            for network in (state.generator, state.discriminator):
+                network.to(dtype)
             self.steps = KINDS[runner](state, self.draws.augment)
             self.generator = state.generator
         # A head of zeros, as at the start of a training, would hide most of the generator's gradient.
@@ -74,11 +77,11 @@ class Variant:
             batch, self.config.image.channels, size, size, generator=torch.Generator().manual_seed(number)
         )
         x_real = x_real.to(self.device, self.dtype)
-        critic_draws, generator_draws = self.pass_draws(number)
+        critic_draws, generator_draws = _as(self.dtype, self.pass_draws(number))
         if self.is_textbook:
             losses = [
-                (self.steps.discriminator, self.steps.critic_loss(x_real, _as(self.dtype, critic_draws))[0]),
-                (self.generator, self.steps.generator_loss(x_real, _as(self.dtype, generator_draws)).total),
+                (self.steps.discriminator, self.steps.critic_loss(x_real, critic_draws)[0]),
+                (self.generator, self.steps.generator_loss(x_real, generator_draws).total),
             ]
             values = [torch.autograd.grad(loss, list(network.parameters())) for network, loss in losses]
             named = [
@@ -192,9 +195,10 @@ class MatrixWork(TorchDispatchMode):
 
 
 def _as(dtype: torch.dtype, value: Any) -> Any:
-    """Nested named tuples with their real numbers in `dtype`."""
+    """Nested tuples with their real numbers in `dtype`."""
     if isinstance(value, tuple):
-        return type(value)(*(_as(dtype, part) for part in value))
+        parts = [_as(dtype, part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
@@ -269,9 +273,10 @@ def main(settings: dict[str, Any]) -> None:
     """
     config = load_config(None, settings["overrides"])
     device, runner = torch.device(settings["device"]), settings["runner"]
-    if runner not in ("textbook", "reference"):
+    if runner != "textbook":
         prepare_device(device)  # the textbook leaves the library's settings alone
     elif device.type == "cuda":
+        torch.cuda.set_device(device)  # which is what gets waited for
         torch.backends.cudnn.allow_tf32 = False  # but "fp32" is to mean fp32 for both
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     answer: dict[str, Any] = {}

@@ -96,6 +96,19 @@ class EagerSteps:
         """Runs `critic_pass` or `generator_pass`, as this runner does."""
         return getattr(self, name)(x_real, draws)
 
+    def _give_up(self, what: str, name: str, error: Exception, required: bool) -> Callable[..., Any]:
+        """The pass as written, for a runner that cannot prepare it its own way, with a warning that says why.
+
+        Raises:
+            UserError: the user asked for this runner.
+        """
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = (lines[0] if lines else type(error).__name__)[:200]
+        if required:
+            raise UserError(f"{what} failed ({reason}); use runtime.step=eager") from error
+        self.say(f"WARNING: {what} of the {name.replace('_', ' ')} failed, which now runs eagerly: {reason}")
+        return getattr(self, name)  # a pass changes nothing, so it can simply be run again
+
     # -------------------------------------------------------------------------------------------------- the two steps
 
     def critic_step(self, x_real: Tensor, draws: CriticDraws) -> dict[str, Tensor]:
@@ -149,15 +162,7 @@ class CompiledSteps(EagerSteps):
         except (UserError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[
-                :200
-            ]
-            if self.required:
-                raise UserError(
-                    f"runtime.step=compiled: torch.compile failed ({reason}); use runtime.step=eager"
-                ) from error
-            self.say(f"WARNING: torch.compile of the {name.replace('_', ' ')} failed, which now runs eagerly: {reason}")
-            compiled = getattr(self, name)  # a pass changes nothing, so it can simply be run again
+            compiled = self._give_up("torch.compile", name, error, self.required)
             done = compiled(x_real, draws)
         self._compiled[name] = compiled
         return done
@@ -169,17 +174,33 @@ class CudaGraphSteps(EagerSteps):
     A graph reads and writes fixed places in memory, so pictures and draws are copied into the tensors that it was
     recorded with. All random numbers come in with the draws, so a replay is as right as the first time. Adam stays
     outside: fused, it is one launch already, and its step count lives on the GPU.
+
+    Args:
+        required: the user asked for it, so a pass that cannot be recorded is an error; otherwise it runs eagerly.
     """
 
-    def __init__(self, state: TrainingState, augment: DiffAugment) -> None:
+    def __init__(self, state: TrainingState, augment: DiffAugment, required: bool = True) -> None:
         super().__init__(state, augment)
+        self.required = required
         self._recorded: dict[str, tuple[Any, list[Tensor], Any]] = {}
+        self._eager: dict[str, Callable[..., Any]] = {}
         self._pool: Any = None  # one for both graphs: they run in turn, and never need their memory at the same time
 
     def run_pass(self, name: str, x_real: Tensor, draws: CriticDraws | GeneratorDraws) -> Any:
-        """As `EagerSteps.run_pass`. Scores and gradients are overwritten at the next replay of either pass."""
-        if name not in self._recorded:
-            self._recorded[name] = self._record(getattr(self, name), x_real, draws)
+        """As `EagerSteps.run_pass`. Scores and gradients are overwritten at the next replay of either pass.
+
+        Raises:
+            UserError: recording failed, and it was asked for.
+        """
+        if name not in self._recorded and name not in self._eager:
+            try:
+                self._recorded[name] = self._record(getattr(self, name), x_real, draws)
+            except (torch.OutOfMemoryError, MemoryError):
+                raise
+            except RuntimeError as error:
+                self._eager[name] = self._give_up("recording a CUDA graph", name, error, self.required)
+        if name in self._eager:
+            return self._eager[name](x_real, draws)
         graph, inputs, output = self._recorded[name]
         torch._foreach_copy_(inputs, _tensors((x_real, draws)))
         graph.replay()
@@ -199,7 +220,11 @@ class CudaGraphSteps(EagerSteps):
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads (the loader's, that pins memory) may call CUDA meanwhile: only this one's calls are checked.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # The outer `stream` brings back the current one if recording fails: the inner context then doesn't.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
             output = run(*static)
         self._pool = graph.pool()
         return graph, _tensors(static), output
@@ -271,9 +296,10 @@ def build_steps(config: Config, state: TrainingState, augment: DiffAugment, step
         why += (
             "\nWARNING: this device has no bf16 arithmetic; runtime.precision=bf16 will be much slower than fp32 here"
         )
-    if kind == "compiled":
-        return CompiledSteps(state, augment, required=config.runtime.step == "compiled"), why
-    return (CudaGraphSteps if kind == "cuda_graph" else EagerSteps)(state, augment), why
+    if kind == "eager":
+        return EagerSteps(state, augment), why
+    runner = CompiledSteps if kind == "compiled" else CudaGraphSteps
+    return runner(state, augment, required=config.runtime.step == kind), why
 
 
 def has_bf16(device: torch.device) -> bool:

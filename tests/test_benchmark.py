@@ -9,8 +9,13 @@ import torch
 from conftest import SMALL, run_command
 
 import benchmark
+from benchmark_checks import Choices, relative_error, same_choices, tensor_peak
+from benchmark_plan import Case, fitted
 from benchmark_worker import MatrixWork, Variant
 from configuration import load_config
+from losses import gradient_penalty
+from model_definitions import Discriminator
+from textbook import TextbookCritic
 
 CPU = torch.device("cpu")
 
@@ -24,6 +29,118 @@ def test_textbook_and_ours_compute_the_same_gradients(options: list[str]) -> Non
         assert (wanted != 0).float().mean() > 0.5
         for found in (textbook[part], ours[part]):
             assert (found.double() - wanted).norm() < 1e-5 * wanted.norm(), part
+
+
+def test_in_float64_ours_and_the_textbook_agree() -> None:
+    config = load_config(None, SMALL)
+    wanted = Variant(config, CPU, "reference").gradients(1)
+    ours = Variant(config, CPU, "eager", torch.float64).gradients(1)
+    assert relative_error(ours["critic"], wanted["critic"]) < 1e-13
+    assert relative_error(ours["generator"], wanted["generator"]) < 1e-13
+
+
+def penalty_gradient(ours: bool, x: torch.Tensor) -> torch.Tensor:
+    """Of all weights of a critic in the precision of `x`, as ours computes it or by double backward."""
+    torch.manual_seed(0)
+    critic = Discriminator(16, 3, (4, 8)).to(x.dtype)
+    judge = critic if ours else TextbookCritic(critic)
+    epsilon = torch.ones(len(x), dtype=x.dtype)
+    if ours:
+        loss = gradient_penalty(judge, x, x, epsilon) + judge(x).sum()
+    else:
+        x = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(judge(x).sum(), x, create_graph=True)
+        loss = (gradient.flatten(1).norm(dim=1) - 1).square().mean() + judge(x).sum()
+    weights = [parameter for name, parameter in critic.named_parameters() if name.endswith("weight")]
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, weights)])
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_ties_that_rounding_makes_are_told_from_errors(ours: bool) -> None:
+    """A picture of one colour in fp32, and of 768 colours in float64: every maximum is a tie in one of them only."""
+    x = 0.3 - 1e-12 * torch.randperm(768, generator=torch.Generator().manual_seed(0)).double().view(1, 3, 16, 16)
+    with Choices() as recorded:
+        found = penalty_gradient(ours, x.float())
+    plain = penalty_gradient(ours, x)
+    with Choices(recorded.taken) as replayed:
+        same = penalty_gradient(ours, x)
+    assert relative_error(found, plain) > 1e-3
+    assert relative_error(found, same) < 2e-6
+    assert 10 < replayed.flipped < replayed.of / 2
+    assert 0 < replayed.widest_gap < 1e-6
+
+
+def test_slopes_that_rounding_changes_are_told_from_errors() -> None:
+    """1e-9 above 1 in float64, and 1 in fp32, with a slope behind it."""
+    x = torch.full((4,), 1 + 1e-9, dtype=torch.float64)
+
+    def slopes(x: torch.Tensor) -> torch.Tensor:
+        x = x.requires_grad_()
+        value = (torch.relu(x - 1) + torch.nn.functional.leaky_relu(x - 1, 0.2)) * x
+        return torch.autograd.grad(value.sum(), x)[0] + (x.detach() - 1 > 0)
+
+    with Choices() as recorded:
+        found = slopes(x.float())
+    assert found.tolist() == pytest.approx([0.2] * 4)
+    assert slopes(x).tolist() == pytest.approx([3] * 4)
+    with Choices(recorded.taken) as replayed:
+        assert slopes(x).tolist() == pytest.approx([0.2] * 4)
+    assert (replayed.flipped, replayed.of) == (16, 20)  # ReLU's backward looks at its result, which was replayed
+
+
+def test_choices_of_another_pass_are_refused() -> None:
+    with Choices() as recorded:
+        torch.relu(torch.rand(3))
+    with pytest.raises(ValueError, match="other operations"), Choices(recorded.taken):
+        torch.relu(torch.rand(4))
+
+
+@pytest.mark.parametrize("runner", ["textbook", "eager"])
+def test_with_the_same_choices_gradients_are_exact_to_rounding(runner: str) -> None:
+    (line,) = same_choices(load_config(None, SMALL), CPU, runner, [1])
+    assert 1e-9 < line["critic"] < 2e-6
+    assert 1e-9 < line["generator"] < 2e-6
+    assert line["of"] > 10_000
+
+
+def test_peak_of_tensors_counts_by_hand() -> None:
+    class Stub:
+        def batches(self):
+            self.kept = torch.empty(1000)
+            return iter(())
+
+        def iteration(self, batches, step, synchronize):
+            first = torch.empty(2000)
+            second = torch.empty(3000)
+            del first
+            third = torch.empty(500)  # with the second still less than the first two together
+            del second, third
+
+    assert tensor_peak(Stub)[2] == 4 * (1000 + 2000 + 3000)
+
+
+def test_what_does_not_fit_is_left_out() -> None:
+    case = Case("batch 64", ["training.batch_size=64"], [("textbook", "fp32"), ("eager", "fp32")])
+    known = {"precision": "fp32", "image_size": 128}
+    seen = [
+        known | {"runner": "textbook", "batch_size": 16, "seconds_per_iteration": 6.0, "peak_memory_bytes": 2e9},
+        known | {"runner": "eager", "batch_size": 16, "seconds_per_iteration": 4.0, "peak_memory_bytes": 2e9},
+        known | {"runner": "eager", "batch_size": 8, "seconds_per_iteration": 2.5, "peak_memory_bytes": 1.5e9},
+    ]
+
+    def fit(seconds: float, room: float) -> tuple[Case, int] | str:
+        return fitted(case, 5, [], seen, seconds, room)
+
+    # Four times the pixels: 40 s a round of both, 16 of ours; 8 GB + (2 + 6 · 0.5) GB.
+    assert fit(1000, 14e9) == (case, 5)
+    assert fit(150, 14e9) == (case, 1)
+    ours = case._replace(variants=[("eager", "fp32")])
+    assert fit(111, 14e9) == (ours, 5)
+    assert fit(50, 14e9) == (ours, 1)
+    assert fit(1000, 12e9) == (ours, 5)
+    assert fit(30, 14e9) == "it would take about 46 s, and its share of --minutes is 30 s"
+    assert fit(1000, 4e9) == "it would take about 5 GB, and 4 GB are free"
+    assert fitted(case, 5, [], [], 0, 0) == (case, 5)  # the first one, of which nothing is known
 
 
 def test_the_textbook_learns_the_same_weights() -> None:
@@ -80,7 +197,12 @@ def test_quick_writes_table_plot_and_json(tmp_path: Path) -> None:
         for key in ("seconds_per_iteration", "speedup", "gradient_error", "peak_memory_bytes", "share_of_floor"):
             assert math.isfinite(line[key]), key
             assert line[key] > 0, key
-        assert line["precision"] == "bf16" or line["gradient_error"] < 1e-4
+        if line["precision"] == "fp32":
+            assert line["gradient_error"] < 1e-4
+            assert 0 < line["gradient_error_same_choices"] < 1e-5
+            assert 1e6 < line["peak_tensor_bytes"] < line["peak_memory_bytes"]
+            assert sum(line["time_shares"].values()) == pytest.approx(1)
+            assert line["time_shares"]["convolutions backward"] > 0.01
         assert line["peak_memory_bytes"] < 4e9
     assert results[0]["speedup"] == 1
     assert "| quick | eager | fp32 |" in done.stdout
@@ -92,6 +214,7 @@ def test_quick_writes_table_plot_and_json(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["--rounds=0"], ["--rounds", "1 or more"]),
+        (["--minutes=0"], ["--minutes", "above 0"]),
         (["--device=cuda:99"], ["cuda:99"]),
         (["--quick", "image.size=33"], ["image.size"]),
         (["--quick", "data.root=nowhere"], ["nowhere"]),

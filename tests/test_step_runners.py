@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, run_command
+from conftest import ROOT, SMALL, VARIED, run_command
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
 import step_runners
@@ -299,6 +300,65 @@ def test_a_compiler_that_fails_is_told(required: bool, monkeypatch: pytest.Monke
     eager = EagerSteps(TrainingState(load_config(None, SMALL), CPU), DiffAugment([]))
     train(eager, 2)
     assert_close(eager.state, runner.state)
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_a_recording_that_fails_is_told(required: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand a long story")
+
+    monkeypatch.setattr(CudaGraphSteps, "_record", fail)
+    config = load_config(None, SMALL)
+    runner = CudaGraphSteps(TrainingState(config, CPU), DiffAugment([]), required=required)
+    said: list[str] = []
+    runner.say = said.append
+    if required:
+        with pytest.raises(UserError, match=r"not permitted when stream is capturing.*runtime\.step=eager"):
+            train(runner, 1)
+        return
+    train(runner, 2)
+    assert [line.startswith("WARNING: recording a CUDA graph of the") for line in said] == [True, True]
+    eager = EagerSteps(TrainingState(config, CPU), DiffAugment([]))
+    train(eager, 2)
+    assert_close(eager.state, runner.state)
+
+
+class HostReads(TorchDispatchMode):
+    """Notes the operations for which a GPU would stop the host, or which a CUDA graph cannot hold."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "lift_fresh")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._overloadpacket.__name__
+        by_mask = name.startswith(("index", "_index")) and any(
+            isinstance(one, torch.Tensor) and one.dtype == torch.bool
+            for part in args if isinstance(part, list | tuple) for one in part
+        )  # fmt: skip
+        if name.startswith(self.WAITING) or by_mask:
+            self.met.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_pass_waits_for_the_device() -> None:
+    """None of both passes, which a CUDA graph has to hold."""
+    for more in (["weight_predictor.head=low_rank"], ["weight_predictor.head=per_channel", "video.height=8"],
+                 ["weight_predictor.sharing=shared", "training.diffaugment=[]"]):  # fmt: skip
+        config = load_config(None, [*SMALL, *VARIED, *more])
+        runner = EagerSteps(TrainingState(config, CPU), DiffAugment(config.training.diffaugment))
+        draws, state, x_real = Draws(config, CPU), runner.state, pictures(1)
+        critic, generator = draws.critic(state.generator, 1, 0), draws.generator(state.generator, 1)
+        with HostReads() as reads:
+            runner.run_pass("critic_pass", x_real, critic)
+            runner.run_pass("generator_pass", x_real, generator)
+        assert reads.met == []
+    with HostReads() as reads:  # what would be met
+        x_real[x_real > 0.5].sum().item()
+        torch.tensor(1.0)
+    assert set(reads.met) >= {"index", "_local_scalar_dense", "lift_fresh"}
 
 
 def test_bf16_on_a_device_without_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
