@@ -120,12 +120,12 @@ class Draws:
         # To draw all of a large batch's grain and throw most of it away would take longer than the step.
         chosen = range(count)[rows]
         phases = generator.draw_motion(count, self.random, grain=False).phases[rows]
-        grain = torch.empty(len(chosen), *shape, device=self.device)
+        noise = torch.empty(len(chosen), *shape, device=self.device)
         own = torch.Generator(self.device)
-        for place, picture in zip(grain, chosen, strict=True):
+        for place, picture in zip(noise, chosen, strict=True):
             own.manual_seed(stable_seed(self.config.training.seed, *part, "grain", picture))
             place.normal_(generator=own)
-        return Motion(phases, grain)
+        return Motion(phases, noise)
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self.device, generator=self.random)
