@@ -4,8 +4,10 @@ import math
 from typing import Any, NamedTuple
 
 from configuration import Config, UserError, config_from_dict, config_to_dict
+from evaluation import calibrate
 from image_data import TrainingImages
 from run_directory import RunDirectory, free_name
+from sampling import Sampler
 from training_log import Log
 from training_state import TrainingState
 
@@ -148,6 +150,7 @@ class CheckpointKeeper:
         self.run, self.config = run, config
         self.pictures = {"fingerprint": images.fingerprint, "count": images.count}
         self.best: dict[str, Any] | None = saved["best"] if saved else None
+        self.held_out = images.held_out_halves()[0] if images.held_out_count else None
         self.failed = 0
 
     def save(self, state: TrainingState, log: Log, last: bool) -> None:
@@ -157,7 +160,11 @@ class CheckpointKeeper:
             UserError: it cannot be written, and that was the last chance.
         """
         training = self.config.training
-        state.discriminator.calibration.fit()
+        if self.held_out is None:
+            state.discriminator.calibration.fit()
+        else:
+            sampler = Sampler(state.generator_ema, self.config, state.step, self.run.path)
+            calibrate(state.discriminator, sampler, self.held_out)
         self._judge(state.step, log)
         content = state.to_dict() | {
             "images_seen": state.step * training.n_critic * training.batch_size,
@@ -183,6 +190,8 @@ class CheckpointKeeper:
     def _judge(self, step: int, log: Log) -> None:
         """Notes whether this is the best checkpoint so far, by the newest mean of `output.best_metric`."""
         metric = self.config.output.best_metric
+        if metric == "quality/kid" and log.evaluated != step:  # the newest figure is of an older step
+            return
         value = log.latest.get(metric, math.nan) if metric else math.nan
         if math.isnan(value):
             return

@@ -8,7 +8,8 @@ class ScoreCalibration(nn.Module):
     """Turns critic scores into probabilities: p = sigmoid(slope · score + intercept), fitted by logistic regression.
 
     Platt 1999, "Probabilistic outputs for support vector machines". A Wasserstein score has neither zero nor unit, so a
-    plain sigmoid of it means nothing; this one is fitted to the last `window` scores of real and of generated pictures.
+    plain sigmoid of it means nothing; this one is fitted to scores of held-out and of generated pictures, or, where
+    nothing is held out, to the last `window` scores of real and of generated pictures in training.
     All state lies in buffers and so in the checkpoint.
     """
 
@@ -39,13 +40,22 @@ class ScoreCalibration(nn.Module):
 
     @torch.no_grad()
     def fit(self) -> None:
-        """Fits slope and intercept to the remembered scores by Newton's method, in float64. Stays on the device.
+        """Fits slope and intercept to the remembered scores. Stays on the device."""
+        window = self.recent.shape[1]
+        self._fit(self.recent, torch.arange(window, device=self.recent.device) < self.seen)  # what has been filled
+
+    @torch.no_grad()
+    def fit_to(self, score_real: Tensor, score_fake: Tensor) -> None:
+        """Fits slope and intercept to these scores, (B,) each, and forgets none of the remembered ones."""
+        self._fit(torch.stack([score_real, score_fake]), torch.ones_like(score_real, dtype=torch.bool))
+
+    def _fit(self, scores: Tensor, known: Tensor) -> None:
+        """Newton's method, in float64, on scores (2, N) of which `known` (N,) count.
 
         Targets are Platt's (n + 1) / (n + 2) instead of 1, which keeps separable scores from an infinite slope.
         """
-        window = self.recent.shape[1]
-        known = (torch.arange(window, device=self.recent.device) < self.seen).double()  # what has been filled so far
-        scores = self.recent.double()
+        window = scores.shape[1]
+        known, scores = known.double(), scores.double()
         count = known.sum().clamp_min(1)
         centre = (scores * known).sum() / (2 * count)
         spread = (((scores - centre).square() * known).sum() / (2 * count)).sqrt().clamp_min(1e-12)
