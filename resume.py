@@ -4,7 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 from configuration import Config, UserError, config_from_dict, config_to_dict
-from evaluation import calibrate
+from evaluation import CALIBRATED, as_bytes, calibrate
 from image_data import TrainingImages
 from run_directory import RunDirectory, free_name
 from sampling import Sampler
@@ -150,7 +150,10 @@ class CheckpointKeeper:
         self.run, self.config = run, config
         self.pictures = {"fingerprint": images.fingerprint, "count": images.count}
         self.best: dict[str, Any] | None = saved["best"] if saved else None
-        self.held_out = images.held_out_halves()[0] if images.held_out_count else None
+        if images.held_out_count:
+            self.calibrated_on = images.held_out_halves()[0][:CALIBRATED]
+        else:
+            self.calibrated_on = as_bytes(images.fixed_sample(min(images.count, CALIBRATED)))
         self.failed = 0
 
     def save(self, state: TrainingState, log: Log, last: bool) -> None:
@@ -160,11 +163,8 @@ class CheckpointKeeper:
             UserError: it cannot be written, and that was the last chance.
         """
         training = self.config.training
-        if self.held_out is None:
-            state.discriminator.calibration.fit()
-        else:
-            sampler = Sampler(state.generator_ema, self.config, state.step, self.run.path)
-            calibrate(state.discriminator, sampler, self.held_out)
+        sampler = Sampler(state.generator_ema, self.config, state.step, self.run.path)
+        calibrate(state.discriminator, sampler, self.calibrated_on)
         self._judge(state.step, log)
         content = state.to_dict() | {
             "images_seen": state.step * training.n_critic * training.batch_size,

@@ -1,7 +1,7 @@
 """How the two steps of an iteration are run on a training state: one definition, three ways.
 
 A step is a *pass*, a pure function from pictures and random draws to metrics, scores and gradients, and a *tail* that
-changes the state: clipping, Adam, calibration, average. The pass is most of the work, so it alone is run as written
+changes the state: clipping, Adam, average. The pass is most of the work, so it alone is run as written
 (`EagerSteps`), under `torch.compile` (`CompiledSteps`) or replayed from a CUDA graph (`CudaGraphSteps`). Between the
 two lie the gradients: several processes would sum theirs there.
 """
@@ -97,7 +97,6 @@ class EagerSteps:
         """One critic step on real pictures (B, C, H, W) in [0, 1]; returns its metrics, scalars on the device."""
         done = self.run_pass("critic_pass", x_real, draws)
         norms = self.state.apply_gradients("discriminator", {"discriminator": done.gradients})
-        self.state.discriminator.calibration.observe(done.score_real, done.score_fake)
         return done.metrics | norms
 
     def generator_step(self, x_real: Tensor, draws: GeneratorDraws) -> dict[str, Tensor]:
