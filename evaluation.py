@@ -10,6 +10,7 @@ critics' verdicts, calibration. All random numbers come from fixed seeds of its 
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import checksum
-from configuration import Config
+from configuration import Config, UserError
 from losses import critic_loss
 from model_definitions import Discriminator, build_discriminator
 from pictures import told_in_one_line, written_whole
@@ -87,10 +88,7 @@ def real_features(features: PictureFeatures, pictures: Tensor, cache: Path | Non
     """Features (N, D) of real pictures, uint8 (N, C, H, W); computed once where there is a folder `cache` for them.
 
     A file's name is a hash of the pixels and the features' name, so it is never that of other pictures; a damaged file
-    is computed anew.
-
-    Raises:
-        UserError: the cache cannot be written.
+    is computed anew. Where none can be written, the next call computes again, and no training stops for it.
     """
     key = hashlib.sha256(f"{features.name} {tuple(pictures.shape)}".encode())
     key.update(pictures.contiguous().numpy())
@@ -103,8 +101,8 @@ def real_features(features: PictureFeatures, pictures: Tensor, cache: Path | Non
         except Exception:  # damaged files fail in as many ways as there are
             pass
     found = picture_features(features, as_floats(pictures))
-    if path:
-        with told_in_one_line(path), written_whole(path) as part:
+    if path and path.parent.parent.is_dir():  # a run's folder that was moved or deleted is not made anew
+        with suppress(UserError), told_in_one_line(path), written_whole(path) as part:
             torch.save({"features": found, "checksum": checksum(found)}, part)
     return found
 

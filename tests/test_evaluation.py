@@ -288,6 +288,10 @@ def test_real_features_are_kept_and_never_stale(tmp_path: Path) -> None:
         file.write_bytes(content if file.name < max(path.name for path in tmp_path.iterdir()) else content[:100])
     assert torch.equal(real_features(features, pictures, tmp_path), first)
     assert len(list(tmp_path.iterdir())) == 3  # nothing half written is left
+    assert torch.equal(real_features(features, pictures, tmp_path / "gone" / "cache"), first)
+    assert not (tmp_path / "gone").exists()
+    (tmp_path / "file").touch()
+    assert torch.equal(real_features(features, pictures, tmp_path / "file"), first)  # no place for a folder
 
 
 @pytest.mark.parametrize(
