@@ -54,6 +54,7 @@ class DataConfig:
     fit: str = _setting("crop", choices=("crop", "pad"))
     background: str = "white"
     mirror: bool = False
+    holdout: float = _setting(0.0, low=0, high=0.9)
     on_broken: str = _setting("error", choices=("error", "skip"))
     memory_gb: float = _setting(4.0, low=0)
     workers: int = _setting(2, low=0, high=256)
@@ -155,7 +156,11 @@ class OutputConfig:
     sample_every: int = _setting(1000, low=1)
     checkpoint_every: int = _setting(1000, low=1)
     keep_checkpoints: int = _setting(3, low=1)
-    best_metric: str | None = _setting(None, choices=("generator/reconstruction", "generator/video", "critic/gap"))
+    evaluate_every: int | None = _setting(None, low=1)
+    evaluate_images: int = _setting(500, low=10, high=100_000)
+    best_metric: str | None = _setting(
+        None, choices=("generator/reconstruction", "generator/video", "critic/gap", "quality/kid")
+    )
     samples: int = _setting(8, low=1, high=256)
     fps: float = _setting(8.0, low=0.1, high=90)
     tensorboard: bool = True
@@ -393,6 +398,8 @@ def _check_together(config: Config) -> None:
         raise UserError(
             "training.steps and training.epochs are both null; set one of them, for example training.steps=30000"
         )
+    if config.output.best_metric == "quality/kid" and config.output.evaluate_every is None:
+        raise UserError("output.best_metric=quality/kid needs output.evaluate_every, for example 1000, but it is null")
     if not config.weight_predictor.layers:
         raise UserError("weight_predictor.layers is empty; name at least one pattern, for example [decoder.stage1.*]")
     update_size = config.weight_predictor.update_size

@@ -6,6 +6,7 @@ depends on the seed and its number alone: not on where the images are kept, how 
 was stopped and resumed.
 """
 
+import copy
 import hashlib
 import math
 import os
@@ -42,13 +43,16 @@ class TrainingImages:
             are, and the next readable image takes their place.
         class_names: names of the class folders, sorted and printable; empty for a flat folder.
         class_counts: class name -> number of its images.
-        fingerprint: SHA-256 of the images' names below `data.root`, in their order; the same wherever the folder lies.
+        fingerprint: SHA-256 of the images' names below `data.root`, in their order, and of those held out; the same
+            wherever the folder lies.
         storage: `device` (uint8 on the GPU), `memory` (uint8 in RAM) or `stream` (decoded by workers as needed).
     """
 
     def __init__(self, folder: ClassImageFolder | FlatImageFolder, data: DataConfig, image: ImageConfig, *,
                  batch_size: int, seed: int, device: torch.device | str, progress: bool = True,
                  share: slice = slice(None)):  # fmt: skip
+        folder, self._held_out = split_off(folder, data.holdout)
+        self.held_out_count = len(self._held_out)
         self.share = share
         self.batch_size, self.seed, self.device = batch_size, seed, torch.device(device)
         self._folder, self._mirror, self._workers = folder, data.mirror, data.workers
@@ -73,6 +77,8 @@ class TrainingImages:
         per_class = Counter(numbers)
         self.class_counts = {name: per_class[number] for number, name in enumerate(self.class_names)}
         names = [folder.samples[index][0].removeprefix(folder.root) for index in kept]
+        if self.held_out_count:
+            names += ["held out", *(path.removeprefix(folder.root) for path, _ in self._held_out.samples)]
         self.fingerprint = hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()
 
     @property
@@ -88,6 +94,8 @@ class TrainingImages:
         text = f"{self.count:,} images {layout} {shown_path(self._folder.root)}, {place}"
         text += f" ({self._megabytes:,.1f} MB decoded"
         text += f", {self._workers} workers)" if self.storage == "stream" else ")"
+        if self.held_out_count:
+            text += f"; {self.held_out_count:,} more are held out for evaluation"
         if self.skipped:
             some = ", ".join(f"{shown_path(path)} ({reason})" for path, reason in self.skipped[:3])
             text += f"\nskipped {len(self.skipped):,} broken: {some}{', ...' if len(self.skipped) > 3 else ''}"
@@ -124,6 +132,33 @@ class TrainingImages:
         if self._images is not None:
             return self._finish(self._images[indices])
         return self._finish(self._checked(*_collate([self._items[index] for index in indices])))
+
+    def held_out(self, limit: int | None = None) -> Tensor:
+        """The pictures that are never trained on, or `limit` of them: uint8 (n, C, H, W) on the CPU, never mirrored.
+
+        They are decoded at each call, in an order that depends on their names alone and mixes the classes. Broken ones
+        are left out with `data.on_broken=skip`.
+
+        Raises BrokenImageError with `data.on_broken=error`; UserError where none can be read.
+        """
+        items = _Items(self._held_out, self._items.skip)
+        found: list[Tensor] = []
+        for index in range(len(self._held_out) if limit is None else min(limit, len(self._held_out))):
+            image, reason = items.read(index)
+            if image is not None:
+                found.append(image)
+            elif not items.skip:
+                raise BrokenImageError(self._held_out.samples[index][0], reason)
+        if not found:
+            raise UserError(
+                f"data.holdout: none of the {len(self._held_out):,} images held out can be read; change the share"
+            )
+        return torch.stack(found)
+
+    def held_out_halves(self) -> tuple[Tensor, Tensor]:
+        """`held_out()` in two: pictures to fit the critic's probability to, and pictures to test it on."""
+        pictures = self.held_out()
+        return pictures[0::2], pictures[1::2]
 
     def _epoch(self, epoch: int) -> Tensor:
         """int64 (2, count): the order of the images in this epoch, and for each a coin (0 or 1): mirrored or not."""
@@ -198,6 +233,37 @@ class TrainingImages:
             if not self._items.skip:
                 raise BrokenImageError(self._folder.samples[index][0], reason)
             self._broken[index] = reason
+
+
+Folder = ClassImageFolder | FlatImageFolder
+
+
+def split_off(folder: Folder, share: float) -> tuple[Folder, Folder]:
+    """The folder in two: pictures to train on, in its order, and a `share` that is held out, in the order of a hash.
+
+    A hash of its name below the root decides on each picture: those with the smallest ones are held out, at least one
+    and never all. So the choice is the same on every machine, at every resumption and for every seed.
+
+    Raises:
+        UserError: a single picture cannot be shared out.
+    """
+    training, held_out = copy.copy(folder), copy.copy(folder)
+    held_out.samples = []
+    if share == 0:
+        return training, held_out
+    if len(folder) < 2:
+        raise UserError(f"data.holdout={share:g}: {shown_path(folder.root)} holds one image only; set it to 0")
+    count = min(max(1, round(share * len(folder))), len(folder) - 1)
+
+    def hashed(sample: tuple[str, int]) -> bytes:
+        name = Path(sample[0].removeprefix(folder.root)).as_posix()
+        return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+
+    by_hash = sorted(folder.samples, key=hashed)
+    kept = set(by_hash[count:])
+    training.samples = [sample for sample in folder.samples if sample in kept]
+    held_out.samples = by_hash[:count]
+    return training, held_out
 
 
 class _Items(Dataset):

@@ -15,15 +15,23 @@ _PANELS: dict[str, tuple[list[str], bool]] = {
     "gradient norms": (["gradient_norm/discriminator", "gradient_norm/vae", "gradient_norm/predictor"], True),
     "pictures per second": (["speed/images_per_second"], False),
 }
+# Drawn where a run has measured it.
+_QUALITY_PANELS: dict[str, tuple[list[str], bool]] = {
+    "kernel distance (KID, raw)\nof updated and base pictures": (["quality/kid", "quality/kid_base"], True),
+    "the critic's gap on training\nand on held-out pictures": (["quality/train_gap", "quality/heldout_gap"], False),
+}
 
 
 def plot_losses(records: list[dict[str, float]], path: Path) -> None:
     """Draws the course of a run, one panel per question, from `metrics.jsonl` records."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
-    figure = Figure(figsize=(14, 6.5), layout="constrained")
-    axes = figure.subplots(2, 4).flat
-    for (title, (names, logarithmic)), axis in zip(_PANELS.items(), axes, strict=True):
+    measured = any("quality/kid" in record for record in records)
+    panels = _PANELS | (_QUALITY_PANELS if measured else {})
+    columns = len(panels) // 2
+    figure = Figure(figsize=(3.5 * columns, 6.5), layout="constrained")
+    axes = figure.subplots(2, columns).flat
+    for (title, (names, logarithmic)), axis in zip(panels.items(), axes, strict=True):
         for name in names:
             points = [(record["step"], record[name]) for record in records if name in record]
             if logarithmic:

@@ -163,8 +163,8 @@ class Discriminator(nn.Module):
     def probability(self, x: Tensor) -> Tensor:
         """Calibrated probability (B,) in [0, 1] that each picture (B, C, H, W) is real, were half of all pictures real.
 
-        Fitted to the scores of real and generated pictures seen lately in training (with DiffAugment, of changed ones);
-        0.5 for all before the first fit.
+        Fitted at each checkpoint to the scores of real pictures, held-out ones if there are any, and of fresh ones that
+        the averaged networks draw with θ + Δ; 0.5 for all before the first checkpoint.
         """
         return self.calibration(self(x))
 

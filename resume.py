@@ -4,8 +4,10 @@ import math
 from typing import Any, NamedTuple
 
 from configuration import Config, UserError, config_from_dict, config_to_dict
+from evaluation import CALIBRATED, as_bytes, calibrate
 from image_data import TrainingImages
 from run_directory import RunDirectory, free_name
+from sampling import Sampler
 from training_log import Log
 from training_state import TrainingState
 
@@ -149,6 +151,10 @@ class CheckpointKeeper:
         self.run, self.config = run, config
         self.pictures = {"fingerprint": images.fingerprint, "count": images.count}
         self.best: dict[str, Any] | None = saved["best"] if saved else None
+        if images.held_out_count:
+            self.calibrated_on = images.held_out_halves()[0][:CALIBRATED]
+        else:
+            self.calibrated_on = as_bytes(images.fixed_sample(min(images.count, CALIBRATED)))
         self.failed = 0
 
     def save(self, state: TrainingState, log: Log, last: bool) -> None:
@@ -158,6 +164,8 @@ class CheckpointKeeper:
             UserError: it cannot be written, and that was the last chance.
         """
         training = self.config.training
+        sampler = Sampler(state.generator_ema, self.config, state.step, self.run.path)
+        calibrate(state.discriminator, sampler, self.calibrated_on)
         self._judge(state.step, log)
         content = state.to_dict() | {
             "images_seen": state.step * training.n_critic * training.batch_size,
@@ -183,6 +191,8 @@ class CheckpointKeeper:
     def _judge(self, step: int, log: Log) -> None:
         """Notes whether this is the best checkpoint so far, by the newest mean of `output.best_metric`."""
         metric = self.config.output.best_metric
+        if metric == "quality/kid" and log.evaluated != step:  # the newest figure is of an older step
+            return
         value = log.latest.get(metric, math.nan) if metric else math.nan
         if math.isnan(value):
             return

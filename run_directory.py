@@ -6,6 +6,7 @@ loss_curves.png    the same as a picture
 samples/           real, reconstruction, base and updated pictures from fixed noise: step_000100.png, ...
 clips/             synthetic and weight-driven videos of fixed samples: step_000100.mp4 and .webp
 checkpoints/       step_000100.pt, ...: the last few, each whole; latest.pt is the newest
+cache/             features of real pictures, where quality was measured
 skipped.txt        broken images that were left out, where there were any
 run.lock           held by the process that writes here; it frees it by ending, however it ends
 """

@@ -1,7 +1,7 @@
 """How the two steps of an iteration are run on a training state: one definition, three ways.
 
 A step is a *pass*, a pure function from pictures and random draws to metrics, scores and gradients, and a *tail* that
-changes the state: clipping, Adam, calibration, average. The pass is most of the work, so it alone is run as written
+changes the state: clipping, Adam, average. The pass is most of the work, so it alone is run as written
 (`EagerSteps`), under `torch.compile` (`CompiledSteps`) or replayed from a CUDA graph (`CudaGraphSteps`). Between the
 two lie the gradients: several processes average theirs there, outside any graph (`World.average`).
 """
@@ -114,12 +114,8 @@ class EagerSteps:
     def critic_step(self, x_real: Tensor, draws: CriticDraws) -> dict[str, Tensor]:
         """One critic step on real pictures (B, C, H, W) in [0, 1]; returns its metrics, scalars on the device."""
         done = self.run_pass("critic_pass", x_real, draws)
-        gradients, metrics, scores = self.world.average(
-            "discriminator", done.gradients, done.metrics, (done.score_real, done.score_fake)
-        )
-        norms = self.state.apply_gradients("discriminator", {"discriminator": gradients})
-        self.state.discriminator.calibration.observe(*scores)
-        return metrics | norms
+        gradients, metrics, _ = self.world.average("discriminator", done.gradients, done.metrics)
+        return metrics | self.state.apply_gradients("discriminator", {"discriminator": gradients})
 
     def generator_step(self, x_real: Tensor, draws: GeneratorDraws) -> dict[str, Tensor]:
         """One step of θ, the GRU and their average. Returns its metrics, scalars on the device."""

@@ -30,6 +30,7 @@ from distributed import ALONE, World, join_processes, report, report_lost
 from image_data import TrainingImages, open_images
 from model_definitions import Discriminator, Generator, build_discriminator, build_generator
 from process_watch import PeerLostError
+from quality_check import QualityCheck
 from random_draws import Draws
 from resume import CheckpointKeeper, already_finished, check_pictures, resume_point
 from run_directory import OnlookersDirectory, RunDirectory
@@ -67,6 +68,7 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
     if saved:
         check_pictures(saved, images.fingerprint, images.count, str(run.path), accept_changes)
         state.restore(saved)
+    check = QualityCheck(config, images, run.path)
     share_state(state, world)
     # Pictures of this step: a new run's first ones, or a kill came before them.
     owed = world.from_first(fixed.missing(run, state.step))
@@ -109,15 +111,18 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
 
             last, stopping = step == steps, stop.agreed()
             sample_due = last or stopping or step % config.output.sample_every == 0
+            check_due = check.due(step, last)
             checkpoint_due = last or stopping or step % config.output.checkpoint_every == 0
+            checkpoint_due = checkpoint_due or (check_due and check.keeps_best)
             if last or step % config.output.log_every == 0:
                 log.write(step)  # here, and below where something is due, the device is waited for; nowhere else
                 log.skipped(gather_skipped(images, world))
-            if sample_due or checkpoint_due:
+            if sample_due or checkpoint_due or check_due:
                 with log.pause():
                     log.check({"generator": state.generator, "discriminator": state.discriminator})
-                    state.discriminator.calibration.fit()
                     world.check_same(state.networks(), step)
+                    if check_due:  # before the checkpoint, which may be the best one by this
+                        log.note_quality(step, check.measure(state))
                     if checkpoint_due:  # first: who sends SIGTERM may not wait for pictures
                         keeper.save(state, log, last or stopping)
                     if sample_due:

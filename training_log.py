@@ -36,6 +36,7 @@ class Log:
         self.names: list[str] = []
         self.latest: dict[str, float] = {}
         self.skipped_count = 0
+        self.evaluated: int | None = None  # the step whose quality was measured last
         self.waited = 0.0  # seconds of this interval in which the loop had no pictures
         self.sums: Tensor | None = None
         self.first_bad: Tensor | None = None
@@ -150,6 +151,18 @@ class Log:
         self.show(step, metrics)
         self.sums.zero_()
         self.since_step, self.since_time, self.waited = step, time.perf_counter(), 0.0
+
+    def note_quality(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes and shows what a `QualityCheck` has measured, as a line of its own."""
+        self.run.log_metrics(step, metrics)
+        self.latest = self.latest | metrics
+        self.evaluated = step
+        kid, spread, base = (metrics[f"quality/{name}"] for name in ("kid", "kid_std", "kid_base"))
+        text = f"KID {kid:.4f} ± {spread:.4f} (base {base:.4f})"
+        text += f", critic's gap {metrics['quality/train_gap']:.2f} on training pictures"
+        if "quality/heldout_gap" in metrics:
+            text += f", {metrics['quality/heldout_gap']:.2f} on held-out ones"
+        self.line(f"quality at step {step}: {text}")
 
     def show(self, step: int, metrics: dict[str, float]) -> None:
         """The bar's tail, or a plain line where output goes to a file."""

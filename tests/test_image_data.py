@@ -658,6 +658,56 @@ def test_fixed_sample_is_spread_evenly_and_never_mirrored(tmp_path, memory_gb):
     assert not any(flipped(sample))
 
 
+@pytest.mark.parametrize("kind", [{}, {"memory_gb": 0, "workers": 0}], ids=["memory", "stream"])
+def test_held_out_images_are_never_in_a_batch(tmp_path, kind):
+    images = training_images(numbered(tmp_path, 20), holdout=0.25, seed=3, **kind)
+    held_out = numbers(images.held_out().float() / 255)
+    assert (images.count, images.held_out_count, len(held_out)) == (15, 5, 5)
+    seen = {number for batch in take(images, 30) for number in numbers(batch)} | set(numbers(images.fixed_sample(15)))
+    assert seen == set(range(20)) - set(held_out)
+    assert "5 more are held out" in images.description
+    assert numbers(images.held_out(2).float() / 255) == held_out[:2]
+    halves = [numbers(half.float() / 255) for half in images.held_out_halves()]
+    assert sorted([*halves[0], *halves[1]]) == sorted(held_out)
+    assert len(halves[0]) == 3
+
+
+def test_names_alone_decide_what_is_held_out(tmp_path):
+    first, second = (numbered(tmp_path / name, 20) for name in ("here", "there"))
+    chosen = [
+        sorted(numbers(training_images(folder, holdout=share, seed=seed).held_out().float() / 255))
+        for folder, share, seed in ((first, 0.25, 0), (second, 0.25, 9), (first, 0.5, 0))
+    ]
+    assert chosen[0] == chosen[1] != list(range(5))
+    assert set(chosen[0]) < set(chosen[2])
+    prints = [training_images(first, holdout=share).fingerprint for share in (0, 0.25, 0.5)]
+    assert len(set(prints)) == 3  # a run is not resumed with other pictures held out
+    assert training_images(second, holdout=0.25).fingerprint == prints[1]
+
+
+def test_of_few_images_one_is_held_out_and_never_all(tmp_path):
+    images = training_images(numbered(tmp_path, 2), holdout=0.01)
+    assert (images.count, images.held_out_count) == (1, 1)
+    assert training_images(tmp_path, holdout=0.9).count == 1
+    (tmp_path / "001.png").unlink()
+    with pytest.raises(UserError, match=r"data\.holdout=0\.9: .* holds one image only; set it to 0"):
+        training_images(tmp_path, holdout=0.9)
+
+
+def test_a_broken_image_that_is_held_out(tmp_path):
+    held_out = numbers(training_images(numbered(tmp_path, 20), holdout=0.1).held_out().float() / 255)
+    for left, number in ((1, held_out[0]), (0, held_out[1])):
+        (tmp_path / f"{number:03}.png").write_bytes(b"broken")
+        images = training_images(tmp_path, holdout=0.1, on_broken="skip")
+        if left:
+            assert numbers(images.held_out().float() / 255) == held_out[1:]
+        else:
+            with pytest.raises(UserError, match=r"data\.holdout: none of the 2 images held out can be read"):
+                images.held_out()
+    with pytest.raises(BrokenImageError, match=f"{held_out[0]:03}.png"):
+        training_images(tmp_path, holdout=0.1).held_out()
+
+
 def test_no_bar_when_standard_error_is_no_terminal(tmp_path, capfd):
     config = DataConfig(root=str(numbered(tmp_path, 3)))
     open_images(config, ImageConfig(size=16), batch_size=1, seed=0, device="cpu", progress=True)

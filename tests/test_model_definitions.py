@@ -227,20 +227,17 @@ def test_probability_is_one_half_before_any_score_was_seen() -> None:
 def test_calibration_recovers_the_true_probability_of_shifted_normals() -> None:
     """Scores N(7, 2²) and N(4, 2²): the true log-odds are linear, with slope 3 / 4 and zero at 5.5."""
     torch.manual_seed(0)
-    calibration = ScoreCalibration(window=20_000)
-    for _ in range(40):
-        calibration.observe(7 + 2 * torch.randn(500), 4 + 2 * torch.randn(500))
-    calibration.fit()
+    calibration = ScoreCalibration()
+    calibration.fit(7 + 2 * torch.randn(20_000), 4 + 2 * torch.randn(20_000))
     score = torch.linspace(0, 11, 12)
     truth = torch.sigmoid(0.75 * (score - 5.5))
     assert torch.allclose(calibration(score), truth, atol=0.02)
 
 
 def test_calibration_forgets_old_scores_and_survives_separable_ones() -> None:
-    calibration = ScoreCalibration(window=64)
-    calibration.observe(torch.randn(64) - 100, torch.randn(64) + 100)  # an old critic, upside down
-    calibration.observe(torch.linspace(1, 2, 64), torch.linspace(-2, -1, 64))
-    calibration.fit()
+    calibration = ScoreCalibration()
+    calibration.fit(torch.randn(64) - 100, torch.randn(64) + 100)  # an old critic, upside down
+    calibration.fit(torch.linspace(1, 2, 64), torch.linspace(-2, -1, 64))
     assert torch.isfinite(calibration.slope)
     p = calibration(torch.tensor([-1.5, 0.0, 1.5]))
     assert p[0] < 0.1
@@ -249,27 +246,25 @@ def test_calibration_forgets_old_scores_and_survives_separable_ones() -> None:
 
 
 def test_calibration_of_a_critic_that_sees_no_difference_is_one_half() -> None:
-    calibration = ScoreCalibration(window=64)
-    calibration.observe(torch.full((8,), 3.0), torch.full((8,), 3.0))
-    calibration.fit()
+    calibration = ScoreCalibration()
+    calibration.fit(torch.full((8,), 3.0), torch.full((8,), 3.0))
     assert calibration(torch.tensor([3.0])).item() == pytest.approx(0.5, abs=1e-6)
 
 
-def test_calibration_counts_only_scores_that_were_seen() -> None:
-    torch.manual_seed(0)
-    real, fake = 10 + torch.randn(32), 8 + torch.randn(32)
-    fits = []
-    for window in (32, 500):  # full, and mostly empty
-        calibration = ScoreCalibration(window)
-        calibration.observe(real, fake)
-        calibration.fit()
-        fits.append(torch.stack([calibration.slope, calibration.intercept]))
-    assert torch.allclose(*fits, rtol=1e-4)
+def test_checkpoints_that_remember_training_scores_are_read_still() -> None:
+    calibration = ScoreCalibration()
+    old = {
+        "slope": torch.tensor(2.0),
+        "intercept": torch.tensor(-1.0),
+        "seen": torch.tensor(9),
+        "recent": torch.ones(2, 4),
+    }
+    calibration.load_state_dict(old)
+    assert (calibration.slope, calibration.intercept) == (2, -1)
 
 
 def test_separable_scores_get_platts_cautious_probability() -> None:
     """Eight real scores at 1 and eight generated at -1: (8 + 1) / (8 + 2), not certainty."""
-    calibration = ScoreCalibration(window=64)
-    calibration.observe(torch.ones(8), -torch.ones(8))
-    calibration.fit()
+    calibration = ScoreCalibration()
+    calibration.fit(torch.ones(8), -torch.ones(8))
     assert torch.allclose(calibration(torch.tensor([1.0, -1.0])), torch.tensor([0.9, 0.1]), atol=1e-4)
