@@ -224,7 +224,10 @@ def plot_over_time(path: Path, courses: list[Course], features: str) -> None:
 
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    colours = {name: colormaps["tab20"](2 * index % 20 + index // 10) for index, name in enumerate(ARMS)}
+    colours = {
+        name: colormaps["tab20"](place)
+        for name, place in zip(ARMS, (0, 1, 2, 0, 4, 8, 10, 12, 16, 18, 5, 14), strict=True)
+    }
     colours |= {REFERENCE: "black", METHOD: "crimson"}
     markers = dict(zip(ARMS, "osv^D<>pPX*d", strict=False))
     for axis, (side, title) in zip(
@@ -243,7 +246,14 @@ def plot_over_time(path: Path, courses: list[Course], features: str) -> None:
                 markersize=5 if main else 4, linewidth=2.4 if main else 1.2, zorder=3 if main else 2,
             )  # fmt: skip
             if len(runs) > 1:
-                axis.fill_between(seconds, values.min(0), values.max(0), color=colours[name], alpha=0.1, linewidth=0)
+                axis.fill_between(
+                    seconds,
+                    values.min(0),
+                    values.max(0),
+                    color=colours[name],
+                    alpha=0.15 if main else 0.06,
+                    linewidth=0,
+                )
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("seconds of training (CPU time of one thread)")
         axis.set_yscale("log")

@@ -353,8 +353,8 @@ def test_time_is_asked_for_in_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_best_checkpoint_is_kept_across_sessions(tmp_path: Path, picture_folder: Path) -> None:
-    arguments = small(tmp_path, picture_folder, "output.best_metric=critic/gap", "output.log_every=1",
-                      "output.checkpoint_every=1", "output.keep_checkpoints=1")  # fmt: skip
+    arguments = small(tmp_path, picture_folder, "output.best_metric=critic/gap", "training.seed=1",
+                      "output.log_every=1", "output.checkpoint_every=1", "output.keep_checkpoints=1")  # fmt: skip
     for steps in (4, 8):
         assert train(*arguments, f"training.steps={steps}") == 0
     values = {line["step"]: line["critic/gap"] for line in metrics_of(tmp_path / "run")}
