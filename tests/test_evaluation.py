@@ -282,11 +282,15 @@ def test_real_features_are_kept_and_never_stale(tmp_path: Path) -> None:
     features.name = "another network"
     real_features(features, pictures, tmp_path)
     assert features.seen == 9
-    for file in tmp_path.iterdir():
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 255
-        file.write_bytes(content if file.name < max(path.name for path in tmp_path.iterdir()) else content[:100])
-    assert torch.equal(real_features(features, pictures, tmp_path), first)
+    for damage in ("a flipped bit in a feature", "a file cut short"):
+        for file in tmp_path.iterdir():
+            content = bytearray(file.read_bytes())
+            if damage == "a file cut short":
+                del content[100:]
+            elif (place := content.find(first.numpy().tobytes())) >= 0:
+                content[place] ^= 1
+            file.write_bytes(content)
+        assert torch.equal(real_features(features, pictures, tmp_path), first)
     assert len(list(tmp_path.iterdir())) == 3  # nothing half written is left
     assert torch.equal(real_features(features, pictures, tmp_path / "gone" / "cache"), first)
     assert not (tmp_path / "gone").exists()
