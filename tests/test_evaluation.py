@@ -75,8 +75,10 @@ def test_quality_is_measured_at_its_steps_and_the_best_checkpoint_kept(run: Path
                              ("kid", "kid_std", "kid_base", "train_gap", "heldout_gap"))}  # fmt: skip
         assert all(math.isfinite(value) for value in line.values())
     best = load_checkpoint(run / "checkpoints" / "best.pt")
-    assert best["step"] == min(measured, key=lambda step: measured[step]["quality/kid"])  # saved, though none was due
+    assert best["step"] == min(measured, key=lambda step: measured[step]["quality/kid"])
     assert best["best"]["value"] == measured[best["step"]]["quality/kid"]
+    saved = {path.name for path in (run / "checkpoints").glob("step_*.pt")}
+    assert saved == {f"step_{step:06d}.pt" for step in measured}
 
 
 def test_the_gap_on_held_out_pictures_is_the_critics(run: Path, picture_folder: Path) -> None:
