@@ -75,8 +75,10 @@ def test_quality_is_measured_at_its_steps_and_the_best_checkpoint_kept(run: Path
                              ("kid", "kid_std", "kid_base", "train_gap", "heldout_gap"))}  # fmt: skip
         assert all(math.isfinite(value) for value in line.values())
     best = load_checkpoint(run / "checkpoints" / "best.pt")
-    assert best["step"] == min(measured, key=lambda step: measured[step]["quality/kid"])  # saved, though none was due
+    assert best["step"] == min(measured, key=lambda step: measured[step]["quality/kid"])
     assert best["best"]["value"] == measured[best["step"]]["quality/kid"]
+    saved = {path.name for path in (run / "checkpoints").glob("step_*.pt")}
+    assert saved == {f"step_{step:06d}.pt" for step in measured}
 
 
 def test_the_gap_on_held_out_pictures_is_the_critics(run: Path, picture_folder: Path) -> None:
@@ -282,11 +284,15 @@ def test_real_features_are_kept_and_never_stale(tmp_path: Path) -> None:
     features.name = "another network"
     real_features(features, pictures, tmp_path)
     assert features.seen == 9
-    for file in tmp_path.iterdir():
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 255
-        file.write_bytes(content if file.name < max(path.name for path in tmp_path.iterdir()) else content[:100])
-    assert torch.equal(real_features(features, pictures, tmp_path), first)
+    for damage in ("a flipped bit in a feature", "a file cut short"):
+        for file in tmp_path.iterdir():
+            content = bytearray(file.read_bytes())
+            if damage == "a file cut short":
+                del content[100:]
+            elif (place := content.find(first.numpy().tobytes())) >= 0:
+                content[place] ^= 1
+            file.write_bytes(content)
+        assert torch.equal(real_features(features, pictures, tmp_path), first)
     assert len(list(tmp_path.iterdir())) == 3  # nothing half written is left
     assert torch.equal(real_features(features, pictures, tmp_path / "gone" / "cache"), first)
     assert not (tmp_path / "gone").exists()

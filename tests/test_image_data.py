@@ -683,6 +683,14 @@ def test_names_alone_decide_what_is_held_out(tmp_path):
     prints = [training_images(first, holdout=share).fingerprint for share in (0, 0.25, 0.5)]
     assert len(set(prints)) == 3  # a run is not resumed with other pictures held out
     assert training_images(second, holdout=0.25).fingerprint == prints[1]
+    before = set(find_images(second)) - {path for path, _ in training_images(second, holdout=0.25)._held_out.samples}
+    renamed = Path(second / f"{chosen[0][0]:03}.png")
+    for number in range(1000):  # to another name that is held out, so that training's pictures stay the same
+        renamed = renamed.rename(second / f"other{number}.png")
+        images = training_images(second, holdout=0.25)
+        if before == set(find_images(second)) - {path for path, _ in images._held_out.samples}:
+            break
+    assert images.fingerprint != prints[1]
 
 
 def test_of_few_images_one_is_held_out_and_never_all(tmp_path):
