@@ -13,6 +13,7 @@ One process is the special case in which nothing here does anything.
 """
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -332,6 +333,7 @@ def report(line: str, status: int) -> int:
 def report_lost(error: PeerLostError) -> int:
     """The same for a process that has lost the others: names the one that has gone, if it has said nothing itself."""
     assert _watch is not None
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, as it ends the rest: in `PATIENCE` seconds it is done
     reason, status = _watch.why(error)
     return status if reason is None else report(f"error: {reason}", status)
 

@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, SMALL, VARIED, final, same, small, untimed_metrics
 from torch.distributed import TCPStore
 
+import communication
 import distributed
 import process_watch
 import random_draws
@@ -275,7 +276,7 @@ def test_rows_objects_and_states_travel_between_processes(launch: Launch, tmp_pa
 
 # ------------------------------------------------------------------------------------------------------- whole commands
 
-EVERYTHING = ["training.steps=4", "output.log_every=1", "output.sample_every=1", "output.checkpoint_every=1"]
+EVERYTHING = ["training.steps=3", "output.log_every=1", "output.sample_every=1", "output.checkpoint_every=1"]
 """Samples, metrics and a checkpoint at every step."""
 
 
@@ -306,7 +307,7 @@ def stop_each_session(folder: Path, root: Path, world: World, lag: int, name: st
     """Votes come `lag` steps late, as from a GPU."""
     config = load_config(None, small(folder, root, *EVERYTHING, name=name))
     original, done = EagerSteps.generator_step, 0
-    for _ in range(10):
+    for _ in range(3):
 
         def generator_step(runner: EagerSteps, *arguments: Any, stop: int = done + 1) -> Any:
             if world.rank == 1 and runner.state.step + 1 == stop:
@@ -317,7 +318,7 @@ def stop_each_session(folder: Path, root: Path, world: World, lag: int, name: st
             patch.setattr(EagerSteps, "generator_step", generator_step)
             status = training.train(config, world=world)
         done += 1 + lag
-        if done >= 4:
+        if done >= 3:
             break
         assert status == 143
         if world.is_first:
@@ -335,7 +336,7 @@ def test_samples_saves_and_stops_at_every_step_deadlock_nowhere(
         assert same(final(tmp_path / name), final(tmp_path / "whole"))
         assert untimed_metrics(tmp_path / name) == untimed_metrics(tmp_path / "whole")
         assert sorted(path.name for path in (tmp_path / name / "samples").iterdir()) == [
-            f"step_{step:06d}.png" for step in range(5)
+            f"step_{step:06d}.png" for step in range(4)
         ]
     assert (ended[1].output, ended[1].errors) == ("", "")  # only the first process speaks
     assert "2 processes, each with 2 of a batch's pictures" in ended[0].output
@@ -343,7 +344,7 @@ def test_samples_saves_and_stops_at_every_step_deadlock_nowhere(
     # And on with one process alone, as an undisturbed run of one process.
     with pytest.MonkeyPatch.context() as patch:
         without_clips(patch)
-        longer = [*EVERYTHING, "training.steps=6", "output.sample_every=10"]
+        longer = [*EVERYTHING, "training.steps=5", "output.sample_every=10"]
         for name in ("whole", "one"):
             assert training.train(load_config(None, small(tmp_path, picture_folder, *longer, name=name))) == 0
     for line, other in zip(untimed_metrics(tmp_path / "whole"), untimed_metrics(tmp_path / "one"), strict=True):
@@ -373,7 +374,7 @@ def die_in_first_session(folder: Path, root: Path) -> None:
     EagerSteps.critic_step = critic_step  # type: ignore[method-assign]
     with pytest.MonkeyPatch.context() as patch:
         without_clips(patch)
-        status = training.main(small(folder, root, *EVERYTHING, "output.checkpoint_every=2"))
+        status = training.main(small(folder, root, *EVERYTHING, "output.checkpoint_every=2", "output.sample_every=9"))
     if status:
         sys.exit(status)
 
@@ -382,7 +383,9 @@ def test_a_killed_process_is_restarted_and_the_run_ends_as_if_nothing_had_been(
     launch: Launch, tmp_path: Path, picture_folder: Path
 ) -> None:
     complete(launch(1, kill_once, tmp_path, picture_folder))
-    complete(launch(2, whole_command, small(tmp_path, picture_folder, *EVERYTHING, name="whole")))
+    complete(
+        launch(2, whole_command, small(tmp_path, picture_folder, *EVERYTHING, "output.sample_every=9", name="whole"))
+    )
     assert same(final(tmp_path / "run"), final(tmp_path / "whole"))
     assert untimed_metrics(tmp_path / "run") == untimed_metrics(tmp_path / "whole")
     sessions = json.loads((tmp_path / "run" / "environment.json").read_text())["sessions"]
@@ -488,3 +491,34 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
     with pytest.raises(UserError, match=r"--nproc-per-node is 5, but PyTorch sees 4 GPU\(s\) here"):
         choose_device("auto")
+
+
+# ----------------------------------------------------------------------------------------------------------- its price
+
+
+def test_exchanges_on_paper_by_hand() -> None:
+    cluster = communication.Cluster(
+        gpus=8, flops=1e12, share=0.5, nvlink=1e9, network=1e8, link_share=0.5, latency=1e-3
+    )
+    assert communication.exchange_seconds(8_000_000, 1, cluster) == 0
+    inside = 2 * 7 / 8 * 8e6 / 0.5e9 + 1e-3
+    assert communication.exchange_seconds(8_000_000, 8, cluster) == pytest.approx(inside)
+    outside = 2 * 3 / 4 * 1e6 / 0.5e8 + 2e-3  # an eighth of the bytes between 4 machines
+    assert communication.exchange_seconds(8_000_000, 32, cluster) == pytest.approx(inside + outside)
+    parts = [communication.Exchange("discriminator", 8_000_000, 5)]
+    assert communication.estimate(1e9, parts, 8, cluster) == pytest.approx((2e-3, 5 * inside))
+
+
+def test_the_cost_of_exchanges_is_measured(launch: Launch) -> None:
+    ended = launch(2, communication.main, SMALL)
+    complete(ended)
+    config = load_config(None, SMALL)
+    state = TrainingState(config, CPU)
+    critic, rest = (
+        sum(p.numel() for name in names for p in state.parameters[name])
+        for names in (["discriminator"], ["vae", "predictor"])
+    )
+    numbers = 2 * (critic + 8 + distributed.VOTES) + rest + distributed.VOTES  # two critic steps, scores of 4 + 4
+    assert f"an iteration: {4 * numbers / 1e6:.1f} MB" in ended[0].output
+    assert "2 processes, batch 4" in ended[0].output
+    assert ended[1].output == ""
