@@ -118,6 +118,7 @@ class LossConfig:
     lambda_update: float = _setting(100.0, low=0)
     lambda_video: float = _setting(0.0, low=0)
     video_frames: int = _setting(2, low=1, high=1024)
+    own_frames: int = _setting(8, low=0, high=1024)
     judged_frame: str = _setting("last", choices=("last", "random"))
 
 

@@ -112,7 +112,7 @@ def generator_loss(
     Args:
         score_fake, score_base: (B,) scores of the pictures drawn with θ + Δ and with θ.
         reconstruction, kl: from `vae_loss`.
-        update: from `update_penalty`.
+        update: mean (Δ / rms θ)², the mean square size of the update relative to the weights it changes.
         video: from `video_loss`, or zero when λ_video is.
     """
     adversarial, adversarial_base = -at_least_fp32(score_fake).mean(), -at_least_fp32(score_base).mean()
@@ -149,15 +149,6 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
 def at_least_fp32(x: Tensor) -> Tensor:
     """bf16, as autocast leaves it, becomes fp32; fp64, for a check in double precision, stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def update_penalty(relative_update: Tensor) -> Tensor:
-    """mean (Δ / rms θ)²: the mean square size of the update relative to the weights it changes.
-
-    Args:
-        relative_update: (B, total_size), Δ in units of each tensor's RMS.
-    """
-    return at_least_fp32(relative_update).square().mean()
 
 
 def video_loss(frames: Tensor, video: Tensor) -> Tensor:

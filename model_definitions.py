@@ -17,15 +17,21 @@ from torch.func import functional_call, vmap
 from torch.nn import functional
 
 from configuration import Config
+from losses import at_least_fp32
 from score_calibration import ScoreCalibration
 from video_synth import Motion, MotionStrengths, VideoSynthesizer
+from weight_predictor import ConstantUpdate, Memory, WeightPredictorRNN
 from weight_updates import (
-    ConstantUpdate,
+    DenseUpdate,
+    FactoredUpdate,
+    LowRankHead,
+    Update,
     UpdateSpec,
-    bounded_update,
     build_head,
     build_update_spec,
     check_update_size,
+    draw_factored,
+    tensor_scale,
     weight_scales,
 )
 
@@ -169,42 +175,6 @@ class Discriminator(nn.Module):
         return self.calibration(self(x))
 
 
-class WeightPredictorRNN(nn.Module):
-    """Watches a synthetic video, one frame a step, and predicts an update code at every frame.
-
-    LayerNorm, GRU, Linear. The Linear layer is zero and has no bias, so that θ + Δ = θ before training.
-
-    Args:
-        input_size: C · height · width of one video frame.
-        update_size: length of the predicted code; for the head `full`, the number of updated weights.
-        hidden_size, num_layers: of the GRU.
-    """
-
-    def __init__(self, input_size: int, update_size: int, hidden_size: int = 128, num_layers: int = 2) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(input_size)
-        self.gru = nn.GRU(input_size, hidden_size, num_layers, batch_first=True)
-        self.to_update = nn.Linear(hidden_size, update_size, bias=False)
-        nn.init.zeros_(self.to_update.weight)
-
-    def watch(self, video: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Runs the GRU over (more of) a video.
-
-        Args:
-            video: (B, T, C, height, width) in [0, 1].
-            hidden: (num_layers, B, hidden_size) from the frames before, None at the beginning.
-
-        Returns:
-            states (B, T, hidden_size), what the GRU knows at each frame, and the new `hidden`.
-        """
-        return self.gru(self.norm(video.flatten(2)), hidden)
-
-    def forward(self, video: Tensor) -> Tensor:
-        """Video (B, T, C, height, width) in [0, 1] -> update codes (B, T, update_size); the last is the picture's."""
-        states, _ = self.watch(video)
-        return self.to_update(states)
-
-
 class GeneratorOutput(NamedTuple):
     """What one pass through the generator makes."""
 
@@ -216,10 +186,17 @@ class GeneratorOutput(NamedTuple):
     """(B, T, C, height, width) in [0, 1], the synthetic video that the GRU watched; without a GRU x_base, T times."""
     states: Tensor
     """(B, T, hidden_size), the GRU's state at each frame; (B, T, 0) without a GRU."""
-    relative_update: Tensor
-    """(B, total_size), Δ in units of each tensor's RMS; (1, total_size) where it is shared, constant or off (zeros)."""
+    memory: Memory | None
+    """What the GRU keeps of the video; None without a GRU."""
+    update: Update
+    """Δ of B pictures; of one where it is shared, constant or off (zeros)."""
     x_fake: Tensor
     """(B, C, H, W) in [0, 1], drawn with θ + Δ; x_base itself where the update is off."""
+
+    @property
+    def relative_update(self) -> Tensor:
+        """(B or 1, total_size), Δ in units of each tensor's RMS, every weight written out."""
+        return self.update.relative()
 
 
 class Generator(nn.Module):
@@ -301,15 +278,20 @@ class Generator(nn.Module):
         """
         features = self.features(z)
         x_base = self.draw_base(features)
-        video, states = self.watch(x_base, motion)
-        relative_update = self.predict_update(states_at(states, frame))
-        x_fake = x_base if self.update == "off" else self.draw_updated(features, relative_update)
-        return GeneratorOutput(features, x_base, video, states, relative_update, x_fake)
+        video, states, memory = self.watch(x_base, motion)
+        update = self.predict(states_at(states, frame))
+        x_fake = x_base if self.update == "off" else self.draw(features, update)
+        return GeneratorOutput(features, x_base, video, states, memory, update, x_fake)
 
-    def draw_motion(self, batch: int, generator: torch.Generator | None = None, grain: bool = True) -> Motion:
-        """The random numbers of the synthetic videos of `batch` pictures, on the generator's device."""
+    def draw_motion(self, batch: int, generator: torch.Generator | None = None, **how: bool) -> Motion:
+        """The random numbers of the synthetic videos of `batch` pictures, on the generator's device.
+
+        Args:
+            how: `grain` and `varied` of `VideoSynthesizer.draw_motion`.
+        """
         device = self.vae.decoder.projection.weight.device
-        return self.synthesizer.draw_motion(torch.empty(batch, *self.vae.image_shape, device=device), generator, grain)
+        images = torch.empty(batch, *self.vae.image_shape, device=device)
+        return self.synthesizer.draw_motion(images, generator, **how)
 
     # The steps of the path, for those who need only some of them.
 
@@ -321,41 +303,109 @@ class Generator(nn.Module):
         """`features` -> x_base (B, C, H, W), drawn with θ."""
         return self.vae.decoder[self._split :](features)
 
-    def watch(self, x_base: Tensor, motion: Motion) -> tuple[Tensor, Tensor]:
-        """x_base (B, C, H, W) -> its video (B, T, C, height, width) and the GRU's states (B, T, hidden_size)."""
-        x_watched = self.seen(x_base.detach() if self.detach_video else x_base)
+    def watch(self, x_base: Tensor, motion: Motion) -> tuple[Tensor, Tensor, Memory | None]:
+        """The GRU watches the picture itself, then its video: what moves is seen against what does not.
+
+        Args:
+            x_base: (B, C, H, W).
+
+        Returns:
+            The video (B, T, C, height, width), the GRU's states at its frames (B, T, hidden_size), and its memory. The
+            state at frame t predicts the update that draws frame t + 1; at the last, T, which is frame 0 again.
+        """
+        x_base = x_base.detach() if self.detach_video else x_base
+        x_watched = self.seen(x_base)
         frames = self.synthesizer.frames
         if self.update != "predicted":
             video = x_watched[:, None].expand(-1, frames, -1, -1, -1)
-        elif self.watches == "still":
+            return video, *self.predictor.watch(video)
+        if self.watches == "still":
             first = torch.zeros(len(x_watched), 1, device=x_watched.device)
             video = self.synthesizer(x_watched, motion, first).expand(-1, frames, -1, -1, -1)
         else:
             video = self.synthesizer(x_watched, motion)
-        return video, self.predictor.watch(video)[0]
+        states, memory = self.predictor.watch(torch.cat([self.reduced(x_watched)[:, None], video], dim=1))
+        return video, states[:, 1:], memory
+
+    def watch_on(self, output: GeneratorOutput, motion: Motion, own_from: Tensor, count: int) -> Tensor:
+        """The GRU's states (B, count + 1, hidden_size) while it goes on watching for `count` frames after the video.
+
+        From each picture's frame T + `own_from` on, it watches its own drawn frames instead of the synthetic video
+        (scheduled sampling, Bengio et al. 2015, https://arxiv.org/abs/1506.03099): at generation it has nothing else.
+
+        Args:
+            output: of `forward` for the same `motion`.
+            own_from: (B,) whole numbers from 0, only own frames, to `count`, none.
+
+        Returns:
+            State number k predicts the update that draws frame T + k; the first is the one at the video's end.
+        """
+        if self.update != "predicted" or not count:
+            return output.states[:, -1:].expand(-1, count + 1, -1)
+        assert output.memory is not None
+        states, memory = [output.states[:, -1]], output.memory
+        frames = self.synthesizer.frames
+        times = torch.arange(count, device=own_from.device) + (0 if self.watches == "still" else frames)
+        x_watched = self.seen(output.x_base.detach())
+        video = self.synthesizer(x_watched, motion, times.expand(len(x_watched), -1))
+        with torch.no_grad():
+            grain = self.synthesizer.grain(motion, times.expand(len(x_watched), -1), video.shape[-2:])
+        for k in range(count):
+            with torch.no_grad():
+                drawn = self.draw(output.features, self.predict(states[-1]))
+                own = (self.reduced(drawn) + grain[:, k]).clamp(0, 1)
+                watched = torch.where((own_from <= k).view(-1, 1, 1, 1), own, video[:, k])
+            state, memory = self.predictor.watch(watched[:, None], memory)
+            states.append(state[:, 0])
+        return torch.stack(states, dim=1)
 
     def seen(self, x_base: Tensor) -> Tensor:
         """x_base (B, C, H, W) -> the pictures whose videos the GRU watches for them: rolled by one for `other`."""
         return x_base.roll(1, 0) if self.watches == "other" else x_base
 
-    def predict_update(self, states: Tensor) -> Tensor:
-        """GRU states (B, hidden_size) -> Δ in units of each tensor's RMS, (B, total_size), within ± `bound`.
+    def reduced(self, images: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) -> (B, C, height, width), the size that the GRU watches."""
+        size = self.synthesizer.video_size(images)
+        return images if size == images.shape[-2:] else functional.interpolate(images, size=size, mode="area")
 
-        With a shared update: (1, total_size), of the batch's mean.
-        """
-        code = self.predictor.to_update(states)
+    def predict(self, states: Tensor) -> Update:
+        """GRU states (B, hidden_size) -> updates Δ of B pictures; with a shared update of one, the batch's mean."""
+        code = at_least_fp32(self.predictor.to_update(states))
         if self.shared:
             code = code.mean(dim=0, keepdim=True)
+        if isinstance(self.head, LowRankHead):
+            return self.head.factors(code, self.bound)
         relative_weights = self.spec.flatten(self._decoder_parameters()) / self.scales()
-        return bounded_update(self.head(code, relative_weights), self.bound)
+        return DenseUpdate(self.head(code, relative_weights, self.bound))
 
-    def draw_updated(self, features: Tensor, relative_update: Tensor) -> Tensor:
-        """`features` (B, ...) and relative updates (B or 1, total_size) -> x_fake (B, C, H, W), drawn with θ + Δ.
+    def predict_update(self, states: Tensor) -> Tensor:
+        """As `predict`, with every weight written out: (B or 1, total_size), Δ in units of each tensor's RMS."""
+        return self.predict(states).relative()
+
+    def draw(self, features: Tensor, update: Update, frozen: bool = False) -> Tensor:
+        """`features` (B, ...) and updates of B pictures, or one for all -> x_fake (B, C, H, W), drawn with θ + Δ.
 
         A picture depends on its own z and update alone, never on the rest of the batch.
+
+        Args:
+            frozen: keep gradients from θ: they reach the update alone.
         """
         suffix = self.vae.decoder[self._split :]
-        own = dict(suffix.named_parameters())
+        weights = {name: weight.detach() if frozen else weight for name, weight in suffix.named_parameters()}
+        if isinstance(update, FactoredUpdate) and len(update.v[0]) == len(features):
+            scales = {
+                tensor.name.removeprefix("decoder."): tensor_scale(weights[tensor.name.removeprefix("decoder.")])
+                for tensor in update.tensors
+            }
+            return draw_factored(suffix, features, update, weights, scales)
+        return self._draw_dense(features, update.relative(), weights)
+
+    def draw_updated(self, features: Tensor, relative_update: Tensor) -> Tensor:
+        """As `draw`, from every weight's update, in units of its tensor's RMS: (B or 1, total_size)."""
+        return self.draw(features, DenseUpdate(relative_update))
+
+    def _draw_dense(self, features: Tensor, relative_update: Tensor, own: dict[str, Tensor]) -> Tensor:
+        suffix = self.vae.decoder[self._split :]
         update = self.spec.split(relative_update * self.scales())
 
         def draw(features: Tensor, update: dict[str, Tensor]) -> Tensor:
@@ -369,14 +419,13 @@ class Generator(nn.Module):
             return draw(features, {name: delta[0] for name, delta in update.items()})
         return vmap(lambda one, delta: draw(one[None], delta)[0])(features, update)
 
-    def draw_frames(self, features: Tensor, states: Tensor) -> Tensor:
+    def draw_frames(self, features: Tensor, states: Tensor, frozen: bool = False) -> Tensor:
         """The weight-driven video: `features` (B, ...) and GRU states (B, K, hidden_size) -> (B, K, C, H, W)."""
         count = states.shape[1]
         if self.shared:
-            return torch.stack(
-                [self.draw_updated(features, self.predict_update(state)) for state in states.unbind(1)], 1
-            )
-        frames = self.draw_updated(features.repeat_interleave(count, 0), self.predict_update(states.flatten(0, 1)))
+            frames = [self.draw(features, self.predict(state), frozen) for state in states.unbind(1)]
+            return torch.stack(frames, 1)
+        frames = self.draw(features.repeat_interleave(count, 0), self.predict(states.flatten(0, 1)), frozen)
         return frames.unflatten(0, (-1, count))
 
     def scales(self) -> Tensor:

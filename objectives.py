@@ -5,7 +5,7 @@ from torch import Tensor
 
 from augmentation import DiffAugment
 from configuration import Config
-from losses import CriticLoss, GeneratorLoss, critic_loss, generator_loss, update_penalty, vae_loss, video_loss
+from losses import CriticLoss, GeneratorLoss, at_least_fp32, critic_loss, generator_loss, vae_loss, video_loss
 from model_definitions import Discriminator, Generator, GeneratorOutput, states_at
 from random_draws import CriticDraws, GeneratorDraws, base_fakes, own_base_fakes
 
@@ -27,9 +27,9 @@ def critic_objective(
         features = generator.features(draws.z)
         x_base = generator.draw_base(features)
         if n_base < len(x_base):
-            _, states = generator.watch(x_base[n_base:], draws.motion)
-            update = generator.predict_update(states_at(states, draws.frame))
-            x_fake = torch.cat([x_base[:n_base], generator.draw_updated(features[n_base:], update)])
+            _, states, _ = generator.watch(x_base[n_base:], draws.motion)
+            update = generator.predict(states_at(states, draws.frame))
+            x_fake = torch.cat([x_base[:n_base], generator.draw(features[n_base:], update)])
         else:
             x_fake = x_base
     return critic_loss(
@@ -60,18 +60,13 @@ def generator_objective(
         score_fake, score_base = discriminator(x_judged).chunk(2)  #                           5
     x_rec, mu, logvar = generator.vae(x_real, draws.posterior)
     reconstruction, kl = vae_loss(x_real, x_rec, mu, logvar)
-    video = x_real.new_zeros(())
-    if loss.lambda_video:
-        states = states_at(output.states, draws.video_times)
-        frames = generator.draw_frames(output.features, states)
-        target = generator.synthesizer(output.x_base.detach(), draws.motion, draws.video_times, full_size=True)
-        video = video_loss(frames, target)
+    video = following_loss(generator, output, draws, config)
     return generator_loss(  #                                                                  6
         score_fake=score_fake,
         score_base=score_base,
         reconstruction=reconstruction,
         kl=kl,
-        update=update_penalty(output.relative_update),
+        update=at_least_fp32(output.update.mean_square()),
         video=video,
         lambda_adv=loss.lambda_adv,
         lambda_base=loss.lambda_base,
@@ -80,6 +75,21 @@ def generator_objective(
         lambda_update=loss.lambda_update,
         lambda_video=loss.lambda_video,
     ), output
+
+
+def following_loss(generator: Generator, output: GeneratorOutput, draws: GeneratorDraws, config: Config) -> Tensor:
+    """How far the weight-driven video is from the synthetic one, at a few frames after it; zero where λ_video is.
+
+    Each frame is drawn by what the GRU knew one frame before it.
+    """
+    if not config.loss.lambda_video:
+        return output.x_base.new_zeros(())
+    states = generator.watch_on(output, draws.motion, draws.own_from, config.loss.own_frames)
+    # θ draws, but does not learn here: what moves a picture must not cost the picture itself.
+    features, states = output.features.detach(), states_at(states, draws.video_times)
+    frames = generator.draw_frames(features, states, frozen=True)
+    target = generator.synthesizer(output.x_base.detach(), draws.motion, draws.video_times, full_size=True)
+    return video_loss(frames, target)
 
 
 def critic_metrics(critic: CriticLoss, draws: CriticDraws, config: Config) -> dict[str, Tensor]:
@@ -110,9 +120,8 @@ def generator_metrics(loss: GeneratorLoss, output: GeneratorOutput, bound: float
 
     Only means can be averaged over processes. What is a function of means is added by `finished_metrics`.
     """
-    relative = output.relative_update.detach()
     metrics = {f"generator/{name}": value.detach() for name, value in loss._asdict().items()}
-    metrics["update/saturated_share"] = (relative.abs() > 0.95 * bound).float().mean()
+    metrics["update/saturated_share"] = output.update.at_bound(bound).detach()
     return metrics
 
 

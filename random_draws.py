@@ -61,7 +61,8 @@ class GeneratorDraws(NamedTuple):
     motion: Motion  #           without grain where no GRU watches
     frame: Tensor | None  #     (B,)
     posterior: Tensor  #        (B, latent_dim), the VAE's reparameterisation noise
-    video_times: Tensor  #      (B, K) the frames that the video loss looks at
+    own_from: Tensor  #         (B,) the frame after the video from which on the GRU watches its own
+    video_times: Tensor  #      (B, K) the frames after the video that the video loss looks at
     augment: Tensor  #          (2 B, 7), for updated and base pictures
 
 
@@ -96,7 +97,8 @@ class Draws:
 
     def generator(self, generator: Generator, step: int) -> GeneratorDraws:
         """For the generator step of iteration `step`."""
-        batch, video_frames, rows = self.config.training.batch_size, self.config.loss.video_frames, self.world.rows
+        batch, rows = self.config.training.batch_size, self.world.rows
+        own_frames, video_frames = self.config.loss.own_frames, self.config.loss.video_frames
         own = slice(self.world.rank, None, self.world.size)
         self._seed(step, "generator")
         return GeneratorDraws(
@@ -105,7 +107,8 @@ class Draws:
             augment=torch.cat([rows(half) for half in self.augment.draw(2 * batch, self.device, self.random).chunk(2)]),
             motion=self._motion(generator, batch, own, self.watching, step, "generator"),
             frame=self._judged_frame(batch, own),
-            video_times=rows(self._frames(batch, video_frames)),
+            own_from=rows(self._whole_numbers(own_frames + 1, batch)),
+            video_times=rows(self._at_one_time(self._whole_numbers(own_frames + 1, batch, video_frames))),
         )
 
     def _seed(self, *part: object) -> None:
@@ -115,25 +118,31 @@ class Draws:
         """Motion of `count` videos, and of these the `rows`; without `grain` where no GRU watches."""
         shape = generator.draw_motion(0, grain=grain).grain.shape[1:]
         if count * math.prod(shape) <= LARGE_GRAIN:
-            motion = generator.draw_motion(count, self.random, grain)
+            motion = generator.draw_motion(count, self.random, grain=grain, varied=True)
             return motion if self.world.size == 1 else Motion(*(numbers[rows] for numbers in motion))
         # To draw all of a large batch's grain and throw most of it away would take longer than the step.
         chosen = range(count)[rows]
-        phases = generator.draw_motion(count, self.random, grain=False).phases[rows]
+        phases, amplitudes, _ = (
+            numbers[rows] for numbers in generator.draw_motion(count, self.random, grain=False, varied=True)
+        )
         noise = torch.empty(len(chosen), *shape, device=self.device)
         own = torch.Generator(self.device)
         for place, picture in zip(noise, chosen, strict=True):
             own.manual_seed(stable_seed(self.config.training.seed, *part, "grain", picture))
             place.normal_(generator=own)
-        return Motion(phases, noise)
+        return Motion(phases, amplitudes, noise)
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self.device, generator=self.random)
 
-    def _frames(self, *shape: int) -> Tensor:
-        frames = torch.randint(self.config.video.frames, shape, device=self.device, generator=self.random)
-        # A shared update is the mean over the batch at one time, so all pictures then look at the same times.
-        return frames[:1].expand(shape) if self.config.weight_predictor.sharing == "shared" else frames
+    def _whole_numbers(self, end: int, *shape: int) -> Tensor:
+        return torch.randint(end, shape, device=self.device, generator=self.random)
+
+    def _at_one_time(self, frames: Tensor) -> Tensor:
+        """A shared update is the mean over the batch at one time, so all pictures then look at the same times."""
+        return frames[:1].expand_as(frames) if self.config.weight_predictor.sharing == "shared" else frames
 
     def _judged_frame(self, batch: int, rows: slice) -> Tensor | None:
-        return self._frames(batch)[rows] if self.config.loss.judged_frame == "random" else None
+        if self.config.loss.judged_frame != "random":
+            return None
+        return self._at_one_time(self._whole_numbers(self.config.video.frames, batch))[rows]

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from checkpoints import DamagedCheckpointError, load_checkpoint
 from configuration import Config, UserError, config_from_dict
@@ -148,7 +147,7 @@ class Sampler:
             roll_after: from this frame on the GRU watches the frames that it has drawn; None: never.
             loop: the last frame leads to the first; call `set_whole_periods` before.
         """
-        warm_up = max(WARM_UP_FRAMES, math.ceil(WARM_UP_PERIODS * self.period)) if loop else 0
+        warm_up = max(WARM_UP_FRAMES, math.ceil(WARM_UP_PERIODS * self.period)) if loop else None
         return weight_driven_frames(
             self.generator,
             subjects.z,
@@ -256,33 +255,38 @@ def weight_driven_frames(
     *,
     speed: float = 1.0,
     roll_after: int | None = None,
-    warm_up: int = 0,
+    warm_up: int | None = None,
 ) -> Iterator[Tensor]:
     """The weight-driven video: yields x_t (N, C, H, W) = decode(z; θ + Δ_t), one frame at a time, and keeps none.
 
-    The GRU watches the synthetic video of the base pictures, whose path is closed, so that it goes on for ever. From
-    frame `roll_after` on it watches its own drawn frames instead, and nothing drives it but its hidden state.
+    As in training, the GRU first watches the base picture and then its synthetic video; from the end of that on, what
+    it knows at one frame draws the next. The video's path is closed, so that it goes on for ever. From frame
+    `roll_after` on the GRU watches its own drawn frames instead, and nothing drives it but its hidden state.
 
-    Frame t of what is yielded is the picture of time `speed` · (t + `lead_of(generator)`).
+    Frame t of what is yielded is the picture of time `speed` · t.
 
     Args:
         z, motion: (N, latent_dim), and of N videos.
         speed: how many of the trained frames' distances a frame goes on.
-        warm_up: frames that the GRU watches before the first one that is yielded.
+        warm_up: frames that the GRU watches before the first one that is yielded; None: one period.
     """
     features = generator.features(z)
     x_base = generator.draw_base(features)
-    size, seen = generator.synthesizer.video_size(x_base), generator.seen(x_base)
-    hidden = frame = None
-    for t in range(-warm_up, frames):
-        if frame is None or roll_after is None or t < roll_after:
-            watched = _synthetic(generator, seen, motion, 0 if generator.watches == "still" else speed * t)
-        else:
-            watched = functional.interpolate(frame, size=size, mode="area")
-        states, hidden = generator.predictor.watch(watched[:, None], hidden)
-        if t >= 0:
-            frame = generator.draw_updated(features, generator.predict_update(states[:, 0]))
-            yield frame
+    seen = generator.seen(x_base)
+    if warm_up is None:
+        warm_up = round(generator.synthesizer.frames / speed)
+
+    def synthetic(t: int) -> Tensor:
+        return _synthetic(generator, seen, motion, 0 if generator.watches == "still" else speed * t)
+
+    states, memory = generator.predictor.watch(generator.reduced(seen)[:, None])
+    for t in range(-warm_up, 0):
+        states, memory = generator.predictor.watch(synthetic(t)[:, None], memory)
+    for t in range(frames):
+        frame = generator.draw(features, generator.predict(states[:, -1]))
+        yield frame
+        watched = synthetic(t) if roll_after is None or t < roll_after else generator.reduced(frame)
+        states, memory = generator.predictor.watch(watched[:, None], memory)
 
 
 @torch.no_grad()
@@ -295,13 +299,7 @@ def synthetic_frames(
     """
     x_base = generator.draw_base(generator.features(z))
     for t in range(frames):
-        time = speed * (t + lead_of(generator))
-        yield _synthetic(generator, x_base, motion, time, full_size=True, grain=grain)
-
-
-def lead_of(generator: Generator) -> int:
-    """How many frames ahead of the watched one the GRU draws: 0, or 1 where it was trained to draw the next."""
-    return getattr(generator, "lead", 0)
+        yield _synthetic(generator, x_base, motion, speed * t, full_size=True, grain=grain)
 
 
 def _synthetic(generator: Generator, x_base: Tensor, motion: Motion, time: float, **how: bool) -> Tensor:

@@ -15,8 +15,9 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from configuration import Config
-from losses import GeneratorLoss, generator_loss, update_penalty, vae_loss
+from losses import GeneratorLoss, generator_loss, vae_loss
 from model_definitions import LEAKY_SLOPE, Generator, build_discriminator, build_generator, states_at
+from objectives import following_loss
 from random_draws import CriticDraws, GeneratorDraws, base_fakes
 
 
@@ -76,9 +77,9 @@ class Textbook:
             features = self.generator.features(draws.z)
             x_fake = self.generator.draw_base(features)
             if n_base < len(x_fake):
-                _, states = self.generator.watch(x_fake[n_base:], draws.motion)
-                update = self.generator.predict_update(states_at(states, draws.frame))
-                x_fake = torch.cat([x_fake[:n_base], self.generator.draw_updated(features[n_base:], update)])
+                _, states, _ = self.generator.watch(x_fake[n_base:], draws.motion)
+                update = self.generator.predict(states_at(states, draws.frame))
+                x_fake = torch.cat([x_fake[:n_base], self.generator.draw(features[n_base:], update)])
         score_real, score_fake = critic(x_real), critic(x_fake)
         epsilon = draws.epsilon.to(x_real.dtype).view(-1, 1, 1, 1)
         x_hat = (epsilon * x_real + (1 - epsilon) * x_fake).requires_grad_()
@@ -102,13 +103,14 @@ class Textbook:
             score_base=score_base,
             reconstruction=reconstruction,
             kl=kl,
-            update=update_penalty(output.relative_update),
-            video=x_real.new_zeros(()),
+            update=output.update.mean_square(),
+            video=following_loss(self.generator, output, draws, self.config),
             lambda_adv=loss.lambda_adv,
             lambda_base=loss.lambda_base,
             lambda_vae=loss.lambda_vae,
             beta=loss.beta,
             lambda_update=loss.lambda_update,
+            lambda_video=loss.lambda_video,
         )
 
     def critic_step(self, x_real: Tensor, draws: CriticDraws) -> dict[str, float]:

@@ -22,6 +22,8 @@ from image_data import TrainingImages
 from model_definitions import Generator
 from random_draws import stable_seed
 from run_directory import RunDirectory
+from sampling import weight_driven_frames
+from video_synth import Motion
 
 
 class Log:
@@ -289,8 +291,12 @@ class FixedSamples:
                 "updated image": output.x_fake,
             },
         )
-        count = len(self.z) if generator.shared else min(4, len(self.z))  # a shared update is the mean over all samples
-        frames = generator.draw_frames(generator.features(self.z[:count]), output.states[:count])[:4]
+        # A shared update is the mean over all samples; otherwise only those that are shown need be drawn.
+        count = len(self.z) if generator.shared else min(4, len(self.z))
+        motion = Motion(*(part[:count] for part in self.motion))
+        frames = torch.stack(
+            list(weight_driven_frames(generator, self.z[:count], motion, output.video.shape[1])), dim=1
+        )[:4]
         watched = functional.interpolate(output.video.flatten(0, 1), size=frames.shape[-2:])  # as coarse as it is
         watched = watched.unflatten(0, output.video.shape[:2])[:4]
         run.save_clip(step, {"synthetic video": watched, "weight-driven video": frames})

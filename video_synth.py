@@ -3,7 +3,9 @@
 Every motion follows its own smooth closed path in time, drawn once per picture, so neighbouring frames differ little
 and the last frame leads back to the first:
 
-    p(s) = ¾ sin(2π s + φ₁) + ¼ sin(4π s + φ₂),   s = t / T,   |p| <= 1,   φ uniform
+    p(s) = a · (¾ sin(2π s + φ₁) + ¼ sin(4π s + φ₂)),   s = t / T,   |p| <= a <= 1,   φ uniform
+
+a is 1, or in training drawn for each motion of each picture, so that the GRU meets weak motions and lacking ones too.
 
     shift       moves by shift · (p_x, p_y) of the picture's width and height
     zoom        enlarges by 1 + zoom · p
@@ -53,6 +55,8 @@ class Motion(NamedTuple):
 
     phases: Tensor
     """(B, 6 paths, 2 harmonics), in [0, 2π)."""
+    amplitudes: Tensor
+    """(B, 6 paths), in [0, 1]: how much of its strength each motion has."""
     grain: Tensor
     """(B, 2, C, height, width), standard normal; (B, 2, C, 0, 0) where noise is off."""
 
@@ -86,17 +90,24 @@ class VideoSynthesizer(nn.Module):
         """(height, width) of the video made of `images` (B, C, H, W)."""
         return self.height or images.shape[-2], self.width or images.shape[-1]
 
-    def draw_motion(self, images: Tensor, generator: torch.Generator | None = None, grain: bool = True) -> Motion:
+    def draw_motion(
+        self, images: Tensor, generator: torch.Generator | None = None, *, grain: bool = True, varied: bool = False
+    ) -> Motion:
         """Draws the motion of one video per picture of `images` (B, C, H, W), on their device.
 
-        A `generator` on the same device makes it repeatable. Without `grain` it is for a caller that draws its own.
+        Args:
+            generator: on the same device; makes it repeatable.
+            grain: False for a caller that draws its own, or needs none.
+            varied: draw how strong each motion is, uniformly from [0, 1], instead of full strength.
         """
         batch, channels = images.shape[:2]
         height, width = self.video_size(images) if self.strengths.noise and grain else (0, 0)
-        device = images.device
-        phases = torch.rand(batch, len(PATHS), len(PATH_WEIGHTS), generator=generator, device=device) * (2 * math.pi)
-        noise = torch.randn(batch, 2, channels, height, width, generator=generator, device=device)
-        return Motion(phases, noise)
+        how = {"generator": generator, "device": images.device}
+        phases = torch.rand(batch, len(PATHS), len(PATH_WEIGHTS), **how) * (2 * math.pi)
+        amplitudes = torch.rand(batch, len(PATHS), **how)
+        if not varied:
+            amplitudes.fill_(1)
+        return Motion(phases, amplitudes, torch.randn(batch, 2, channels, height, width, **how))
 
     def forward(
         self,
@@ -130,7 +141,8 @@ class VideoSynthesizer(nn.Module):
             weight * torch.sin((order + 1) * turn[..., None] + motion.phases[:, None, :, order])
             for order, weight in enumerate(PATH_WEIGHTS)
         ]
-        paths = dict(zip(PATHS, torch.stack(harmonics).sum(dim=0).unbind(dim=-1), strict=True))  # each (B, K)
+        moved = torch.stack(harmonics).sum(dim=0) * motion.amplitudes[:, None]
+        paths = dict(zip(PATHS, moved.unbind(dim=-1), strict=True))  # each (B, K)
 
         if strengths.shift or strengths.zoom or strengths.rotation:
             video = _warp(images, paths, strengths, aspect)
@@ -142,14 +154,18 @@ class VideoSynthesizer(nn.Module):
             mean = video.mean(dim=(2, 3, 4), keepdim=True)
             video = mean + (video - mean) * _per_frame(1 + strengths.contrast * paths["contrast"])
         if strengths.noise and (not full_size if grain is None else grain):
-            noise = motion.grain
-            if noise.shape[-2:] != (height, width):
-                noise = functional.interpolate(noise.flatten(1, 2), size=(height, width)).view(
-                    *noise.shape[:3], height, width
-                )
-            first, second = noise[:, None].unbind(dim=2)  # (B, 1, C, height, width) each
-            video = video + strengths.noise * (_per_frame(turn.cos()) * first + _per_frame(turn.sin()) * second)
+            video = video + self.grain(motion, times, video.shape[-2:])
         return video.clamp(0, 1)
+
+    def grain(self, motion: Motion, times: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
+        """What the noise adds at `times` (B, K): (B, K, C, *size), or zeros that go with it where noise is off."""
+        if not self.strengths.noise:
+            return motion.phases.new_zeros(*times.shape, 1, 1, 1)
+        noise, turn = motion.grain, times * (2 * math.pi / self.frames)
+        if noise.shape[-2:] != size:
+            noise = functional.interpolate(noise.flatten(1, 2), size=size).unflatten(1, noise.shape[1:3])
+        first, second = noise[:, None].unbind(dim=2)  # (B, 1, C, height, width) each
+        return self.strengths.noise * (_per_frame(turn.cos()) * first + _per_frame(turn.sin()) * second)
 
 
 def synthesize_video(

@@ -2,28 +2,32 @@
 
 A hypernetwork (Ha et al. 2016, https://arxiv.org/abs/1609.09106) writes another network's weights. Ours writes
 *offsets*, as HyperStyle does for StyleGAN (Alaluf et al. 2022, https://arxiv.org/abs/2111.15666): θ + Δ draws the
-picture, while θ itself is trained as usual. Three pieces lie between the GRU and Δ:
+picture, while θ itself is trained as usual.
 
-    code (..., update_size)  --head-->  u (..., total_size)  --bounded_update · rms θ-->  Δ (..., total_size)
+    code (..., update_size)  --head, within ± bound-->  Δ / rms θ (..., total_size)
 
-The bound acts on each weight, so a low rank and a channel's common factor are exact only while u is small against it.
-`UpdateSpec` says which tensors Δ is made of; a head turns the predicted code into one number u per weight, in units of
-that tensor's root mean square; `bounded_update` limits it, so that no prediction can wreck the decoder.
+`UpdateSpec` says which tensors Δ is made of; a head turns the predicted code into an update in units of each tensor's
+root mean square, and keeps it within ± α, so that no prediction can wreck the decoder. An update of low rank stays in
+its two factors as long as it can: `draw_factored` draws with them, and no picture's weights are ever written out.
 """
 
 import difflib
 import fnmatch
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
 
 from configuration import UserError
 
 # Biases start at zero, so their own RMS would pin their updates to zero: below this they count as this large.
 SMALLEST_SCALE = 0.01
+NEARLY = 0.95
+"""From this share of its bound on, a number counts as being at it."""
 
 
 @dataclass(frozen=True)
@@ -139,65 +143,121 @@ def _nearest(pattern: str, names: dict[str, Any]) -> str:
 
 
 class FullHead(nn.Module):
-    """One predicted number per updated weight: the code *is* u. The source's vector of weight updates."""
+    """One predicted number per updated weight: Δ / rms θ = α tanh(code / α). The source's vector of weight updates."""
 
     def __init__(self, spec: UpdateSpec) -> None:
         super().__init__()
         self.update_size = spec.total_size
 
-    def forward(self, code: Tensor, relative_weights: Tensor) -> Tensor:
-        """code (..., update_size) -> u (..., total_size); `relative_weights` is not needed."""
-        return code
+    def forward(self, code: Tensor, relative_weights: Tensor, bound: float) -> Tensor:
+        """code (..., update_size) -> Δ / rms θ (..., total_size); `relative_weights` is not needed."""
+        return bounded_update(code, bound)
+
+
+class FactoredUpdate(NamedTuple):
+    """A batch of updates of low rank: Δ / rms θ of a tensor, seen as (output channels, rest), is the product A V."""
+
+    tensors: tuple[UpdatedTensor, ...]
+    a: list[Tensor | None]
+    """Per tensor (B, output channels, rank); None for biases."""
+    v: list[Tensor]
+    """Per tensor (B, rank, rest), each value within ± bound / rank and A's within ± 1; of biases all of it, (B, size)."""
+
+    def relative(self) -> Tensor:
+        """Δ / rms θ with every weight written out: (B, total_size)."""
+        pieces = []
+        for tensor, a, v in zip(self.tensors, self.a, self.v, strict=True):
+            update = v if a is None else a @ v
+            if a is not None and tensor.channel_dim == 1:  # from (out, in, ...) back to the stored (in, out, ...)
+                inputs, _, *kernel = tensor.shape
+                update = update.unflatten(-1, (inputs, *kernel)).transpose(1, 2)
+            pieces.append(update.flatten(1))
+        return torch.cat(pieces, dim=1)
+
+    def mean_square(self) -> Tensor:
+        """mean (Δ / rms θ)², from the factors alone: ‖A V‖² = Σ (AᵀA) ∘ (V Vᵀ)."""
+        total = self.v[0].new_zeros(())
+        for a, v in zip(self.a, self.v, strict=True):
+            total = total + (v.square().sum() if a is None else ((a.mT @ a) * (v @ v.mT)).sum())
+        return total / (len(self.v[0]) * sum(tensor.size for tensor in self.tensors))
+
+    def at_bound(self, bound: float) -> Tensor:
+        """Share of the predicted numbers that have nearly reached their bound: of A's, and of the biases'."""
+        numbers = [v / bound if a is None else a for a, v in zip(self.a, self.v, strict=True)]
+        return torch.cat([(number.abs() > NEARLY).float().flatten() for number in numbers]).mean()
+
+
+class DenseUpdate(NamedTuple):
+    """A batch of updates with a number for each weight."""
+
+    numbers: Tensor
+    """Δ / rms θ (B, total_size); (1, total_size) where all pictures share it."""
+
+    def relative(self) -> Tensor:
+        """Δ / rms θ: (B or 1, total_size)."""
+        return self.numbers
+
+    def mean_square(self) -> Tensor:
+        """mean (Δ / rms θ)²."""
+        return self.numbers.square().mean()
+
+    def at_bound(self, bound: float) -> Tensor:
+        """Share of the weights whose update has nearly reached its bound."""
+        return (self.numbers.abs() > NEARLY * bound).float().mean()
+
+
+Update = DenseUpdate | FactoredUpdate
 
 
 class LowRankHead(nn.Module):
-    """Per tensor two predicted factors: u = A (V₀ + V) / √rank, for the tensor seen as (output channels, rest).
+    """Per tensor two predicted factors: Δ / rms θ = α / rank · tanh(a) tanh(v₀ + v), seen as (output channels, rest).
 
     As in LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) only *one* factor is zero at the start: the code gives
-    A and V, both zero at first, and V₀ is a trained matrix of standard normal numbers. Without V₀, A V would have no
-    gradient at zero and would never leave it. Biases get one predicted number each.
+    a and v, both zero at first, and v₀ is a trained matrix of standard normal numbers. Without v₀ the product would
+    have no gradient at zero and would never leave it. The bound lies on the factors, so that the rank is exact. Biases
+    get one predicted number each.
     """
 
     def __init__(self, spec: UpdateSpec, rank: int) -> None:
         super().__init__()
         self.tensors = spec.tensors
         self.ranks = [min(rank, *tensor.matrix_shape) if len(tensor.shape) > 1 else 0 for tensor in spec.tensors]
-        self.update_size = 0
         self.start_factors = nn.ParameterList()  # of the tensors with a rank, in order
+        self.sizes: list[int] = []  # of a and v of each tensor in the code; of a bias, its update's
         for tensor, tensor_rank in zip(self.tensors, self.ranks, strict=True):
             rows, columns = tensor.matrix_shape
             if tensor_rank:
                 self.start_factors.append(nn.Parameter(torch.randn(tensor_rank, columns)))
-            self.update_size += tensor_rank * (rows + columns) if tensor_rank else tensor.size
+            self.sizes += [rows * tensor_rank, tensor_rank * columns] if tensor_rank else [tensor.size]
+        self.update_size = sum(self.sizes)
 
-    def forward(self, code: Tensor, relative_weights: Tensor) -> Tensor:
-        """code (..., update_size) -> u (..., total_size); `relative_weights` is not needed."""
-        pieces, start = [], 0
+    def factors(self, code: Tensor, bound: float) -> FactoredUpdate:
+        """code (B, update_size) -> the update in its factors."""
+        pieces = iter(code.split(self.sizes, dim=1))
         start_factors = iter(self.start_factors)
+        all_a: list[Tensor | None] = []
+        all_v: list[Tensor] = []
         for tensor, rank in zip(self.tensors, self.ranks, strict=True):
             if not rank:
-                pieces.append(code[..., start : start + tensor.size])
-                start += tensor.size
+                all_a.append(None)
+                all_v.append(bounded_update(next(pieces), bound))
                 continue
             rows, columns = tensor.matrix_shape
-            a = code[..., start : start + rows * rank].unflatten(-1, (rows, rank))
-            start += rows * rank
-            v = code[..., start : start + rank * columns].unflatten(-1, (rank, columns))
-            start += rank * columns
-            u = a @ (next(start_factors) + v) / math.sqrt(rank)
-            if tensor.channel_dim == 1:  # back from (out, in, ...) to the stored (in, out, ...)
-                inputs, _, *kernel = tensor.shape
-                u = u.unflatten(-1, (inputs, *kernel)).transpose(-2 - len(kernel), -1 - len(kernel))
-                pieces.append(u.flatten(-len(tensor.shape)))
-            else:
-                pieces.append(u.flatten(-2))
-        return torch.cat(pieces, dim=-1)
+            all_a.append(torch.tanh(next(pieces).view(-1, rows, rank)))
+            v = next(start_factors) + next(pieces).view(-1, rank, columns)
+            all_v.append(torch.tanh(v) * (bound / rank))
+        return FactoredUpdate(self.tensors, all_a, all_v)
+
+    def forward(self, code: Tensor, relative_weights: Tensor, bound: float) -> Tensor:
+        """code (B, update_size) -> Δ / rms θ (B, total_size); `relative_weights` is not needed."""
+        return self.factors(code, bound).relative()
 
 
 class PerChannelHead(nn.Module):
     """One predicted factor per output channel: u = s · θ / rms(θ), so θ + Δ turns each channel up or down.
 
-    The per-channel offsets of HyperStyle (Alaluf et al. 2022, eq. 4). Biases get one predicted number each.
+    The per-channel offsets of HyperStyle (Alaluf et al. 2022, eq. 4). Biases get one predicted number each. The bound,
+    Δ / rms θ = α tanh(u / α), acts on each weight, so a channel's factor is the same for all only while u is small.
     """
 
     def __init__(self, spec: UpdateSpec) -> None:
@@ -205,8 +265,8 @@ class PerChannelHead(nn.Module):
         self.tensors = spec.tensors
         self.update_size = sum(tensor.shape[tensor.channel_dim] for tensor in spec.tensors)
 
-    def forward(self, code: Tensor, relative_weights: Tensor) -> Tensor:
-        """code (..., update_size), relative_weights θ / rms(θ) (total_size,) -> u (..., total_size)."""
+    def forward(self, code: Tensor, relative_weights: Tensor, bound: float) -> Tensor:
+        """code (..., update_size), relative_weights θ / rms(θ) (total_size,) -> Δ / rms θ (..., total_size)."""
         pieces = []
         factors = code.split([tensor.shape[tensor.channel_dim] for tensor in self.tensors], dim=-1)
         for tensor, factor in zip(self.tensors, factors, strict=True):
@@ -218,27 +278,7 @@ class PerChannelHead(nn.Module):
             per_channel[tensor.channel_dim] = -1
             u = factor.unflatten(-1, per_channel) * relative
             pieces.append(u.flatten(-len(tensor.shape)))
-        return torch.cat(pieces, dim=-1)
-
-
-class ConstantUpdate(nn.Module):
-    """What stands in the predictor's place when nothing is predicted: one code for all pictures, whatever they show.
-
-    A learned vector, zero at first, so that θ + Δ = θ before training. It has the GRU predictor's `watch` and
-    `to_update`, but looks at nothing and knows nothing: its states are empty.
-    """
-
-    def __init__(self, update_size: int) -> None:
-        super().__init__()
-        self.code = nn.Parameter(torch.zeros(update_size))
-
-    def watch(self, video: Tensor, hidden: None = None) -> tuple[Tensor, None]:
-        """Video (B, T, C, height, width) -> states (B, T, 0), and no hidden state."""
-        return video.new_empty(*video.shape[:2], 0), None
-
-    def to_update(self, states: Tensor) -> Tensor:
-        """States (B, 0) -> the one code for all of them, (1, update_size)."""
-        return self.code[None]
+        return bounded_update(torch.cat(pieces, dim=-1), bound)
 
 
 UpdateHead = FullHead | LowRankHead | PerChannelHead
@@ -266,7 +306,58 @@ def check_update_size(given: int | str, head: UpdateHead, spec: UpdateSpec) -> i
     return head.update_size
 
 
-# ------------------------------------------------------------------------------------------------------------- bound
+# ------------------------------------------------------------------------------------------------- drawing, and bound
+
+
+def draw_factored(
+    decoder: nn.Sequential,
+    features: Tensor,
+    update: FactoredUpdate,
+    weights: dict[str, Tensor],
+    scales: dict[str, Tensor],
+) -> Tensor:
+    """Draws each picture with its own weights θ + Δ, Δ = rms θ · A V, without ever writing Δ out.
+
+    A layer is linear in its weights, so its output is θ's, which is the same work for the whole batch, and Δ's, which
+    passes through `rank` channels: A (V x). A transposed convolution is a matrix product followed by `fold`, which adds
+    up overlapping patches; so is V's.
+
+    Args:
+        decoder: Linear, ConvTranspose2d, and layers without weights.
+        features: (B, ...), the input.
+        update: of B pictures.
+        weights: name of a parameter of `decoder` -> θ.
+        scales: name -> rms θ, the unit of its update.
+    """
+    factors = {
+        tensor.name.removeprefix("decoder."): (a, v)
+        for tensor, a, v in zip(update.tensors, update.a, update.v, strict=True)
+    }
+    h = features
+    for name, layer in decoder.named_children():
+        if not isinstance(layer, nn.Linear | nn.ConvTranspose2d):
+            h = layer(h)
+            continue
+        x = h
+        own = {key: weights[f"{name}.{key}"] for key in ("weight", "bias")}
+        h = functional_call(layer, own, (x,), strict=True)
+        a, v = factors.get(f"{name}.weight", (None, None))
+        if a is not None:
+            a = a * scales[f"{name}.weight"]
+            if isinstance(layer, nn.Linear):
+                h = h + (a @ (v @ x[:, :, None]))[:, :, 0]
+            else:
+                kernel = layer.kernel_size
+                # (B, rank, in · kernel) -> (B, rank · kernel, in): what each input channel adds to each patch.
+                taps = v.unflatten(2, (layer.in_channels, -1)).transpose(2, 3).flatten(1, 2)
+                patches = taps @ x.flatten(2)
+                thin = functional.fold(patches, h.shape[2:], kernel, padding=layer.padding, stride=layer.stride)
+                h = h + (a @ thin.flatten(2)).unflatten(2, h.shape[2:])
+        _, shift = factors.get(f"{name}.bias", (None, None))
+        if shift is not None:
+            shift = shift * scales[f"{name}.bias"]
+            h = h + shift.view(*shift.shape, *[1] * (h.dim() - 2))
+    return h
 
 
 def weight_scales(spec: UpdateSpec, parameters: dict[str, Tensor]) -> Tensor:
@@ -274,11 +365,13 @@ def weight_scales(spec: UpdateSpec, parameters: dict[str, Tensor]) -> Tensor:
 
     Detached: the scale is a unit of measure, not a way to change θ.
     """
-    scales = [
-        parameters[tensor.name].detach().float().square().mean().sqrt().clamp_min(SMALLEST_SCALE).expand(tensor.size)
-        for tensor in spec.tensors
-    ]
+    scales = [tensor_scale(parameters[tensor.name]).expand(tensor.size) for tensor in spec.tensors]
     return torch.cat(scales)
+
+
+def tensor_scale(weight: Tensor) -> Tensor:
+    """The unit of one tensor's update: its root mean square, at least `SMALLEST_SCALE`; a scalar, detached."""
+    return weight.detach().float().square().mean().sqrt().clamp_min(SMALLEST_SCALE)
 
 
 def bounded_update(u: Tensor, bound: float) -> Tensor:
