@@ -119,6 +119,7 @@ class LossConfig:
     lambda_video: float = _setting(0.0, low=0)
     video_frames: int = _setting(2, low=1, high=1024)
     own_frames: int = _setting(8, low=0, high=1024)
+    own_share: float = _setting(0.25, low=0, high=1)
     judged_frame: str = _setting("last", choices=("last", "random"))
 
 

@@ -327,15 +327,15 @@ class Generator(nn.Module):
         states, memory = self.predictor.watch(torch.cat([self.reduced(x_watched)[:, None], video], dim=1))
         return video, states[:, 1:], memory
 
-    def watch_on(self, output: GeneratorOutput, motion: Motion, own_from: Tensor, count: int) -> Tensor:
+    def watch_on(self, output: GeneratorOutput, motion: Motion, rolling: Tensor, count: int) -> Tensor:
         """The GRU's states (B, count + 1, hidden_size) while it goes on watching for `count` frames after the video.
 
-        From each picture's frame T + `own_from` on, it watches its own drawn frames instead of the synthetic video
-        (scheduled sampling, Bengio et al. 2015, https://arxiv.org/abs/1506.03099): at generation it has nothing else.
+        Some pictures roll on: for them it watches its own drawn frames instead of the synthetic video (scheduled
+        sampling, Bengio et al. 2015, https://arxiv.org/abs/1506.03099), since at generation it may have nothing else.
 
         Args:
             output: of `forward` for the same `motion`.
-            own_from: (B,) whole numbers from 0, only own frames, to `count`, none.
+            rolling: (R,) the numbers of the pictures that roll on, which stand before all others: 0 to R - 1.
 
         Returns:
             State number k predicts the update that draws frame T + k; the first is the one at the video's end.
@@ -343,18 +343,33 @@ class Generator(nn.Module):
         if self.update != "predicted" or not count:
             return output.states[:, -1:].expand(-1, count + 1, -1)
         assert output.memory is not None
-        states, memory = [output.states[:, -1]], output.memory
-        frames = self.synthesizer.frames
-        times = torch.arange(count, device=own_from.device) + (0 if self.watches == "still" else frames)
-        x_watched = self.seen(output.x_base.detach())
-        video = self.synthesizer(x_watched, motion, times.expand(len(x_watched), -1))
+        first = 0 if self.watches == "still" else self.synthesizer.frames
+        times = (torch.arange(count, device=rolling.device) + first).expand(len(output.states), -1)
+        states, rolled = [], len(rolling)
+        if rolled:
+            states.append(self._roll_on(output, motion, times[:rolled], rolled))
+        if rolled < len(output.states):
+            rest = slice(rolled, None)
+            video = self.synthesizer(
+                self.seen(output.x_base.detach())[rest], Motion(*(part[rest] for part in motion)), times[rest]
+            )
+            watched, _ = self.predictor.watch(video, output.memory.rows(rest))
+            states.append(torch.cat([output.states[rest, -1:], watched], dim=1))
+        return torch.cat(states)
+
+    def _roll_on(self, output: GeneratorOutput, motion: Motion, times: Tensor, rolled: int) -> Tensor:
+        """`watch_on` of the first `rolled` pictures: (rolled, count + 1, hidden_size)."""
+        assert output.memory is not None
+        states, memory = [output.states[:rolled, -1]], output.memory.rows(slice(rolled))
+        features = output.features[:rolled].detach()
         with torch.no_grad():
-            grain = self.synthesizer.grain(motion, times.expand(len(x_watched), -1), video.shape[-2:])
-        for k in range(count):
+            grain = self.synthesizer.grain(
+                Motion(*(part[:rolled] for part in motion)), times, self.synthesizer.video_size(output.x_base)
+            )
+        for k in range(times.shape[1]):
             with torch.no_grad():
-                drawn = self.draw(output.features, self.predict(states[-1]))
-                own = (self.reduced(drawn) + grain[:, k]).clamp(0, 1)
-                watched = torch.where((own_from <= k).view(-1, 1, 1, 1), own, video[:, k])
+                drawn = self.draw(features, self.predict(states[-1]))
+                watched = (self.reduced(drawn) + grain[:, k]).clamp(0, 1)
             state, memory = self.predictor.watch(watched[:, None], memory)
             states.append(state[:, 0])
         return torch.stack(states, dim=1)

@@ -84,7 +84,7 @@ def following_loss(generator: Generator, output: GeneratorOutput, draws: Generat
     """
     if not config.loss.lambda_video:
         return output.x_base.new_zeros(())
-    states = generator.watch_on(output, draws.motion, draws.own_from, config.loss.own_frames)
+    states = generator.watch_on(output, draws.motion, draws.rolling, config.loss.own_frames)
     # θ draws, but does not learn here: what moves a picture must not cost the picture itself.
     features, states = output.features.detach(), states_at(states, draws.video_times)
     frames = generator.draw_frames(features, states, frozen=True)

@@ -61,7 +61,7 @@ class GeneratorDraws(NamedTuple):
     motion: Motion  #           without grain where no GRU watches
     frame: Tensor | None  #     (B,)
     posterior: Tensor  #        (B, latent_dim), the VAE's reparameterisation noise
-    own_from: Tensor  #         (B,) the frame after the video from which on the GRU watches its own
+    rolling: Tensor  #          (R,) 0 to R - 1, the pictures whose GRU watches its own frames after the video
     video_times: Tensor  #      (B, K) the frames after the video that the video loss looks at
     augment: Tensor  #          (2 B, 7), for updated and base pictures
 
@@ -98,7 +98,8 @@ class Draws:
     def generator(self, generator: Generator, step: int) -> GeneratorDraws:
         """For the generator step of iteration `step`."""
         batch, rows = self.config.training.batch_size, self.world.rows
-        own_frames, video_frames = self.config.loss.own_frames, self.config.loss.video_frames
+        loss = self.config.loss
+        rolling = round(loss.own_share * batch)
         own = slice(self.world.rank, None, self.world.size)
         self._seed(step, "generator")
         return GeneratorDraws(
@@ -107,8 +108,8 @@ class Draws:
             augment=torch.cat([rows(half) for half in self.augment.draw(2 * batch, self.device, self.random).chunk(2)]),
             motion=self._motion(generator, batch, own, self.watching, step, "generator"),
             frame=self._judged_frame(batch, own),
-            own_from=rows(self._whole_numbers(own_frames + 1, batch)),
-            video_times=rows(self._at_one_time(self._whole_numbers(own_frames + 1, batch, video_frames))),
+            rolling=torch.arange(len(range(rolling)[own]), device=self.device),
+            video_times=rows(self._at_one_time(self._whole_numbers(loss.own_frames + 1, batch, loss.video_frames))),
         )
 
     def _seed(self, *part: object) -> None:

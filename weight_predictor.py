@@ -19,6 +19,10 @@ class Memory(NamedTuple):
     deviation: Tensor
     """(B, 1, 1), their standard deviation."""
 
+    def rows(self, rows: slice) -> "Memory":
+        """Of some of the videos."""
+        return Memory(self.hidden[:, rows].contiguous(), self.mean[rows], self.deviation[rows])
+
 
 class FirstFrameNorm(nn.Module):
     """LayerNorm (Ba et al. 2016, https://arxiv.org/abs/1607.06450) of whole videos, by the first frame's statistics.

@@ -161,7 +161,7 @@ class FactoredUpdate(NamedTuple):
     a: list[Tensor | None]
     """Per tensor (B, output channels, rank); None for biases."""
     v: list[Tensor]
-    """Per tensor (B, rank, rest), each value within ± bound / rank and A's within ± 1; of biases all of it, (B, size)."""
+    """Per tensor (B, rank, rest), each value within ± bound / rank and A's within ± 1; a bias's (B, size)."""
 
     def relative(self) -> Tensor:
         """Δ / rms θ with every weight written out: (B, total_size)."""
