@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as training.py does, and before torch is imported
 
@@ -62,11 +62,10 @@ class Exchange(NamedTuple):
 
 
 def exchanges(config: Config, state: TrainingState) -> list[Exchange]:
-    """The all-reduces of an iteration, in the order of their networks. Metrics and scores are a few numbers more."""
+    """The all-reduces of an iteration, in the order of their networks. Metrics are a few numbers more."""
     sizes = {name: sum(parameter.numel() for parameter in state.parameters[name]) for name in state.parameters}
-    critic = sizes["discriminator"] + 2 * config.training.batch_size + VOTES
     return [
-        Exchange("discriminator", 4 * critic, config.training.n_critic),
+        Exchange("discriminator", 4 * (sizes["discriminator"] + VOTES), config.training.n_critic),
         Exchange("generator", 4 * (sizes["vae"] + sizes["predictor"] + VOTES), 1),
     ]
 
@@ -96,7 +95,7 @@ def measure(config: Config, device: torch.device, world: World) -> list[str]:
     image = config.image
     x_real = world.rows(torch.rand(config.training.batch_size, image.channels, image.size, image.size, device=device))
     critic_draws, generator_draws = draws.critic(state.generator, 1, 0), draws.generator(state.generator, 1)
-    passes: dict[str, Callable[[], tuple]] = {
+    passes: dict[str, Callable[[], Any]] = {
         "discriminator": lambda: runner.run_pass("critic_pass", x_real, critic_draws),
         "generator": lambda: runner.run_pass("generator_pass", x_real, generator_draws),
     }
@@ -107,10 +106,9 @@ def measure(config: Config, device: torch.device, world: World) -> list[str]:
         with FlopCounterMode(display=False) as counter:
             done = passes[part.network]()
         flops += part.per_iteration * counter.get_total_flops()
-        scores = (done.score_real, done.score_fake) if part.network == "discriminator" else ()
 
-        def exchange(part: Exchange = part, done: tuple = done, scores: tuple = scores) -> None:
-            world.average(part.network, done.gradients, done.metrics, scores)
+        def exchange(part: Exchange = part, done: Any = done) -> None:
+            world.average(part.network, done.gradients, done.metrics)
             world.verdict() if world.size > 1 else None
 
         a_pass, wait = (median_time(work, device, world) for work in (passes[part.network], exchange))

@@ -4,8 +4,8 @@ Each process holds the whole networks and computes its share of the batch: rank 
 r + 2 W, ... of it, and the same rows of the step's random numbers, which are drawn for the whole batch. So what a run
 learns doesn't depend on W, but for the order in which floats are summed.
 
-In each step of a network one all-reduce sums all that the processes must share: gradients, metrics, the critic's
-scores and votes to stop, in one flat bucket. There is no wrapper around the networks: DistributedDataParallel with a
+In each step of a network one all-reduce sums all that the processes must share: gradients, metrics and votes to stop, in
+one flat bucket. There is no wrapper around the networks: DistributedDataParallel with a
 static graph leaves gradients unsynchronised that `torch.autograd.grad` has taken, and FSDP has no double backward. With
 equal shares the mean over the processes of means over their pictures is the mean over the batch.
 
@@ -81,30 +81,27 @@ class World:
     # ---------------------------------------------------------------------------------------------------- every step
 
     def average(
-        self, network: str, gradients: Sequence[Tensor], metrics: dict[str, Tensor], scores: Sequence[Tensor] = ()
-    ) -> tuple[Sequence[Tensor], dict[str, Tensor], Sequence[Tensor]]:
+        self, network: str, gradients: Sequence[Tensor], metrics: dict[str, Tensor]
+    ) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
         """Means over all processes, in one all-reduce.
 
         Args:
             network: whose step this is; names the bucket.
             gradients: of this process's share of the batch.
             metrics: scalars, means over the share.
-            scores: (B / size,) each, one number for each picture of the share.
 
         Returns:
-            The gradients and metrics of the whole batch, and its scores, (B,) each in the batch's order. Gradients are
-            valid until the next call for the same network.
+            The gradients and metrics of the whole batch. Gradients are valid until the next call for the same network.
 
         Raises:
             PeerLostError: another process has gone.
         """
         if self.size == 1:
-            return gradients, metrics, scores
+            return gradients, metrics
         values = torch.stack([value.float() for value in metrics.values()])
         sizes = [gradient.numel() for gradient in gradients]
-        rows = sum(len(score) for score in scores) * self.size
         total = sum(sizes)
-        length = total + len(values) + rows + VOTES
+        length = total + len(values) + VOTES
         bucket = self._buckets.get(network)
         if bucket is None or len(bucket) != length:
             bucket = self._buckets[network] = gradients[0].new_empty(length)
@@ -114,9 +111,6 @@ class World:
         tail = bucket[total:]
         tail.zero_()
         tail[: len(values)] = values
-        places = tail[len(values) : len(values) + rows].view(len(scores), rows // max(1, len(scores)))
-        for place, score in zip(places, scores, strict=True):
-            place[self.rank :: self.size] = score.to(place.dtype)  # zeros elsewhere, so a sum puts all together
         if vote := self._vote():
             tail[vote - VOTES] = 1
         with self._meeting():
@@ -124,7 +118,7 @@ class World:
         bucket[: total + len(values)].div_(self.size)
         means = dict(zip(metrics, tail[: len(values)].clone().unbind(), strict=True))
         self._ballot = tail[-VOTES:]
-        return shared, means, places.clone().unbind()
+        return shared, means
 
     def vote(self, vote: Callable[[], int]) -> None:
         """From now on `vote` tells why this process wants to stop, 1 to `VOTES` - 1, or 0."""

@@ -343,8 +343,9 @@ class Generator(nn.Module):
         if self.update != "predicted" or not count:
             return output.states[:, -1:].expand(-1, count + 1, -1)
         assert output.memory is not None
-        first = 0 if self.watches == "still" else self.synthesizer.frames
-        times = (torch.arange(count, device=rolling.device) + first).expand(len(output.states), -1)
+        times = torch.arange(count, device=rolling.device).expand(len(output.states), -1)  # the path is closed
+        if self.watches == "still":
+            times = torch.zeros_like(times)
         states, rolled = [], len(rolling)
         if rolled:
             states.append(self._roll_on(output, motion, times[:rolled], rolled))

@@ -34,10 +34,6 @@ class CriticPass(NamedTuple):
 
     metrics: dict[str, Tensor]
     """Scalars."""
-    score_real: Tensor
-    """(B,)"""
-    score_fake: Tensor
-    """(B,)"""
     gradients: tuple[Tensor, ...]
     """In the order of `state.parameters["discriminator"]`."""
 
@@ -77,8 +73,7 @@ class EagerSteps:
         with torch.autocast(x_real.device.type, torch.bfloat16, enabled=self.autocast):
             loss = critic_objective(state.generator, state.discriminator, x_real, draws, self.augment, state.config)
         gradients = torch.autograd.grad(loss.total, state.parameters["discriminator"])
-        metrics = critic_metrics(loss, draws, state.config)
-        return CriticPass(metrics, loss.score_real.detach(), loss.score_fake.detach(), gradients)
+        return CriticPass(critic_metrics(loss, draws, state.config), gradients)
 
     def generator_pass(self, x_real: Tensor, draws: GeneratorDraws) -> GeneratorPass:
         """The loss of θ and the GRU, and its gradients. Changes nothing."""
@@ -114,13 +109,13 @@ class EagerSteps:
     def critic_step(self, x_real: Tensor, draws: CriticDraws) -> dict[str, Tensor]:
         """One critic step on real pictures (B, C, H, W) in [0, 1]; returns its metrics, scalars on the device."""
         done = self.run_pass("critic_pass", x_real, draws)
-        gradients, metrics, _ = self.world.average("discriminator", done.gradients, done.metrics)
+        gradients, metrics = self.world.average("discriminator", done.gradients, done.metrics)
         return metrics | self.state.apply_gradients("discriminator", {"discriminator": gradients})
 
     def generator_step(self, x_real: Tensor, draws: GeneratorDraws) -> dict[str, Tensor]:
         """One step of θ, the GRU and their average. Returns its metrics, scalars on the device."""
         done = self.run_pass("generator_pass", x_real, draws)
-        averaged, metrics, _ = self.world.average("generator", done.gradients, done.metrics)
+        averaged, metrics = self.world.average("generator", done.gradients, done.metrics)
         count = len(self.state.parameters["vae"])
         gradients = {"vae": averaged[:count], "predictor": averaged[count:]}
         norms = self.state.apply_gradients("generator", gradients)
@@ -183,7 +178,7 @@ class CudaGraphSteps(EagerSteps):
         self._pool: Any = None  # one for both graphs: they run in turn, and never need their memory at the same time
 
     def run_pass(self, name: str, x_real: Tensor, draws: CriticDraws | GeneratorDraws) -> Any:
-        """As `EagerSteps.run_pass`. Scores and gradients are overwritten at the next replay of either pass.
+        """As `EagerSteps.run_pass`. Gradients are overwritten at the next replay of either pass.
 
         Raises:
             UserError: recording failed, and it was asked for.

@@ -163,15 +163,14 @@ def test_processes_that_share_a_batch_learn_what_one_does(
 ) -> None:
     complete(launch(size, save_twenty_steps, tmp_path, overrides))
     found = [torch.load(tmp_path / f"state.{rank}") for rank in range(size)]
-    assert all(same(one, found[0]) for one in found[1:])  # weights, average, calibration and metrics, bit for bit
+    assert all(same(one, found[0]) for one in found[1:])  # weights, average and metrics, bit for bit
     networks, lines = found[0]
     state, wanted_lines = twenty_steps(ALONE, overrides)
     start = TrainingState(state.config, CPU).networks()
     wanted = state.networks()
     for part in (
-        "discriminator.stages", "discriminator.to_score.weight", "discriminator.calibration.recent",
-        "generator.vae.encoder", "generator.vae.decoder", "generator.predictor.gru", "generator.predictor.to_update",
-        "generator_ema.",
+        "discriminator.stages", "discriminator.to_score.weight", "generator.vae.encoder", "generator.vae.decoder",
+        "generator.predictor.gru", "generator.predictor.to_update", "generator_ema.",
     ):  # fmt: skip
         names = [name for name in wanted if name.startswith(part)]
         ours, theirs, before = (
@@ -518,7 +517,7 @@ def test_the_cost_of_exchanges_is_measured(launch: Launch) -> None:
         sum(p.numel() for name in names for p in state.parameters[name])
         for names in (["discriminator"], ["vae", "predictor"])
     )
-    numbers = 2 * (critic + 8 + distributed.VOTES) + rest + distributed.VOTES  # two critic steps, scores of 4 + 4
+    numbers = 2 * (critic + distributed.VOTES) + rest + distributed.VOTES  # two critic steps
     assert f"an iteration: {4 * numbers / 1e6:.1f} MB" in ended[0].output
     assert "2 processes, batch 4" in ended[0].output
     assert ended[1].output == ""

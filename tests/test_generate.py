@@ -29,7 +29,7 @@ from generate_options import read_grid, read_motion, read_seeds
 from pictures import to_pixels
 from sampling import Sampler, latent_path, load_sampler, weight_driven_frames
 from video_files import read_video
-from video_synth import MotionStrengths
+from video_synth import Motion, MotionStrengths
 
 T = 4  # frames of a period
 
@@ -103,22 +103,27 @@ def test_a_seed_means_the_same_picture_wherever_it_stands(sampler: Sampler) -> N
     assert torch.equal(many.z[7], one.z[0])
     assert torch.equal(many.motion.phases[7], one.motion.phases[0])
     assert torch.equal(many.motion.grain[7], one.motion.grain[0])
-    x_many, x_one = sampler.draw(many), sampler.draw(one)
-    assert (x_many.x_fake[7] - x_one.x_fake[0]).abs().max() < 1e-5
+    sampler.generator.double()  # where rounding cannot hide what the rest of a batch does
+    x_many, x_one = (
+        sampler.draw(some._replace(z=some.z.double(), motion=Motion(*(part.double() for part in some.motion))))
+        for some in (many, one)
+    )
+    assert (x_many.x_fake[7] - x_one.x_fake[0]).abs().max() < 1e-10
     assert (x_many.x_fake[7] - x_many.x_fake[8]).abs().max() > 0.05
     assert (x_many.x_fake - x_many.x_base).abs().mean() > 0.01
     assert many.names[7] == "seed_000007"
 
 
-def test_the_first_period_is_what_training_draws(sampler: Sampler) -> None:
+def test_the_period_after_the_video_is_what_training_draws(sampler: Sampler) -> None:
     subjects = sampler.subjects(range(3))
     generator = sampler.generator
     with torch.no_grad():
         output = generator(subjects.z, subjects.motion)
-        expected = generator.draw_frames(output.features, output.states)
+        states = generator.watch_on(output, subjects.motion, torch.arange(0), T)
+        expected = generator.draw_frames(output.features, states)
     drawn = frames_of(sampler.weight_driven(subjects, 3 * T))
-    assert torch.allclose(drawn[:, :T], expected, atol=1e-5)
-    assert torch.allclose(drawn[:, T - 1], output.x_fake, atol=1e-5)
+    assert torch.allclose(drawn[:, : T + 1], expected, atol=1e-5)
+    assert torch.allclose(drawn[:, 0], output.x_fake, atol=1e-5)
     assert drawn.shape[1] == 3 * T
     assert (drawn[:, 1:] - drawn[:, :-1]).abs().mean(dim=(2, 3, 4)).min() > 1e-4  # alive to the end
 
@@ -149,18 +154,13 @@ def test_rolling_on_feeds_the_drawn_frames_back(sampler: Sampler) -> None:
     assert (driven[:, 5:] - rolled[:, 5:]).abs().mean() > 1e-4
     with torch.no_grad():  # by hand, from the frames themselves
         features = generator.features(subjects.z)
-        watched = generator.synthesizer(generator.draw_base(features), subjects.motion, torch.arange(5).expand(2, -1))
-        fed_back = torch.nn.functional.interpolate(rolled[:, 4:-1].flatten(0, 1), size=(8, 8), mode="area")
-        states, _ = generator.predictor.watch(torch.cat([watched, fed_back.unflatten(0, (2, 7))], dim=1))
-        assert torch.allclose(rolled, generator.draw_frames(features, states), atol=1e-4)
-
-
-def test_a_generator_that_draws_the_next_frame_is_compared_with_the_next_frame(sampler: Sampler) -> None:
-    subjects = sampler.subjects(range(2))
-    now = frames_of(sampler.synthetic(subjects, T + 1))
-    sampler.generator.lead = 1
-    ahead = frames_of(sampler.synthetic(subjects, T))
-    assert torch.allclose(ahead, now[:, 1:], atol=1e-6)
+        x_base = generator.draw_base(features)
+        picture = torch.nn.functional.interpolate(x_base, size=(8, 8), mode="area")[:, None]
+        # The picture, one period of its video, 5 frames more; then its own frames from number 5 on.
+        watched = generator.synthesizer(x_base, subjects.motion, torch.arange(T + 5).expand(2, -1))
+        fed_back = torch.nn.functional.interpolate(rolled[:, 5:-1].flatten(0, 1), size=(8, 8), mode="area")
+        states, _ = generator.predictor.watch(torch.cat([picture, watched, fed_back.unflatten(0, (2, 6))], dim=1))
+        assert torch.allclose(rolled, generator.draw_frames(features, states[:, T:]), atol=1e-4)
 
 
 @pytest.mark.parametrize("frames", [3 * T, 10])

@@ -143,7 +143,6 @@ def test_generator_loss_weighs_every_term() -> None:
     assert loss.total.item() == pytest.approx(-0.5 * 2 + 0.25 * 1 + 0.1 * (2 + 2 * 3) + 0.01 * 5 + 10 * 7)
 
 
-def test_video_loss_and_update_penalty_by_hand() -> None:
+def test_video_loss_by_hand() -> None:
     frames, video = torch.zeros(2, 3, 1, 2, 2), torch.full((2, 3, 1, 2, 2), 0.5)
     assert losses.video_loss(frames, video).item() == pytest.approx(4 * 0.25)
-    assert losses.update_penalty(torch.tensor([[1.0, -2.0], [0.0, 1.0]])).item() == pytest.approx(6 / 4)

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch.func import functional_call
 
-import losses
+import model_definitions
+import weight_updates
 from configuration import UserError
 from model_definitions import VAE, Discriminator, Generator, ScoreCalibration, WeightPredictorRNN
 from video_synth import VideoSynthesizer
+from weight_updates import tensor_scale
 
 HEADS = ["full", "low_rank", "per_channel"]
 
@@ -162,23 +164,30 @@ def test_hidden_state_carries_over_a_cut_video() -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_generator_gradients_reach_theta_and_the_gru_and_match_finite_differences(head: str) -> None:
+def test_generator_gradients_reach_theta_and_the_gru_and_match_finite_differences(
+    head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In float64, along random directions, through predictor, bound, vmap and critic."""
     generator = moved(small_generator(head)).double()
     torch.manual_seed(2)
     discriminator = Discriminator(16, 3, (4, 6)).double()
     z = torch.randn(3, 8).double()
     motion = type(generator.draw_motion(3))(*(part.double() for part in generator.draw_motion(3)))
-    scales = generator.scales()
-    generator.scales = lambda: scales  # a unit of measure, held while θ is nudged, as its gradient is
+    # A unit of measure, held while θ is nudged, as its gradient is.
+    scales = {parameter.shape: tensor_scale(parameter) for parameter in generator.vae.decoder.parameters()}
+    for module in (model_definitions, weight_updates):
+        monkeypatch.setattr(module, "tensor_scale", lambda weight: scales[weight.shape])
     with torch.no_grad():
-        fixed_video = generator.synthesizer(generator.vae.decode(z), motion)
-    generator.synthesizer.forward = lambda images, motion: fixed_video  # the video is detached from θ
+        x_base = generator.vae.decode(z)
+        fixed_video = generator.synthesizer(x_base, motion)
+    # What the GRU watches, the picture and its video, is detached from θ.
+    generator.synthesizer.forward = lambda images, motion: fixed_video
+    generator.reduced = lambda images: x_base
 
     def loss() -> torch.Tensor:
         output = generator(z, motion)
         score = discriminator(torch.cat([output.x_fake, output.x_base]))
-        return -score.mean() + losses.update_penalty(output.relative_update)
+        return -score.mean() + output.update.mean_square()
 
     named = dict(generator.named_parameters())
     gradients = torch.autograd.grad(loss(), list(named.values()), allow_unused=True)
@@ -203,7 +212,7 @@ def test_detach_video_decides_whether_theta_is_reached_through_the_video() -> No
     for detach in (True, False):
         generator = moved(small_generator(detach_video=detach))
         x_base = torch.rand(2, 3, 16, 16, requires_grad=True)
-        _, states = generator.watch(x_base, generator.draw_motion(2))
+        _, states, _ = generator.watch(x_base, generator.draw_motion(2))
         assert states.requires_grad
         (gradient,) = torch.autograd.grad(states.sum(), x_base, allow_unused=True)
         assert (gradient is None) == detach

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from configuration import UserError
 from model_definitions import VAE
-from weight_updates import bounded_update, build_head, build_update_spec, check_update_size, weight_scales
+from weight_updates import DenseUpdate, bounded_update, build_head, build_update_spec, check_update_size, weight_scales
 
 LAYERS = {
     "last layer": ["decoder.stage1.*"],
@@ -53,6 +53,13 @@ def test_the_source_sizes_by_hand() -> None:
     assert build_head("low_rank", both, rank=4).update_size == 3 * (3 + 32 * 16) + 3 + 4 * (32 + 64 * 16) + 32
 
 
+def test_mean_square_and_share_at_the_bound_of_a_dense_update_by_hand() -> None:
+    update = DenseUpdate(torch.tensor([[1.0, -2.0], [0.0, 1.0]]))
+    assert update.mean_square().item() == pytest.approx(6 / 4)
+    assert update.at_bound(2.0).item() == 0.25
+    assert update.at_bound(2.2).item() == 0
+
+
 def test_split_and_flatten_are_inverse(vae: VAE) -> None:
     spec = build_update_spec(vae, LAYERS["all weights"])
     named = dict(vae.named_parameters())
@@ -71,7 +78,7 @@ def test_heads_give_zero_for_a_zero_code_and_move_off_it(vae: VAE, kind: str, la
     head = build_head(kind, spec, rank=2)
     relative = torch.randn(spec.total_size)
     code = torch.zeros(5, head.update_size, requires_grad=True)
-    u = head(code, relative)
+    u = head(code, relative, 0.5)
     assert u.shape == (5, spec.total_size)
     assert not u.any()
     gradient = torch.autograd.grad(u.square().sum() + (u * torch.randn_like(u)).sum(), code)[0]
@@ -82,13 +89,13 @@ def test_low_rank_update_has_that_rank_in_output_channels_by_the_rest(vae: VAE) 
     spec = build_update_spec(vae, ["decoder.stage2.weight"])  # (in 6, out 4, 4, 4)
     torch.manual_seed(0)
     head = build_head("low_rank", spec, rank=2)
-    code = torch.randn(head.update_size)
-    u = spec.split(head(code, torch.zeros(spec.total_size)))["decoder.stage2.weight"]
-    by_output = u.transpose(0, 1).flatten(1)
-    assert torch.linalg.matrix_rank(by_output) == 2
-    a = code[: 4 * 2].view(4, 2)
-    v = code[4 * 2 :].view(2, 6 * 16)
-    assert torch.allclose(by_output, a @ (head.start_factors[0] + v) / 2**0.5, atol=1e-5)
+    code = 3 * torch.randn(5, head.update_size)  # far into tanh, which would raise the rank if it came after the product
+    u = spec.split(head(code, torch.zeros(spec.total_size), 0.3))["decoder.stage2.weight"]
+    by_output = u.transpose(1, 2).flatten(2)
+    assert torch.linalg.matrix_rank(by_output).tolist() == [2] * 5
+    a = code[:, : 4 * 2].view(5, 4, 2)
+    v = code[:, 4 * 2 :].view(5, 2, 6 * 16)
+    assert torch.allclose(by_output, a.tanh() @ (head.start_factors[0] + v).tanh() * (0.3 / 2), atol=1e-6)
 
 
 def test_per_channel_scales_whole_output_channels(vae: VAE) -> None:
@@ -96,9 +103,10 @@ def test_per_channel_scales_whole_output_channels(vae: VAE) -> None:
     head = build_head("per_channel", spec)
     weights = torch.randn(spec.total_size)
     factors = torch.tensor([0.5, -1.0, 0.0, 2.0])
-    u = head(factors, weights).view(6, 4, 4, 4)
+    u = head(factors, weights, 0.2).view(6, 4, 4, 4)
     for channel, factor in enumerate(factors):
-        assert torch.allclose(u[:, channel], factor * weights.view(6, 4, 4, 4)[:, channel])
+        wanted = factor * weights.view(6, 4, 4, 4)[:, channel]
+        assert torch.allclose(u[:, channel], 0.2 * torch.tanh(wanted / 0.2))
 
 
 @settings(max_examples=50, deadline=None)
