@@ -20,6 +20,7 @@ from torch import Tensor
 
 from checkpoints import checksum
 from configuration import Config, UserError
+from distributed import ALONE, World
 from losses import critic_loss
 from model_definitions import Discriminator, build_discriminator
 from pictures import told_in_one_line, written_whole
@@ -47,6 +48,8 @@ def evaluation_seeds(count: int, first: int = 0) -> range:
 
 def seed_batches(seeds: Sequence[int]) -> Iterator[Sequence[int]]:
     """The seeds in batches of nearly equal size, at most `BATCH`: none is a picture alone, without another's update."""
+    if not seeds:
+        return
     count = math.ceil(len(seeds) / BATCH)
     borders = [len(seeds) * k // count for k in range(count + 1)]
     for start, end in pairwise(borders):
@@ -73,6 +76,22 @@ def draw_generators(
         yield drawn
 
 
+def draw_share(sampler: Sampler, seeds: Sequence[int], world: World = ALONE) -> dict[str, Tensor]:
+    """This process's share of the pictures that the seeds stand for: `base` and `updated`, each uint8 (share, C, H, W).
+
+    What a picture looks like doesn't depend on how many processes share them.
+    """
+    mixed = sampler.generator.watches == "other"  # then each picture needs the one before it, and all draw all of them
+    parts: dict[str, list[Tensor]] = {
+        name: [torch.empty(0, *sampler.generator.vae.image_shape, dtype=torch.uint8)] for name in ("base", "updated")
+    }
+    for batch in draw_generators(sampler, seeds if mixed else seeds[world.rank :: world.size]):
+        for name, pictures in batch.items():
+            parts[name].append(as_bytes(pictures))
+    drawn = {name: torch.cat(part) for name, part in parts.items()}
+    return {name: world.rows(pictures) for name, pictures in drawn.items()} if mixed else drawn
+
+
 def as_bytes(pictures: Tensor) -> Tensor:
     """[0, 1] -> uint8 on the CPU, as files hold pictures: a quarter of the memory."""
     return pictures.clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
@@ -80,31 +99,41 @@ def as_bytes(pictures: Tensor) -> Tensor:
 
 def as_floats(pictures: Tensor, size: int = BATCH) -> Iterator[Tensor]:
     """uint8 (N, C, H, W) -> batches in [0, 1]."""
-    for batch in pictures.split(size):
+    for batch in pictures.split(size) if len(pictures) else ():
         yield batch.float() / 255
 
 
-def real_features(features: PictureFeatures, pictures: Tensor, cache: Path | None) -> Tensor:
+def real_features(features: PictureFeatures, pictures: Tensor, cache: Path | None, world: World = ALONE) -> Tensor:
     """Features (N, D) of real pictures, uint8 (N, C, H, W); computed once where there is a folder `cache` for them.
 
     A file's name is a hash of the pixels and the features' name, so it is never that of other pictures; a damaged file
-    is computed anew. Where none can be written, the next call computes again, and no training stops for it.
+    is computed anew. Where none can be written, the next call computes again, and no training stops for it. Several
+    processes compute a share each, and the first one alone reads and writes files.
     """
     key = hashlib.sha256(f"{features.name} {tuple(pictures.shape)}".encode())
     key.update(pictures.contiguous().numpy())
-    path = cache / f"features_{key.hexdigest()[:32]}.pt" if cache else None
-    if path and path.exists():
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            if saved["checksum"] == checksum(saved["features"]) and len(saved["features"]) == len(pictures):
-                return saved["features"]
-        except Exception:  # damaged files fail in as many ways as there are
-            pass
-    found = picture_features(features, as_floats(pictures))
+    path = cache / f"features_{key.hexdigest()[:32]}.pt" if cache and world.is_first else None
+    kept = world.from_first(_kept_features(path, len(pictures)))
+    if kept is not None:
+        return kept
+    found = world.gather_rows(picture_features(features, as_floats(world.rows(pictures))))
     if path and path.parent.parent.is_dir():  # a run's folder that was moved or deleted is not made anew
         with suppress(UserError), told_in_one_line(path), written_whole(path) as part:
             torch.save({"features": found, "checksum": checksum(found)}, part)
     return found
+
+
+def _kept_features(path: Path | None, count: int) -> Tensor | None:
+    """What `real_features` has kept of `count` pictures; None: nothing, or a damaged file."""
+    if path is None or not path.exists():
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["checksum"] == checksum(saved["features"]) and len(saved["features"]) == count:
+            return saved["features"]
+    except Exception:  # damaged files fail in as many ways as there are
+        pass
+    return None
 
 
 # ---------------------------------------------------------------------------------------------- what the update does
@@ -179,7 +208,8 @@ def _update_part(name: str, figures: Tensor) -> UpdatePart:
 def scores(discriminator: Discriminator, pictures: Tensor) -> Tensor:
     """A critic's scores (N,) of pictures, uint8 (N, C, H, W); fp32 on the CPU."""
     device = discriminator.to_score.weight.device
-    return torch.cat([discriminator(batch.to(device)).float().cpu() for batch in as_floats(pictures)])
+    found = [discriminator(batch.to(device)).float().cpu() for batch in as_floats(pictures)]
+    return torch.cat(found) if found else torch.empty(0)
 
 
 def fresh_critic_gap(
@@ -232,7 +262,7 @@ def fresh_critic_gap(
 # -------------------------------------------------------------------------------------------------------- calibration
 
 
-def calibrate(discriminator: Discriminator, sampler: Sampler, real: Tensor) -> None:
+def calibrate(discriminator: Discriminator, sampler: Sampler, real: Tensor, world: World = ALONE) -> None:
     """Fits the critic's probability to the scores that it gives now to `real` pictures and to fresh ones of θ + Δ.
 
     The scores of the last training steps would not do: they come from many critics, whose zero wanders, and from
@@ -241,10 +271,13 @@ def calibrate(discriminator: Discriminator, sampler: Sampler, real: Tensor) -> N
 
     Args:
         real: uint8 (N, C, H, W), best not trained on; as many pictures are drawn.
+        world: the processes that each draw and score a share of them; all fit to the scores of all.
     """
-    fake = [as_bytes(batch["updated"]) for batch in draw_generators(sampler, evaluation_seeds(len(real), 10**9))]
+    fake = draw_share(sampler, evaluation_seeds(len(real), 10**9), world)["updated"]
     device = discriminator.to_score.weight.device
-    score_real, score_fake = (scores(discriminator, pictures).to(device) for pictures in (real, torch.cat(fake)))
+    score_real, score_fake = (
+        world.gather_rows(scores(discriminator, share)).to(device) for share in (world.rows(real), fake)
+    )
     discriminator.calibration.fit(score_real, score_fake)
 
 

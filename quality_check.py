@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from configuration import Config
-from evaluation import as_bytes, as_floats, draw_generators, evaluation_seeds, real_features, scores
+from distributed import ALONE, World
+from evaluation import as_bytes, as_floats, draw_share, evaluation_seeds, real_features, scores
 from image_data import TrainingImages
 from quality import kernel_distance, load_features, picture_features
 from sampling import Sampler
@@ -18,15 +20,16 @@ class QualityCheck:
     """Every `output.evaluate_every` steps and after the last one: KID, and the critic's gap on pictures it never saw.
 
     Features are those of EfficientNet-Lite0, which need no download. Nothing is loaded where it is switched off.
+    Several processes draw and look at a share of the pictures each.
 
     Raises:
         UserError: a package is missing; an image that is held out cannot be read.
     """
 
-    def __init__(self, config: Config, images: TrainingImages, run: Path) -> None:
+    def __init__(self, config: Config, images: TrainingImages, run: Path, world: World = ALONE) -> None:
         self.every, self.count = config.output.evaluate_every, config.output.evaluate_images
         self.keeps_best = config.output.best_metric == "quality/kid"
-        self.config, self.run = config, run
+        self.config, self.run, self.world = config, run, world
         if self.every is None:
             return
         self.features = load_features("efficientnet-lite0", images.device)
@@ -41,8 +44,7 @@ class QualityCheck:
     def measure(self, state: TrainingState) -> dict[str, float]:
         """Draws `output.evaluate_images` pictures with the averaged networks, and compares them with as many real ones.
 
-        Training's random numbers are not touched. Several processes might each draw a share of the seeds and put their
-        features together before the distances are taken.
+        Training's random numbers are not touched. All processes take part, and get the same figures.
 
         Returns:
             `quality/kid`, `quality/kid_std` of updated pictures, `quality/kid_base` of base ones; `quality/train_gap`,
@@ -51,24 +53,25 @@ class QualityCheck:
             critic knows its training pictures by heart.
         """
         sampler = Sampler(state.generator_ema, self.config, state.step, self.run)
-        drawn = [
-            {name: as_bytes(pictures) for name, pictures in batch.items()}
-            for batch in draw_generators(sampler, evaluation_seeds(self.count))
-        ]
-        base, updated = (torch.cat([batch[name] for batch in drawn]) for name in ("base", "updated"))
-        real = real_features(self.features, self.real, self.run / "cache")
-        size = min(len(real), self.count) // 2  # smaller than the whole, or the subsets would all be the same
-        figures = {
-            name: kernel_distance(real, picture_features(self.features, as_floats(pictures)), SUBSETS, size)
-            for name, pictures in (("base", base), ("updated", updated))
+        own = draw_share(sampler, evaluation_seeds(self.count), self.world)
+        real = real_features(self.features, self.real, self.run / "cache", self.world)
+        drawn = {
+            name: self.world.gather_rows(picture_features(self.features, as_floats(pictures)))
+            for name, pictures in own.items()
         }
-        metrics = {
-            "quality/kid": figures["updated"][0],
-            "quality/kid_std": figures["updated"][1],
-            "quality/kid_base": figures["base"][0],
-        }
-        generated = scores(state.discriminator, updated).mean()
+        metrics: dict[str, float] = {}
+        if self.world.is_first:
+            size = min(len(real), self.count) // 2  # smaller than the whole, or the subsets would all be the same
+            figures = {name: kernel_distance(real, found, SUBSETS, size) for name, found in drawn.items()}
+            metrics["quality/kid"], metrics["quality/kid_std"] = figures["updated"]
+            metrics["quality/kid_base"] = figures["base"][0]
+        metrics = self.world.from_first(metrics)
+        generated = self._mean_score(state, own["updated"])
         for name, pictures in (("train", self.real), ("heldout", self.held_out)):
             if pictures is not None:
-                metrics[f"quality/{name}_gap"] = (scores(state.discriminator, pictures).mean() - generated).item()
+                metrics[f"quality/{name}_gap"] = self._mean_score(state, self.world.rows(pictures)) - generated
         return metrics
+
+    def _mean_score(self, state: TrainingState, share: Tensor) -> float:
+        """The critic's, of pictures of which this process has a share, uint8 (share, C, H, W)."""
+        return self.world.gather_rows(scores(state.discriminator, share)).mean().item()

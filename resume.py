@@ -4,6 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 from configuration import Config, UserError, config_from_dict, config_to_dict
+from distributed import ALONE, World
 from evaluation import CALIBRATED, as_bytes, calibrate
 from image_data import TrainingImages
 from run_directory import RunDirectory, free_name
@@ -147,8 +148,15 @@ class CheckpointKeeper:
 
     PATIENCE = 3
 
-    def __init__(self, run: RunDirectory, config: Config, images: TrainingImages, saved: dict[str, Any] | None) -> None:
-        self.run, self.config = run, config
+    def __init__(
+        self,
+        run: RunDirectory,
+        config: Config,
+        images: TrainingImages,
+        saved: dict[str, Any] | None,
+        world: World = ALONE,
+    ) -> None:
+        self.run, self.config, self.world = run, config, world
         self.pictures = {"fingerprint": images.fingerprint, "count": images.count}
         self.best: dict[str, Any] | None = saved["best"] if saved else None
         if images.held_out_count:
@@ -158,14 +166,14 @@ class CheckpointKeeper:
         self.failed = 0
 
     def save(self, state: TrainingState, log: Log, last: bool) -> None:
-        """Writes a checkpoint of this moment; `last`: nothing comes after it.
+        """Writes a checkpoint of this moment; `last`: nothing comes after it. All processes take part.
 
         Raises:
             UserError: it cannot be written, and that was the last chance.
         """
         training = self.config.training
         sampler = Sampler(state.generator_ema, self.config, state.step, self.run.path)
-        calibrate(state.discriminator, sampler, self.calibrated_on)
+        calibrate(state.discriminator, sampler, self.calibrated_on, self.world)
         self._judge(state.step, log)
         content = state.to_dict() | {
             "images_seen": state.step * training.n_critic * training.batch_size,

@@ -68,7 +68,7 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
     if saved:
         check_pictures(saved, images.fingerprint, images.count, str(run.path), accept_changes)
         state.restore(saved)
-    check = QualityCheck(config, images, run.path)
+    check = QualityCheck(config, images, run.path, world)
     share_state(state, world)
     # Pictures of this step: a new run's first ones, or a kill came before them.
     owed = world.from_first(fixed.missing(run, state.step))
@@ -90,7 +90,7 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
     profiler = StepProfile(run.path, log.line) if profile and world.is_first else None
     n_critic = config.training.n_critic
     batches = images.batches(first=state.step * n_critic)
-    keeper = CheckpointKeeper(run, config, images, saved)
+    keeper = CheckpointKeeper(run, config, images, saved, world)
     with run, stop:
         if owed:
             with log.pause():

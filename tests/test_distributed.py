@@ -1,5 +1,6 @@
 """Several processes against one: the same run, however many share it; and none is left waiting when one goes."""
 
+import copy
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from torch.distributed import TCPStore
 import communication
 import distributed
 import process_watch
+import quality_check
 import random_draws
 import training
 from augmentation import DiffAugment
@@ -27,11 +29,16 @@ from checkpoints import load_checkpoint
 from configuration import RuntimeConfig, UserError, load_config
 from devices import choose_device
 from distributed import ALONE, World, join_processes
+from evaluation import calibrate
 from image_data import open_images
 from model_definitions import build_generator
+from quality import PictureFeatures
+from quality_check import QualityCheck
 from random_draws import Draws
 from run_directory import RunDirectory
+from sampling import Sampler
 from step_runners import EagerSteps
+from training import open_share, share_state
 from training_state import TrainingState
 
 CPU = torch.device("cpu")
@@ -277,11 +284,70 @@ def test_rows_objects_and_states_travel_between_processes(launch: Launch, tmp_pa
 
 EVERYTHING = ["training.steps=3", "output.log_every=1", "output.sample_every=1", "output.checkpoint_every=1"]
 """Samples, metrics and a checkpoint at every step."""
+MEASURED = [
+    "output.evaluate_every=1",
+    "output.evaluate_images=11",
+    "data.holdout=0.4",
+    "output.best_metric=quality/kid",
+]
+"""And the quality of 11 pictures, which no two processes share evenly."""
 
 
 def without_clips(patch: pytest.MonkeyPatch) -> None:
+    """Nor with the network that quality is measured by: all of these take longer than the runs."""
     patch.setattr(RunDirectory, "save_clip", lambda *_: None)
     patch.setattr(RunDirectory, "plot_losses", lambda *_: None)
+    patch.setattr(quality_check, "load_features", Colours)
+
+
+class Colours(PictureFeatures):
+    """Stands for an image network: a picture's 4 x 4 pixels. Counts the pictures that it has seen."""
+
+    name, num_features = "colours", 48
+
+    def __init__(self, *_: object) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(1 / 255))
+        self.seen = 0
+
+    def of_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.seen += len(pixels)
+        return self.scale * torch.nn.functional.adaptive_avg_pool2d(pixels, 4).flatten(1)
+
+
+def measure_in_shares(folder: Path, root: Path, world: World) -> None:
+    """Quality and calibration as `world` finds them against what each process finds on its own."""
+    for whose in ("own", "other"):
+        config = load_config(None, small(folder, root, *MEASURED, f"weight_predictor.watches={whose}"))
+        state = TrainingState(config, CPU)
+        torch.nn.init.normal_(state.generator_ema.predictor.to_update.weight, std=0.3)
+        share_state(state, world)
+        images = open_share(config, CPU, world)
+        caches = [folder / f"{whose}_{rank}" for rank in range(world.size)]
+        caches[world.rank].mkdir()
+        before = copy.deepcopy((state.networks(), torch.get_rng_state()))
+        shared = QualityCheck(config, images, caches[world.rank], world)
+        found = shared.measure(state)
+        again = shared.measure(state)
+        count = len(world.share_of(11))  # drawn pictures of two kinds, and once the real ones
+        assert shared.features.seen == 3 * count + 2 * count, (shared.features.seen, count)
+        world.barrier()
+        assert [path.joinpath("cache").exists() for path in caches] == [True, False]
+        wanted = QualityCheck(config, images, folder / "nowhere" / "run").measure(state)
+        assert found == again == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+        assert abs(wanted["quality/kid"]) > 1e-4
+        world.agree(found)
+        assert same((state.networks(), torch.get_rng_state()), before)
+
+        sampler = Sampler(state.generator_ema, config, 0, folder)
+        fitted = [copy.deepcopy(state.discriminator) for _ in range(2)]
+        calibrate(fitted[0], sampler, images.held_out(), world)
+        calibrate(fitted[1], sampler, images.held_out())
+        shared_fit, alone = (critic.calibration.state_dict() for critic in fitted)
+        for name, value in alone.items():
+            assert shared_fit[name].item() == pytest.approx(value.item(), rel=1e-4), name
+            assert value != 0
+        world.check_same(shared_fit, 0)
 
 
 class Late:
@@ -295,7 +361,9 @@ def stop_at_every_step(folder: Path, root: Path) -> int:
     """An undisturbed run; and runs that each session stops one step further on, by a signal to process 1 alone."""
     with join_processes(RuntimeConfig(), CPU) as world, pytest.MonkeyPatch.context() as patch:
         without_clips(patch)
-        assert training.train(load_config(None, small(folder, root, *EVERYTHING, name="whole")), world=world) == 0
+        measure_in_shares(folder, root, world)
+        settings = small(folder, root, *EVERYTHING, *MEASURED, name="whole")
+        assert training.train(load_config(None, settings), world=world) == 0
         stop_each_session(folder, root, world, lag=0, name="stopped")
         patch.setattr(distributed, "_to_host", lambda ballot: (ballot.clone(), Late()))
         stop_each_session(folder, root, world, lag=1, name="late")
@@ -304,7 +372,7 @@ def stop_at_every_step(folder: Path, root: Path) -> int:
 
 def stop_each_session(folder: Path, root: Path, world: World, lag: int, name: str) -> None:
     """Votes come `lag` steps late, as from a GPU."""
-    config = load_config(None, small(folder, root, *EVERYTHING, name=name))
+    config = load_config(None, small(folder, root, *EVERYTHING, *MEASURED, name=name))
     original, done = EagerSteps.generator_step, 0
     for _ in range(3):
 
@@ -343,7 +411,7 @@ def test_samples_saves_and_stops_at_every_step_deadlock_nowhere(
     # And on with one process alone, as an undisturbed run of one process.
     with pytest.MonkeyPatch.context() as patch:
         without_clips(patch)
-        longer = [*EVERYTHING, "training.steps=5", "output.sample_every=10"]
+        longer = [*EVERYTHING, *MEASURED, "training.steps=5", "output.sample_every=10"]
         for name in ("whole", "one"):
             assert training.train(load_config(None, small(tmp_path, picture_folder, *longer, name=name))) == 0
     for line, other in zip(untimed_metrics(tmp_path / "whole"), untimed_metrics(tmp_path / "one"), strict=True):

@@ -89,7 +89,9 @@ def test_low_rank_update_has_that_rank_in_output_channels_by_the_rest(vae: VAE) 
     spec = build_update_spec(vae, ["decoder.stage2.weight"])  # (in 6, out 4, 4, 4)
     torch.manual_seed(0)
     head = build_head("low_rank", spec, rank=2)
-    code = 3 * torch.randn(5, head.update_size)  # far into tanh, which would raise the rank if it came after the product
+    code = 3 * torch.randn(
+        5, head.update_size
+    )  # far into tanh, which would raise the rank if it came after the product
     u = spec.split(head(code, torch.zeros(spec.total_size), 0.3))["decoder.stage2.weight"]
     by_output = u.transpose(1, 2).flatten(2)
     assert torch.linalg.matrix_rank(by_output).tolist() == [2] * 5
