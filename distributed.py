@@ -5,8 +5,9 @@ r + 2 W, ... of it, and the same rows of the step's random numbers, which are dr
 learns doesn't depend on W, but for the order in which floats are summed.
 
 In each step of a network one all-reduce sums all that the processes must share: gradients, metrics and votes to stop,
-in one flat bucket. There is no wrapper around the networks: DistributedDataParallel with a static graph leaves gradients
-unsynchronised that `torch.autograd.grad` has taken, and FSDP has no double backward. With equal shares the mean over the processes of means over their pictures is the mean over the batch.
+in one flat bucket. There is no wrapper around the networks: DistributedDataParallel with a static graph leaves
+gradients unsynchronised that `torch.autograd.grad` has taken, and FSDP has no double backward. With equal shares the
+mean over the processes of means over their pictures is the mean over the batch.
 
 One process is the special case in which nothing here does anything.
 """

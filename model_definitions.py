@@ -384,14 +384,19 @@ class Generator(nn.Module):
         size = self.synthesizer.video_size(images)
         return images if size == images.shape[-2:] else functional.interpolate(images, size=size, mode="area")
 
-    def predict(self, states: Tensor) -> Update:
-        """GRU states (B, hidden_size) -> updates Δ of B pictures; with a shared update of one, the batch's mean."""
+    def predict(self, states: Tensor, frozen: bool = False) -> Update:
+        """GRU states (B, hidden_size) -> updates Δ of B pictures; with a shared update of one, the batch's mean.
+
+        Args:
+            frozen: keep gradients from θ, to which a head may have related the update.
+        """
         code = at_least_fp32(self.predictor.to_update(states))
         if self.shared:
             code = code.mean(dim=0, keepdim=True)
         if isinstance(self.head, LowRankHead):
             return self.head.factors(code, self.bound)
         relative_weights = self.spec.flatten(self._decoder_parameters()) / self.scales()
+        relative_weights = relative_weights.detach() if frozen else relative_weights
         return DenseUpdate(self.head(code, relative_weights, self.bound))
 
     def predict_update(self, states: Tensor) -> Tensor:
@@ -439,9 +444,9 @@ class Generator(nn.Module):
         """The weight-driven video: `features` (B, ...) and GRU states (B, K, hidden_size) -> (B, K, C, H, W)."""
         count = states.shape[1]
         if self.shared:
-            frames = [self.draw(features, self.predict(state), frozen) for state in states.unbind(1)]
+            frames = [self.draw(features, self.predict(state, frozen), frozen) for state in states.unbind(1)]
             return torch.stack(frames, 1)
-        frames = self.draw(features.repeat_interleave(count, 0), self.predict(states.flatten(0, 1)), frozen)
+        frames = self.draw(features.repeat_interleave(count, 0), self.predict(states.flatten(0, 1), frozen), frozen)
         return frames.unflatten(0, (-1, count))
 
     def scales(self) -> Tensor:

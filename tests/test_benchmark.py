@@ -96,8 +96,9 @@ def test_choices_of_another_pass_are_refused() -> None:
 
 
 @pytest.mark.parametrize("runner", ["textbook", "eager"])
-def test_with_the_same_choices_gradients_are_exact_to_rounding(runner: str) -> None:
-    (line,) = same_choices(load_config(None, SMALL), CPU, runner, [1])
+@pytest.mark.parametrize("head", ["full", "low_rank"])
+def test_with_the_same_choices_gradients_are_exact_to_rounding(runner: str, head: str) -> None:
+    (line,) = same_choices(load_config(None, [*SMALL, f"weight_predictor.head={head}"]), CPU, runner, [1])
     assert 1e-9 < line["critic"] < 2e-6
     assert 1e-9 < line["generator"] < 2e-6
     assert line["of"] > 10_000

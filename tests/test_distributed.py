@@ -220,11 +220,26 @@ def test_draws_of_all_processes_are_the_whole_batchs(size: int, large: bool, mon
     for name in ("z", "posterior", "video_times", "frame"):
         assert torch.equal(whole([getattr(one, name) for one in own], 0), getattr(alone, name)), name
     assert torch.equal(whole([one.motion.grain for one in own], 0), alone.motion.grain)
+    assert torch.equal(whole([one.motion.amplitudes for one in own], 0), alone.motion.amplitudes)
     for half in (0, 1):
         parts = [one.augment.chunk(2)[half] for one in own]
         assert torch.equal(whole(parts, 0), alone.augment.chunk(2)[half])
     assert alone.motion.grain.std() == pytest.approx(1, abs=0.1)
     assert not torch.equal(alone.motion.grain[0], alone.motion.grain[1])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("rolling", [0, 1, 4, 6])
+def test_the_same_pictures_roll_on_however_many_processes_share_them(size: int, rolling: int) -> None:
+    config = load_config(None, [*SMALL, "training.batch_size=6", f"loss.own_share={rolling / 6}"])
+    generator = build_generator(config)
+    found = []
+    for rank in range(size):
+        world = World(rank, size)
+        numbers = Draws(config, CPU, world).generator(generator, 1)
+        assert numbers.rolling.tolist() == list(range(len(numbers.rolling)))  # before all others, as watch_on wants
+        found += world.rows(torch.arange(6))[numbers.rolling].tolist()
+    assert sorted(found) == list(range(rolling))
 
 
 @pytest.mark.parametrize("storage", ["data.memory_gb=4", "data.memory_gb=0"])

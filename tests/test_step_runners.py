@@ -22,6 +22,8 @@ TINY = [
     *SMALL, "vae.channels=[4]", "discriminator.channels=[4]", "weight_predictor.layers=[decoder.stage1.*]",
     "weight_predictor.num_layers=1", "video.frames=2", "video.height=4", "video.width=4",
     *(f"video.{motion}=0" for motion in ("shift", "zoom", "rotation", "contrast", "noise")),
+    "weight_predictor.head=low_rank", "weight_predictor.rank=2",
+    "loss.lambda_video=0.1", "loss.own_frames=1", "loss.own_share=0.5",
 ]  # fmt: skip
 """Few operations, since each of them takes the compiler time."""
 

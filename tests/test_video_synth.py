@@ -211,3 +211,32 @@ def test_preview_answers_bad_input_in_one_line(arguments, words, tmp_path, pictu
 def test_docstring_example() -> None:
     assert doctest.testmod(video_synth).attempted > 0
     assert doctest.testmod(video_synth).failed == 0
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "noise"])
+def test_an_amplitude_of_zero_takes_a_motion_from_its_picture_alone(name: str) -> None:
+    strengths = dataclasses.replace(STILL, **{name: {"rotation": 20.0}.get(name, 0.2)})
+    synthesizer, x = VideoSynthesizer(4, strengths), pictures()
+    motion = synthesizer.draw_motion(x, seeded())
+    full = synthesizer(x, motion)
+    paths = [index for index, path in enumerate(video_synth.PATHS) if path.startswith(name)]
+    assert paths
+    motion.amplitudes[1, paths] = 0
+    found = synthesizer(x, motion)
+    assert torch.allclose(found[1], x[1].expand(4, -1, -1, -1), atol=1e-6)
+    assert torch.equal(found[[0, 2]], full[[0, 2]])
+    assert (full - x[:, None]).abs().amax(dim=(1, 2, 3, 4)).min() > 1e-3
+    motion.amplitudes[1, paths] = 0.25
+    moved = (synthesizer(x, motion)[1] - x[1]).square().mean()
+    assert 0 < moved < 0.5 * (full[1] - x[1]).square().mean()
+
+
+def test_amplitudes_vary_where_they_are_asked_to_and_are_full_elsewhere() -> None:
+    synthesizer, x = VideoSynthesizer(4), pictures(200)
+    varied, full = (synthesizer.draw_motion(x, seeded(), varied=kind) for kind in (True, False))
+    assert torch.equal(full.amplitudes, torch.ones(200, len(video_synth.PATHS)))
+    assert 0 <= varied.amplitudes.min() < 0.01
+    assert 0.99 < varied.amplitudes.max() <= 1
+    assert varied.amplitudes.mean().item() == pytest.approx(0.5, abs=0.03)
+    assert torch.equal(varied.phases, full.phases)
+    assert torch.equal(varied.grain, full.grain)

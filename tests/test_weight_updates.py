@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configuration import UserError
-from model_definitions import VAE
+from model_definitions import VAE, Generator
+from video_synth import VideoSynthesizer
 from weight_updates import DenseUpdate, bounded_update, build_head, build_update_spec, check_update_size, weight_scales
 
 LAYERS = {
@@ -98,6 +99,54 @@ def test_low_rank_update_has_that_rank_in_output_channels_by_the_rest(vae: VAE) 
     a = code[:, : 4 * 2].view(5, 4, 2)
     v = code[:, 4 * 2 :].view(5, 2, 6 * 16)
     assert torch.allclose(by_output, a.tanh() @ (head.start_factors[0] + v).tanh() * (0.3 / 2), atol=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32), st.floats(-8, 8), st.floats(1e-3, 10), st.integers(1, 6))
+def test_an_update_of_low_rank_stays_within_its_bound(seed: int, size: float, bound: float, rank: int) -> None:
+    spec = build_update_spec(VAE(16, 3, 8, (4, 6)), ["decoder.stage1.*", "decoder.projection.weight"])
+    head = build_head("low_rank", spec, rank).double()
+    random = torch.Generator().manual_seed(seed)
+    code = 10**size * torch.randn(2, head.update_size, generator=random, dtype=torch.float64)
+    update = head(code, torch.zeros(spec.total_size), bound)
+    assert update.abs().max() <= bound * (1 + 1e-12)
+    as_large = head(torch.full((1, head.update_size), 1e3, dtype=torch.float64), torch.zeros(spec.total_size), bound)
+    assert torch.allclose(as_large, torch.full_like(as_large, bound))  # and it can reach it everywhere
+
+
+LOW_RANK_LAYERS = [("decoder.stage1.*", "decoder.stage2.*"), ("decoder.*",), ("decoder.stage2.weight",)]
+
+
+@pytest.mark.parametrize("layers", LOW_RANK_LAYERS)
+def test_an_update_in_factors_is_the_dense_one(layers: tuple[str, ...]) -> None:
+    """In float64: pictures, mean square and gradients with respect to the code, v₀, θ and the features."""
+    torch.manual_seed(0)
+    generator = Generator(VAE(16, 3, 8, (4, 6)), VideoSynthesizer(2), list(layers), head="low_rank", rank=3, bound=0.4)
+    generator.double()
+    features = generator.features(torch.randn(5, 8).double()).detach().requires_grad_()
+    code = torch.randn(5, generator.head.update_size).double().requires_grad_()
+    factored = generator.head.factors(code, 0.4)
+    dense = DenseUpdate(factored.relative())
+    scores, found = torch.randn(5, 3, 16, 16).double(), []
+    for update in (factored, dense):
+        pictures = generator.draw(features, update)
+        loss = (scores * pictures).sum() + 100 * update.mean_square()
+        weights = [features, code, *generator.head.parameters(), *generator.vae.decoder.parameters()]
+        gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True, materialize_grads=True)
+        found.append((pictures, update.mean_square(), *gradients))
+    for ours, wanted in zip(*found, strict=True):
+        assert (ours - wanted).norm() <= 1e-12 * wanted.norm()
+    assert found[0][3].abs().min() > 0  # every number of the code matters
+    assert (found[0][0] - generator.draw_base(features)).abs().mean() > 1e-3
+
+
+def test_share_at_the_bound_counts_the_predicted_numbers(vae: VAE) -> None:
+    spec = build_update_spec(vae, ["decoder.stage1.*"])  # A is (3, 1), V (1, 4 · 16), a bias of 3
+    head = build_head("low_rank", spec, rank=1)
+    code = torch.zeros(2, head.update_size)
+    code[0, :2] = 5  # two of A's three
+    code[1, -1] = -5  # one bias
+    assert head.factors(code, 0.3).at_bound(0.3).item() == pytest.approx(3 / 12)
 
 
 def test_per_channel_scales_whole_output_channels(vae: VAE) -> None:
