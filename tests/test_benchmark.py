@@ -183,7 +183,9 @@ def test_break_even_and_floor() -> None:
 
 
 def test_quick_writes_table_plot_and_json(tmp_path: Path) -> None:
-    done = run_command("benchmark.py", "--quick", "--rounds=2", "--json=new/q.json", "--out=out", folder=tmp_path)
+    done = run_command(
+        "benchmark.py", "--quick", "--rounds=2", "--json=new/q.json", "--out=out", folder=tmp_path, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "new" / "q.json").read_text())["results"]
     assert [line["runner"] for line in results][:2] == ["textbook", "eager"]
