@@ -214,7 +214,15 @@ def test_bf16_leaves_the_penalty_in_fp32_and_changes_the_rest() -> None:
     assert 1e-4 < error < 0.1
 
 
-@pytest.mark.parametrize("options", [[], ["weight_predictor.sharing=shared"], ["loss.lambda_video=0.1"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["weight_predictor.sharing=shared"],
+        ["loss.lambda_video=0.1"],
+        ["loss.lambda_video=0.1", "weight_predictor.head=low_rank"],
+    ],
+)
 def test_bf16_steps_learn_almost_the_same(options: list[str]) -> None:
     single, mixed = (
         EagerSteps(
