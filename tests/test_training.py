@@ -210,7 +210,10 @@ def test_draws_depend_on_seed_step_and_repeat_alone() -> None:
 def test_a_shared_update_is_of_one_time_for_all_pictures() -> None:
     for sharing, kinds in (("shared", 1), ("per_sample", 4)):
         _, generator, _, draws = objects(
-            f"weight_predictor.sharing={sharing}", "loss.judged_frame=random", "video.frames=1000"
+            f"weight_predictor.sharing={sharing}",
+            "loss.judged_frame=random",
+            "video.frames=1000",
+            "loss.own_frames=1000",
         )
         numbers = draws.generator(generator, 1)
         assert len(numbers.frame.unique()) == len(numbers.video_times.unique(dim=0)) == kinds
