@@ -134,6 +134,7 @@ class TrainingConfig:
     lr_predictor: float = _setting(2e-5, above=0, high=1)
     lr_discriminator: float = _setting(3e-4, above=0, high=1)
     adam_betas: list[float] = _setting([0.0, 0.9], low=0, high=0.99999)
+    adam_betas_predictor: list[float] = _setting([0.9, 0.99], low=0, high=0.99999)
     clip_vae: float | None = _setting(None, above=0)
     clip_predictor: float | None = _setting(None, above=0)
     clip_discriminator: float | None = _setting(None, above=0)
@@ -392,10 +393,9 @@ def _check_together(config: Config) -> None:
                 f"{section}.channels must list 1 to {deepest} stages for image.size={image.size} (each halves the "
                 f"picture), but is {_shown(channels)}"
             )
-    if len(training.adam_betas) != 2:
-        raise UserError(
-            f"training.adam_betas must list two numbers such as [0.0, 0.9], but is {_shown(training.adam_betas)}"
-        )
+    for key in ("adam_betas", "adam_betas_predictor"):
+        if len(betas := getattr(training, key)) != 2:
+            raise UserError(f"training.{key} must list two numbers such as [0.0, 0.9], but is {_shown(betas)}")
     if training.steps is None and training.epochs is None:
         raise UserError(
             "training.steps and training.epochs are both null; set one of them, for example training.steps=30000"

@@ -62,7 +62,7 @@ class Textbook:
         self.optimizer = torch.optim.Adam(
             [
                 {"params": self.generator.vae.parameters(), "lr": training.lr_vae},
-                {"params": rest, "lr": training.lr_predictor},
+                {"params": rest, "lr": training.lr_predictor, "betas": tuple(training.adam_betas_predictor)},
             ],
             betas=betas,
         )

@@ -56,11 +56,13 @@ class TrainingState:
             "discriminator": list(self.discriminator.parameters()),
         }
         rates = learning_rates(training)
-        betas = (training.adam_betas[0], training.adam_betas[1])
 
         def adam(*networks: str) -> torch.optim.Adam:
-            groups = [{"params": self.parameters[name], "lr": rates[name]} for name in networks]
-            return torch.optim.Adam(groups, betas=betas, fused=True)
+            groups = [
+                {"params": self.parameters[name], "lr": rates[name], "betas": decay_rates(training, name)}
+                for name in networks
+            ]
+            return torch.optim.Adam(groups, fused=True)
 
         # The predictor's rate is its own: at the VAE's, its first step would move the weights several times further
         # than the VAE's own step does, since every weight's update sums a step of each GRU unit.
@@ -133,7 +135,7 @@ class TrainingState:
             networks = ("vae", "predictor") if name == "generator" else ("discriminator",)
             for network, group in zip(networks, optimizer.param_groups, strict=True):
                 group["lr"] = rates[network]
-                group["betas"] = tuple(self.config.training.adam_betas)
+                group["betas"] = decay_rates(self.config.training, network)
             for parameter, moments in optimizer.state.items():
                 for moment in ("exp_avg", "exp_avg_sq"):
                     moments[moment] = _laid_out_like(parameter, moments[moment])
@@ -148,6 +150,12 @@ def learning_rates(training: TrainingConfig) -> dict[str, float]:
         "predictor": training.lr_predictor,
         "discriminator": training.lr_discriminator,
     }
+
+
+def decay_rates(training: TrainingConfig, network: str) -> tuple[float, float]:
+    """Adam's two decay rates for this network."""
+    first, second = training.adam_betas_predictor if network == "predictor" else training.adam_betas
+    return first, second
 
 
 def _laid_out_like(parameter: Tensor, values: Tensor) -> Tensor:

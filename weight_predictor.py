@@ -1,5 +1,6 @@
 """What the weight updates come from: a GRU that watches a video, or, as a control, a constant that watches nothing."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,9 @@ from torch import Tensor, nn
 
 NORM_EPSILON = 1e-3
 """Added to the first frame's variance: a blank picture has none."""
+
+INPUT_GAIN = 0.5
+"""Standard deviation of what the first frame sends to the GRU's gates at the start."""
 
 
 class Memory(NamedTuple):
@@ -63,6 +67,8 @@ class WeightPredictorRNN(nn.Module):
         self.gru = nn.GRU(input_size, hidden_size, num_layers, batch_first=True)
         self.to_update = nn.Linear(hidden_size, update_size, bias=False)
         nn.init.zeros_(self.to_update.weight)
+        # torch's own bound knows only hidden_size: the many pixels of a frame would drive every gate to its end.
+        nn.init.normal_(self.gru.weight_ih_l0, std=INPUT_GAIN / math.sqrt(input_size))
 
     def watch(self, video: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
         """Runs the GRU over (more of) a video.
