@@ -82,13 +82,13 @@ class WeightPredictorConfig:
     update: str = _setting("predicted", choices=("predicted", "constant", "off"))
     watches: str = _setting("own", choices=("own", "other", "still"))
     train_gru: bool = True
-    layers: list[str] = field(default_factory=lambda: ["decoder.stage1.*", "decoder.stage2.*"])
+    layers: list[str] = field(default_factory=lambda: ["decoder.*"])
     update_size: Any = "auto"
-    head: str = _setting("full", choices=("full", "low_rank", "per_channel"))
+    head: str = _setting("low_rank", choices=("full", "low_rank", "per_channel"))
     rank: int = _setting(4, low=1, high=1024)
     hidden_size: int = _setting(128, low=1, high=65536)
     num_layers: int = _setting(2, low=1, high=16)
-    bound: float = _setting(0.2, above=0, high=100)
+    bound: float = _setting(3.0, above=0, high=100)
     sharing: str = _setting("per_sample", choices=("per_sample", "shared"))
 
 
@@ -115,9 +115,9 @@ class LossConfig:
     lambda_base: float = _setting(1.0, low=0)
     lambda_vae: float = _setting(0.1, low=0)
     beta: float = _setting(1.0, low=0)
-    lambda_update: float = _setting(100.0, low=0)
-    lambda_video: float = _setting(0.0, low=0)
-    video_frames: int = _setting(2, low=1, high=1024)
+    lambda_update: float = _setting(1.0, low=0)
+    lambda_video: float = _setting(1.0, low=0)
+    video_frames: int = _setting(4, low=1, high=1024)
     own_frames: int = _setting(8, low=0, high=1024)
     own_share: float = _setting(0.25, low=0, high=1)
     judged_frame: str = _setting("last", choices=("last", "random"))
@@ -131,7 +131,7 @@ class TrainingConfig:
     batch_size: int = _setting(16, low=1, high=65536)
     n_critic: int = _setting(5, low=1, high=100)
     lr_vae: float = _setting(5e-4, above=0, high=1)
-    lr_predictor: float = _setting(2e-5, above=0, high=1)
+    lr_predictor: float = _setting(5e-4, above=0, high=1)
     lr_discriminator: float = _setting(3e-4, above=0, high=1)
     adam_betas: list[float] = _setting([0.0, 0.9], low=0, high=0.99999)
     adam_betas_predictor: list[float] = _setting([0.9, 0.99], low=0, high=0.99999)

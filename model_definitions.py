@@ -36,6 +36,8 @@ from weight_updates import (
 )
 
 LEAKY_SLOPE = 0.2
+WATCHED_SIZE = 64
+"""Side of the frames that the GRU watches, unless the settings say otherwise: motion shows in small frames too."""
 
 
 class VAE(nn.Module):
@@ -484,7 +486,12 @@ def build_generator(config: Config) -> Generator:
     )  # fmt: skip
     return Generator(
         VAE(config.image.size, config.image.channels, config.vae.latent_dim, config.vae.channels),
-        VideoSynthesizer(video.frames, strengths, video.height, video.width),
+        VideoSynthesizer(
+            video.frames,
+            strengths,
+            video.height or min(config.image.size, WATCHED_SIZE),
+            video.width or min(config.image.size, WATCHED_SIZE),
+        ),
         predictor.layers,
         head=predictor.head,
         rank=predictor.rank,
