@@ -14,6 +14,21 @@ STARTING = 6.0
 """Seconds that a process takes before its first iteration."""
 
 
+SOURCE = [
+    *("weight_predictor.layers=[decoder.stage1.*,decoder.stage2.*]", "weight_predictor.head=full"),
+    *("weight_predictor.bound=0.2", "video.height=128", "video.width=128", "loss.lambda_video=0"),
+]
+"""The method as the source has it: a number for each weight of the last layers, and no video loss. Our defaults are a
+case of their own."""
+
+
+OURS = [
+    *("weight_predictor.layers=[decoder.*]", "weight_predictor.head=low_rank", "weight_predictor.bound=3"),
+    *("video.height=null", "video.width=null", "loss.lambda_video=1"),
+]
+"""config.yaml's own values of the same settings."""
+
+
 class Case(NamedTuple):
     """One setting of sizes, and the variants that are compared at it."""
 
@@ -41,8 +56,10 @@ def cases(device: torch.device, quick: bool, full: bool) -> list[Case]:
     ours = [eager] if best == eager else [eager, best]
     everything = full or on_gpu
     result = [Case("source sizes", [], variants, checked=True)]
+    result.append(Case("our defaults", OURS, small))
     for size in (32, 64):
-        result.append(Case(f"{size} px", [f"image.size={size}"], small, checked=True))
+        sizes = [f"image.size={size}", f"video.height={size}", f"video.width={size}"]
+        result.append(Case(f"{size} px", sizes, small, checked=True))
     for frames in (4, 16, 32) if everything else (16,):
         result.append(Case(f"{frames} frames", [f"video.frames={frames}"], ours))
     for head in ("low_rank", "per_channel") if everything else ("low_rank",):
@@ -52,7 +69,7 @@ def cases(device: torch.device, quick: bool, full: bool) -> list[Case]:
     for batch in (32, 64) if everything else (32,):
         result.append(Case(f"batch {batch}", [f"training.batch_size={batch}"], small))
     if everything:
-        result.append(Case("256 px", ["image.size=256"], small))
+        result.append(Case("256 px", ["image.size=256", "video.height=256", "video.width=256"], small))
         result += [Case(f"batch {batch}", [f"training.batch_size={batch}"], small) for batch in (128, 256)]
     return result
 

@@ -221,7 +221,7 @@ def test_quick_writes_table_plot_and_json(tmp_path: Path) -> None:
         (["--device=cuda:99"], ["cuda:99"]),
         (["--quick", "image.size=33"], ["image.size"]),
         (["--quick", "data.root=nowhere"], ["nowhere"]),
-        (["loss.lambda_video=1"], ["loss.lambda_video"]),
+        (["training.diffaugment=[color]"], ["training.diffaugment"]),
     ],
 )
 def test_errors_are_one_line(
