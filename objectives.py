@@ -78,11 +78,12 @@ def generator_objective(
 
 
 def following_loss(generator: Generator, output: GeneratorOutput, draws: GeneratorDraws, config: Config) -> Tensor:
-    """How far the weight-driven video is from the synthetic one, at a few frames after it; zero where λ_video is.
+    """How far the weight-driven video is from the synthetic one, at a few frames after it; zero where λ_video is, or
+    where nothing moves the weights.
 
     Each frame is drawn by what the GRU knew one frame before it.
     """
-    if not config.loss.lambda_video:
+    if not config.loss.lambda_video or generator.update == "off":
         return output.x_base.new_zeros(())
     states = generator.watch_on(output, draws.motion, draws.rolling, config.loss.own_frames)
     # θ draws, but does not learn here: what moves a picture must not cost the picture itself.

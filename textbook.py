@@ -40,13 +40,12 @@ class Textbook:
     """Networks and optimizers of a run, and its two steps.
 
     Args:
-        config: the run's settings; DiffAugment and the video loss are not in the textbook.
+        config: the run's settings; DiffAugment is not in the textbook.
         dtype: float64 makes a reference of it.
     """
 
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         assert not config.training.diffaugment
-        assert not config.loss.lambda_video
         torch.manual_seed(config.training.seed)
         self.config = config
         self.generator: Generator = build_generator(config).to(device, dtype)

@@ -49,7 +49,7 @@ def drawn(generator: Generator, batch: int = 4):
 
 @pytest.mark.parametrize("head", ["full", "low_rank", "per_channel"])
 def test_a_constant_update_is_the_same_for_every_picture_and_bounded(head: str) -> None:
-    generator = generator_of(*ARMS["constant"], f"weight_predictor.head={head}")
+    generator = generator_of(*ARMS["constant"], f"weight_predictor.head={head}", "weight_predictor.bound=0.2")
     output = drawn(generator)
     relative = generator.spec.flatten(dict(generator.vae.named_parameters())) / generator.scales()
     (expected,) = generator.head(generator.predictor.code[None], relative, 0.2)
