@@ -182,7 +182,7 @@ def test_the_update_is_taken_apart_by_image_and_motion(sampler: Sampler, monkeyp
         }
         for name, value in wanted.items():
             assert getattr(whole, name) == pytest.approx(value / 0.01, abs=1e-6), (constant, image, motion, name)
-    monkeypatch.setattr(generator, "predict_update", update_of(0.0, 0.2, 0.0))  # the bound
+    monkeypatch.setattr(generator, "predict_update", update_of(0.0, generator.bound, 0.0))
     assert update_statistics(sampler, evaluation_seeds(4))[0][-1].saturated_share == 1
     monkeypatch.setattr(generator, "predict_update", update_of(0.0, 0.0, 0.0))
     assert math.isnan(update_statistics(sampler, evaluation_seeds(4))[0][-1].between_image_share)

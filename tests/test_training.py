@@ -287,7 +287,7 @@ def test_dry_run_shows_everything_and_writes_nothing(tmp_path: Path, picture_fol
     assert done.returncode == 0, done.stderr
     config = load_config(None, small(tmp_path, picture_folder))
     generator, discriminator = build_generator(config), build_discriminator(config)
-    size = generator.spec.total_size
+    size = generator.head.update_size
     assert f"WEIGHT_UPDATE_SIZE {size:,}" in done.stdout
     assert re.search(rf"Discriminator +{sum(p.numel() for p in discriminator.parameters()):,}", done.stdout)
     for tensor in generator.spec.tensors:
