@@ -67,7 +67,7 @@ ARMS = {
         Arm("frozen", "the GRU stays as it was drawn at first", ["weight_predictor.train_gru=false"]),
         Arm("wide", "no predictor, a wider VAE with as many parameters as `full`", [_OFF], _wide),
         Arm("shared", "one update for the batch: the mean", ["weight_predictor.sharing=shared"]),
-        Arm("low-rank", "head low_rank", ["weight_predictor.head=low_rank"]),
+        Arm("full-head", "head full", ["weight_predictor.head=full"]),
         Arm("per-channel", "head per_channel", ["weight_predictor.head=per_channel"]),
         Arm(
             "textbook",

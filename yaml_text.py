@@ -7,6 +7,7 @@ any value is made.
 """
 
 import re
+from collections.abc import Iterator
 
 import yaml
 
@@ -16,6 +17,7 @@ MAX_BYTES = 2**20
 """Of a settings file; config.yaml, which explains everything, has about 10,000."""
 
 _MAX_DEPTH = 16  # sections, settings and lists make 3
+_TOO_DEEP = f"nested more than {_MAX_DEPTH} deep; settings are a section, a key and a value"
 _MAX_NODES = 10_000  # aliases counted as what they stand for
 _MAX_SCALAR = 4096  # characters, as many as a path may have
 
@@ -37,7 +39,7 @@ def check_yaml(text: str) -> None:
     """
     sizes: dict[str, int] = {}  # anchor -> nodes of what it names, once that is complete
     open_ = [_Collection(None)]  # the document, and within it the collections that have begun and not ended
-    for event in yaml.parse(text, Loader=_Parser):
+    for event in _events(text):
         if isinstance(event, yaml.CollectionEndEvent):
             done = open_.pop()
             nodes = done.nodes
@@ -53,7 +55,7 @@ def check_yaml(text: str) -> None:
             raise _error(event, f"the tag {event.tag[:60]} is not supported; write the plain value")
         elif isinstance(event, yaml.CollectionStartEvent):
             if len(open_) > _MAX_DEPTH:
-                raise _error(event, f"nested more than {_MAX_DEPTH} deep; settings are a section, a key and a value")
+                raise _error(event, _TOO_DEEP)
             open_.append(_Collection(event.anchor))
             continue
         else:
@@ -64,6 +66,17 @@ def check_yaml(text: str) -> None:
         open_[-1].nodes += nodes
         if open_[-1].nodes > _MAX_NODES:
             raise _error(event, f"more than {_MAX_NODES:,} values, aliases counted as what they stand for")
+
+
+def _events(text: str) -> Iterator[yaml.Event]:
+    """libyaml's events. It reads ahead, and newer ones (0.2.6) refuse a deep nesting before the first event of it."""
+    try:
+        yield from yaml.parse(text, Loader=_Parser)
+    except yaml.MarkedYAMLError as error:
+        if "nesting depth" not in str(error.problem) or error.problem_mark is None:
+            raise
+        mark = error.problem_mark
+        raise ValueError(f"line {mark.line + 1}, column {mark.column + 1}: {_TOO_DEEP}") from None
 
 
 class _Collection:

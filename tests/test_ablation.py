@@ -36,7 +36,7 @@ def test_arms_differ_from_the_whole_method_in_what_they_say_alone() -> None:
         "frozen": {"weight_predictor.train_gru"},
         "wide": {"weight_predictor.update", "vae.channels"},
         "shared": {"weight_predictor.sharing"},
-        "low-rank": {"weight_predictor.head"},
+        "full-head": {"weight_predictor.head"},
         "per-channel": {"weight_predictor.head"},
         "textbook": {"weight_predictor.update"},
     }
@@ -87,7 +87,7 @@ def test_amplification_of_known_movements() -> None:
 def test_every_arm_tries_the_same_rates_around_its_own() -> None:
     config = load_config(None)
     candidates = candidate_rates(config, 50)
-    assert candidates[0] == {"lr_vae": 5e-4, "lr_discriminator": 3e-4, "lr_predictor": 2e-5}
+    assert candidates[0] == {"lr_vae": 5e-4, "lr_discriminator": 3e-4, "lr_predictor": 5e-4}
     for rate, reach in (("lr_vae", 4), ("lr_discriminator", 4), ("lr_predictor", 10)):
         logs = [math.log(one[rate] / candidates[0][rate], reach) for one in candidates]
         assert -1.01 < min(logs) < -0.5 < 0.5 < max(logs) < 1.01

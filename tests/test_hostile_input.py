@@ -464,7 +464,7 @@ def test_the_real_command_refuses_a_file_that_crashes_the_reader(tmp_path: Path)
     done = run_command("training.py", "--config", path.name, folder=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(
-        r"error: line\\nbreak \\udcff\.yaml cannot be read: line 1, column 17: nested .*\n", done.stderr
+        r"error: line\\nbreak \\udcff\.yaml cannot be read: line 1, column (17|1001): nested .*\n", done.stderr
     )
     assert list(tmp_path.iterdir()) == [path]
 

@@ -271,7 +271,7 @@ def test_accepted_changes_take_effect(run_of_two: list[str], tmp_path: Path, cap
     assert train(*run_of_two, *changes, accept_changes=True) == 0
     assert "changed setting: training.lr_vae 0.0005 -> 0.01" in capsys.readouterr().out
     optimizers = final(tmp_path / "run")["optimizers"]
-    assert [group["lr"] for group in optimizers["generator"]["param_groups"]] == [0.01, 2e-5]
+    assert [group["lr"] for group in optimizers["generator"]["param_groups"]] == [0.01, 5e-4]
     assert [group["lr"] for group in optimizers["discriminator"]["param_groups"]] == [0.02]
     assert tuple(optimizers["discriminator"]["param_groups"][0]["betas"]) == (0.5, 0.9)
 
