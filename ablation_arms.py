@@ -72,7 +72,7 @@ ARMS = {
         Arm(
             "textbook",
             "a textbook's WGAN-GP and VAE: no predictor, no average, no augmentation",
-            [_OFF, "training.diffaugment=[]", "loss.lambda_video=0"],
+            [_OFF, "training.diffaugment=[]"],
         ),
     )
 }

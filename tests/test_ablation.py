@@ -91,7 +91,7 @@ def test_every_arm_tries_the_same_rates_around_its_own() -> None:
     for rate, reach in (("lr_vae", 4), ("lr_discriminator", 4), ("lr_predictor", 10)):
         logs = [math.log(one[rate] / candidates[0][rate], reach) for one in candidates]
         assert -1.01 < min(logs) < -0.5 < 0.5 < max(logs) < 1.01
-    other = candidate_rates(load_config(None, ["training.lr_predictor=0.001"]), 50)
+    other = candidate_rates(load_config(None, ["training.lr_predictor=0.025"]), 50)
     assert [one["lr_vae"] for one in other] == [one["lr_vae"] for one in candidates]
     assert other[7]["lr_predictor"] == pytest.approx(50 * candidates[7]["lr_predictor"], rel=0.01)
 
