@@ -218,7 +218,7 @@ class Generator(nn.Module):
             is x_base. The latter two make no video and run no GRU.
         watches: whose video the GRU watches: the picture's "own", that of the "other" picture before it in the batch,
             or "still", the first frame of its own repeated.
-        train_gru: False leaves LayerNorm and GRU as they were drawn at first; only `to_update` and the head learn.
+        train_gru: False leaves normalisation and GRU as they were drawn at first; only `to_update` and the head learn.
 
     Raises:
         UserError: a pattern or an `update_size` that doesn't fit.

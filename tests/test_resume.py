@@ -267,6 +267,7 @@ def test_accepted_changes_take_effect(run_of_two: list[str], tmp_path: Path, cap
         "training.lr_vae=0.01",
         "training.lr_discriminator=0.02",
         "training.adam_betas=[0.5,0.9]",
+        "training.adam_betas_predictor=[0.8,0.95]",
     ]
     assert train(*run_of_two, *changes, accept_changes=True) == 0
     assert "changed setting: training.lr_vae 0.0005 -> 0.01" in capsys.readouterr().out
@@ -274,6 +275,8 @@ def test_accepted_changes_take_effect(run_of_two: list[str], tmp_path: Path, cap
     assert [group["lr"] for group in optimizers["generator"]["param_groups"]] == [0.01, 5e-4]
     assert [group["lr"] for group in optimizers["discriminator"]["param_groups"]] == [0.02]
     assert tuple(optimizers["discriminator"]["param_groups"][0]["betas"]) == (0.5, 0.9)
+    betas = [tuple(group["betas"]) for group in optimizers["generator"]["param_groups"]]
+    assert betas == [(0.5, 0.9), (0.8, 0.95)]  # of the VAE, and of the predictor
 
 
 def test_shapes_are_refused_even_on_purpose(run_of_two: list[str]) -> None:
