@@ -1,6 +1,6 @@
 """What is each part of the method worth? Trains variants of it that differ in one thing, and compares their pictures.
 
-python ablation.py                                     12 arms, 3 seeds, 1,500 steps of config_quick.yaml's 32 px: a day
+python ablation.py                                     13 arms, 3 seeds, 1,500 steps of config_quick.yaml's 32 px: a day
 python ablation.py --tune                              the same, after looking for each arm's own learning rates
 python ablation.py --arms off,constant,full --seeds 0,1,2,3,4 --jobs 4
 python ablation.py --quick --out runs/try              every part of it in a few minutes, with results that mean nothing

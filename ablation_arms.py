@@ -60,6 +60,7 @@ ARMS = {
     for arm in (
         Arm("off", "no predictor", [_OFF]),
         Arm("full", "the whole method: each picture its own update", []),
+        Arm("no-video-loss", "no frame has to follow the synthetic video: λ_video 0", ["loss.lambda_video=0"]),
         Arm("off-amplified", "no predictor, lr_vae of `full` times its amplification", [_OFF], tuned=False),
         Arm("constant", "a learned constant update", ["weight_predictor.update=constant"], _constant_rate),
         Arm("mismatched", "the GRU watches another picture's video", ["weight_predictor.watches=other"]),
