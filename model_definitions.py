@@ -345,7 +345,8 @@ class Generator(nn.Module):
         if self.update != "predicted" or not count:
             return output.states[:, -1:].expand(-1, count + 1, -1)
         assert output.memory is not None
-        times = torch.arange(count, device=rolling.device).expand(len(output.states), -1)  # the path is closed
+        first = self.synthesizer.frames
+        times = torch.arange(first, first + count, device=rolling.device).expand(len(output.states), -1)
         if self.watches == "still":
             times = torch.zeros_like(times)
         states, rolled = [], len(rolling)

@@ -89,7 +89,8 @@ def following_loss(generator: Generator, output: GeneratorOutput, draws: Generat
     # θ draws, but does not learn here: what moves a picture must not cost the picture itself.
     features, states = output.features.detach(), states_at(states, draws.video_times)
     frames = generator.draw_frames(features, states, frozen=True)
-    target = generator.synthesizer(output.x_base.detach(), draws.motion, draws.video_times, full_size=True)
+    times = generator.synthesizer.frames + draws.video_times
+    target = generator.synthesizer(output.x_base.detach(), draws.motion, times, full_size=True)
     return video_loss(frames, target)
 
 

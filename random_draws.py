@@ -53,6 +53,10 @@ class CriticDraws(NamedTuple):
     augment_real: Tensor  #     (B, 7)
     augment_fake: Tensor  #     (B, 7)
 
+    def at_speeds(self, speeds: Tensor) -> "CriticDraws":
+        """With videos of other speeds, (B - n_base,)."""
+        return self._replace(motion=self.motion._replace(speeds=speeds))
+
 
 class GeneratorDraws(NamedTuple):
     """The random numbers of one generator step."""
@@ -62,8 +66,12 @@ class GeneratorDraws(NamedTuple):
     frame: Tensor | None  #     (B,)
     posterior: Tensor  #        (B, latent_dim), the VAE's reparameterisation noise
     rolling: Tensor  #          (R,) 0 to R - 1, the pictures whose GRU watches its own frames after the video
-    video_times: Tensor  #      (B, K) the frames after the video that the video loss looks at
+    video_times: Tensor  #      (B, K) the frames after the video that the video loss looks at; 0 is its end
     augment: Tensor  #          (2 B, 7), for updated and base pictures
+
+    def at_speeds(self, speeds: Tensor) -> "GeneratorDraws":
+        """With videos of other speeds, (B,)."""
+        return self._replace(motion=self.motion._replace(speeds=speeds))
 
 
 class Draws:
@@ -93,7 +101,7 @@ class Draws:
             augment_fake=rows(self.augment.draw(batch, self.device, self.random)),
             motion=self._motion(generator, batch - base, updated, self.watching, step, "critic", repeat),
             frame=self._judged_frame(batch - base, updated),
-        )
+        ).at_speeds(self._speeds(batch - base, updated))
 
     def generator(self, generator: Generator, step: int) -> GeneratorDraws:
         """For the generator step of iteration `step`."""
@@ -110,7 +118,7 @@ class Draws:
             frame=self._judged_frame(batch, own),
             rolling=torch.arange(len(range(rolling)[own]), device=self.device),
             video_times=rows(self._at_one_time(self._whole_numbers(loss.own_frames + 1, batch, loss.video_frames))),
-        )
+        ).at_speeds(self._speeds(batch, own))
 
     def _seed(self, *part: object) -> None:
         self.random.manual_seed(stable_seed(self.config.training.seed, *part))
@@ -123,15 +131,22 @@ class Draws:
             return motion if self.world.size == 1 else Motion(*(numbers[rows] for numbers in motion))
         # To draw all of a large batch's grain and throw most of it away would take longer than the step.
         chosen = range(count)[rows]
-        phases, amplitudes, _ = (
-            numbers[rows] for numbers in generator.draw_motion(count, self.random, grain=False, varied=True)
-        )
+        motion = generator.draw_motion(count, self.random, grain=False, varied=True)
+        phases, amplitudes, _, speeds = (numbers[rows] for numbers in motion)
         noise = torch.empty(len(chosen), *shape, device=self.device)
         own = torch.Generator(self.device)
         for place, picture in zip(noise, chosen, strict=True):
             own.manual_seed(stable_seed(self.config.training.seed, *part, "grain", picture))
             place.normal_(generator=own)
-        return Motion(phases, amplitudes, noise)
+        return Motion(phases, amplitudes, noise, speeds)
+
+    def _speeds(self, count: int, rows: slice) -> Tensor:
+        """Speeds of `count` videos, uniform in their logarithm, and of these the `rows`."""
+        reach = self.config.video.speed_range
+        if reach == 1:
+            return torch.ones(len(range(count)[rows]), device=self.device)
+        exponents = torch.rand(count, device=self.device, generator=self.random) * 2 - 1
+        return (reach**exponents)[rows]
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self.device, generator=self.random)

@@ -268,13 +268,13 @@ def weight_driven_frames(
     Args:
         z, motion: (N, latent_dim), and of N videos.
         speed: how many of the trained frames' distances a frame goes on.
-        warm_up: frames that the GRU watches before the first one that is yielded; None: one period.
+        warm_up: frames that the GRU watches before the first one that is yielded; None: as many as in training.
     """
     features = generator.features(z)
     x_base = generator.draw_base(features)
     seen = generator.seen(x_base)
     if warm_up is None:
-        warm_up = round(generator.synthesizer.frames / speed)
+        warm_up = generator.synthesizer.frames
 
     def synthetic(t: int) -> Tensor:
         return _synthetic(generator, seen, motion, 0 if generator.watches == "still" else speed * t)
