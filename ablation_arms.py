@@ -143,7 +143,8 @@ def equal_parameter_channels(config: Config, count: int) -> list[int]:
         channels = widened(middle)
         tried[tuple(channels)] = found = parameters(channels)
         low, high = (middle, high) if found < count else (low, middle)
-    return list(min(tried, key=lambda channels: abs(tried[channels] - count)))
+    nearest = min(tried, key=lambda channels: abs(tried[channels] - count))
+    return list(nearest)
 
 
 # -------------------------------------------------------------------------------------------------------- amplification

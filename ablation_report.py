@@ -224,7 +224,7 @@ def plot_over_time(path: Path, courses: list[Course], features: str) -> None:
 
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    colours = {
+    colours: dict[str, str | tuple[float, float, float, float]] = {
         name: colormaps["tab20"](place)
         for name, place in zip(ARMS, (0, 1, 2, 0, 4, 8, 10, 12, 16, 18, 5, 14), strict=True)
     }

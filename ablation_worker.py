@@ -16,7 +16,7 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in training.py
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import training
 from ablation_arms import amplification
@@ -64,7 +64,7 @@ def train_textbook(config: Config, folder: Path) -> int:
         config.data, config.image, batch_size=config.training.batch_size, seed=config.training.seed, device=device
     )
     textbook, draws = Textbook(config, device), Draws(config, device)
-    parts = {
+    parts: dict[str, nn.Module | torch.optim.Optimizer] = {
         "generator": textbook.generator,
         "discriminator": textbook.discriminator,
         "optimizer": textbook.optimizer,

@@ -72,6 +72,7 @@ class Worker:
         Raises:
             UserError: the variant failed; its last line says why.
         """
+        assert self.process.stdout is not None
         try:
             if word:
                 print(word, file=self.process.stdin, flush=True)
@@ -87,6 +88,7 @@ class Worker:
         raise UserError(f"{self.name} failed: {reason.removeprefix('configuration.UserError: ')[:300]}")
 
     def close(self) -> None:
+        assert self.process.stdin is not None
         self.process.stdin.close()
         try:
             self.process.wait(10)

@@ -56,14 +56,15 @@ class Choices(TorchDispatchMode):
     def __init__(self, given: Iterable[Tensor] | None = None) -> None:
         super().__init__()
         self.taken: list[Tensor] = []
-        self._given = None if given is None else iter(given)
+        self._recording = given is None
+        self._given = iter(() if given is None else given)
         self.flipped, self.of, self.widest_gap = 0, 0, 0.0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         operation, kwargs = function._overloadpacket, kwargs or {}
         if operation is aten.max_pool2d_with_indices:
             values, index = function(*args, **kwargs)
-            if self._given is None:
+            if self._recording:
                 self.taken.append(index)
                 return values, index
             index = self._next(index)
@@ -74,7 +75,7 @@ class Choices(TorchDispatchMode):
             return function(*args, **kwargs)
         x = args[SIDE_OF[operation]]
         above = x > 0
-        if self._given is None:
+        if self._recording:
             self.taken.append(above)
             return function(*args, **kwargs)
         own, above = above, self._next(above)

@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from random_draws import Draws, base_fakes
 from step_runners import CompiledSteps, CudaGraphSteps, EagerSteps, has_bf16
 from textbook import Textbook, textbook_batches
 from training_state import TrainingState
+from weight_predictor import WeightPredictorRNN
 
 KINDS = {"eager": EagerSteps, "compiled": CompiledSteps, "cuda_graph": CudaGraphSteps}
 
@@ -53,7 +55,7 @@ class Variant:
             self.steps = KINDS[runner](state, self.draws.augment)
             self.generator = state.generator
         # A head of zeros, as at the start of a training, would hide most of the generator's gradient.
-        if config.weight_predictor.update == "predicted":
+        if isinstance(self.generator.predictor, WeightPredictorRNN):
             head = self.generator.predictor.to_update.weight
             moved = torch.randn(head.shape, generator=torch.Generator().manual_seed(1)) * 0.1
             with torch.no_grad():
@@ -202,7 +204,7 @@ def _as(dtype: torch.dtype, value: Any) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _median_time(run: Callable[[], None], synchronize: Callable[[], None], repeats: int = 3) -> float:
+def _median_time(run: Callable[[], object], synchronize: Callable[[], None], repeats: int = 3) -> float:
     times = []
     for _ in range(repeats + 1):
         synchronize()
@@ -224,7 +226,7 @@ def device_rates(device: torch.device, precisions: list[str]) -> dict[str, float
             side = 256  # emulated, it takes 100 times as long
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         a = torch.rand(side, side, device=device, dtype=dtype)
-        times = [_median_time(lambda a=a: torch.mm(a, a), synchronize, 1) for _ in range(4)]
+        times = [_median_time(partial(torch.mm, a, a), synchronize, 1) for _ in range(4)]
         rates[precision] = 2 * side**3 / min(times)
         # Where the library's products are slower than its convolutions, the latter show what the device can do.
         batch, channels, size = (64, 256, 64) if device.type == "cuda" else (16, 128, 32)
@@ -233,10 +235,7 @@ def device_rates(device: torch.device, precisions: list[str]) -> dict[str, float
         x = torch.rand(batch, channels, size, size, device=device, dtype=dtype)
         kernel = torch.rand(channels, channels, 3, 3, device=device, dtype=dtype)
         x, kernel = (value.to(memory_format=torch.channels_last) for value in (x, kernel))
-        times = [
-            _median_time(lambda x=x, kernel=kernel: functional.conv2d(x, kernel, padding=1), synchronize, 1)
-            for _ in range(4)
-        ]
+        times = [_median_time(partial(functional.conv2d, x, kernel, padding=1), synchronize, 1) for _ in range(4)]
         rates[precision] = max(rates[precision], 2 * 9 * batch * channels**2 * size**2 / min(times))
     source = torch.zeros(megabytes * 250_000, device=device)
     target = torch.zeros_like(source)
@@ -292,12 +291,13 @@ def main(settings: dict[str, Any]) -> None:
             wait()
             answer["first_seconds"] = time.perf_counter() - started
     print(json.dumps(answer), flush=True)
-    batches = step = None
+    batches: Iterator[Tensor] | None = None
+    step = 0
     for line in sys.stdin:
         word = line.strip()
         if word == "iteration":
             if batches is None:
-                batches, step = variant.batches(), 0
+                batches = variant.batches()
                 forget_peak(device)
             step += 1
             started = time.perf_counter()
@@ -310,9 +310,10 @@ def main(settings: dict[str, Any]) -> None:
                 answer = variant.iteration(batches, step, wait)
                 answer["iteration"] = time.perf_counter() - started
         else:
-            answer = {
+            questions: dict[str, Callable[[], dict[str, Any]]] = {
                 "memory": lambda: {"bytes": peak_memory(device)},
                 "gru": lambda: {"seconds": variant.gru_seconds(wait)},
                 "work": variant.work,
-            }[word]()
+            }
+            answer = questions[word]()
         print(json.dumps(answer), flush=True)

@@ -70,7 +70,7 @@ class Checkpoints:
         Raises:
             UserError: there are checkpoints, but none is whole; or one is of another version.
         """
-        damaged = []
+        damaged: list[str] = []
         found = self._numbered()
         for name in ("latest.pt", "best.pt"):  # the same files, unless somebody has deleted the numbered ones
             path = self.folder / name
@@ -165,7 +165,7 @@ def checksum(content: Any) -> str:
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
             digest.update(f"{value.dtype} {tuple(value.shape)};".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         elif isinstance(value, dict):
             digest.update(f"dict {len(value)};".encode())
             for key, inner in value.items():

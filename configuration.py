@@ -288,9 +288,9 @@ def _read_override(text: str) -> dict[str, Any]:
         line = f"value: {value}" if value.strip() else "value: ''"
         check_yaml(line)
         parsed = OmegaConf.to_container(OmegaConf.create(line), resolve=False)
-        if len(parsed) > 1:  # a line break, and another key after it
+        if not isinstance(parsed, dict) or len(parsed) > 1:  # a line break, and another key after it
             raise ValueError("it holds several values")
-        return {section: {name: parsed["value"]}}  # type: ignore[call-overload, index]
+        return {section: {name: parsed["value"]}}
     except (yaml.YAMLError, OmegaConfBaseException, TypeError, RecursionError):
         reason = "the value is not valid YAML; lists look like vae.channels=[16,32]"
     except ValueError as error:

@@ -3,10 +3,13 @@
 import contextlib
 import ctypes
 import os
+from typing import TypeVar
 
 import torch
 
 from configuration import UserError
+
+Network = TypeVar("Network", bound=torch.nn.Module)
 
 
 def choose_device(name: str) -> torch.device:
@@ -67,6 +70,15 @@ def keep_freed_memory() -> None:
         mmap_max, trim_threshold = -4, -1
         mallopt(mmap_max, 0)  # no mappings of their own for large blocks
         mallopt(trim_threshold, 2**31 - 1)  # give back only what is free beyond this
+
+
+def channels_last_on(device: torch.device | str, network: Network) -> Network:
+    """Moves a network to the device, its convolutions' weights in the layout channels_last.
+
+    Convolutions run faster in that layout, on CPU and GPU, and pass it on from layer to layer.
+    """
+    # torch documents both arguments together, but its overloads know no such call.
+    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def describe_device(device: torch.device) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from checkpoints import checksum
 from configuration import Config, UserError
+from devices import channels_last_on
 from distributed import ALONE, World
 from losses import critic_loss
 from model_definitions import Discriminator, build_discriminator
@@ -111,7 +112,7 @@ def real_features(features: PictureFeatures, pictures: Tensor, cache: Path | Non
     processes compute a share each, and the first one alone reads and writes files.
     """
     key = hashlib.sha256(f"{features.name} {tuple(pictures.shape)}".encode())
-    key.update(pictures.contiguous().numpy())
+    key.update(pictures.contiguous().numpy().data)
     path = cache / f"features_{key.hexdigest()[:32]}.pt" if cache and world.is_first else None
     kept = world.from_first(_kept_features(path, len(pictures)))
     if kept is not None:
@@ -236,7 +237,7 @@ def fresh_critic_gap(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        critic = build_discriminator(config).to(device, memory_format=torch.channels_last)
+        critic = channels_last_on(device, build_discriminator(config))
     random = torch.Generator().manual_seed(stable_seed(seed, "fresh critic"))
     betas = (config.training.adam_betas[0], config.training.adam_betas[1])
     optimizer = torch.optim.Adam(critic.parameters(), lr=config.training.lr_discriminator, betas=betas)
@@ -292,7 +293,7 @@ class Reliability(NamedTuple):
     """Mean probability in each bin that holds pictures."""
     real_share: list[float]
     """Share of real pictures in each."""
-    count: list[int]
+    pictures: list[int]
     """Pictures in each."""
 
 

@@ -35,10 +35,10 @@ def save_evaluation_picture(picture: EvaluationPicture, path: str | Path) -> Non
 
     figure = Figure(figsize=(15, 15.5), layout="constrained")
     figure.suptitle(picture.title, fontsize=12)
-    top, middle, bottom = figure.subfigures(3, 1, height_ratios=[4.1, 5.2, 4.6])
+    top, middle, bottom = figure.subfigures(3, 1, squeeze=False, height_ratios=[4.1, 5.2, 4.6]).flat
     top.get_layout_engine().set(wspace=0.03)  # between the four grids
     for (label, pictures), axis in zip(picture.samples.items(), top.subplots(1, 4).flat, strict=True):
-        _show(axis, tiled(pictures, 4, 4, scale_for(*pictures.shape[-2:], at_least=64)), label)
+        _show(axis, tiled(pictures, 4, 4, _scale(pictures)), label)
     near, rebuilt = middle.subplots(2, 1).flat
     generated, training, distances = picture.nearest
     count = len(generated)
@@ -57,12 +57,16 @@ def save_evaluation_picture(picture: EvaluationPicture, path: str | Path) -> Non
         figure.savefig(part, dpi=100, format="png")
 
 
+def _scale(pictures: Tensor) -> int:
+    height, width = pictures.shape[-2:]
+    return scale_for(height, width, at_least=64)
+
+
 def _pairs(above: Tensor, below: Tensor) -> Any:
     """Two rows of pictures."""
     import numpy as np
 
-    scale = scale_for(*above.shape[-2:], at_least=64)
-    return np.concatenate([tiled(pictures, 1, len(pictures), scale) for pictures in (above, below)])
+    return np.concatenate([tiled(pictures, 1, len(pictures), _scale(above)) for pictures in (above, below)])
 
 
 def _show(axis: Any, pixels: Any, title: str) -> None:
@@ -74,7 +78,7 @@ def _show(axis: Any, pixels: Any, title: str) -> None:
 def _reliability(axis: Any, found: Reliability) -> None:
     axis.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--", label="perfect")
     axis.plot(found.probability, found.real_share, marker="o", label="critic")
-    for x, y, count in zip(found.probability, found.real_share, found.count, strict=True):
+    for x, y, count in zip(found.probability, found.real_share, found.pictures, strict=True):
         axis.annotate(str(count), (x, y), textcoords="offset points", xytext=(6, -10), fontsize=8, color="0.35")
     axis.set_title(
         f"probability of being real, held-out and fresh pictures\nexpected calibration error {found.error:.3f} "

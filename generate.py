@@ -123,8 +123,9 @@ def sheet(draw: str, pictures: list[tuple[Subjects, Drawn]], places: tuple[int, 
     difference = x_fake - x_base
     factor = amplification(difference)
     columns = {"base image": x_base}
-    if pictures[0][0].input is not None:
-        columns = {"input": torch.cat([subjects.input for subjects, _ in pictures]), "reconstruction": x_base}
+    inputs = [subjects.input for subjects, _ in pictures if subjects.input is not None]  # of all, or of none
+    if inputs:
+        columns = {"input": torch.cat(inputs), "reconstruction": x_base}
     columns |= {
         "updated": x_fake,
         ("difference" if factor == 1 else f"difference x {factor}"): (0.5 + factor * difference).clamp(0, 1),
@@ -147,7 +148,7 @@ def make_video(options: argparse.Namespace, sampler: Sampler, kind: str) -> str:
     if rolling and options.loop:
         raise UserError("--loop: a video that rolls on never comes back to its first frame; leave out one of them")
     seeds, files = what_to_draw(options, math.prod(options.grid) if options.grid else PICTURES)
-    places = options.grid or near_square(len(seeds))
+    places: tuple[int, int] = options.grid or near_square(len(seeds))
     check_grid(places, len(seeds))
     if len(seeds) > BATCH:
         raise UserError(f"{len(seeds)} videos at once are too many, {BATCH} are the most: give a smaller --grid")
@@ -272,7 +273,8 @@ def check_grid(places: tuple[int, int], count: int) -> None:
 
 def default_scale(pictures: Tensor, places: tuple[int, int], side: int) -> int:
     """Enlarges small pictures until a grid is about `side` pixels wide, and each at most 256."""
-    return scale_for(*pictures.shape[-2:], min(256, max(1, side // max(places))))
+    height, width = pictures.shape[-2:]
+    return scale_for(height, width, min(256, max(1, side // max(places))))
 
 
 def labelled(columns: dict[str, Any], scale: int | None) -> np.ndarray:

@@ -192,7 +192,8 @@ class TrainingImages:
 
     def _load(self, shape: tuple[int, ...], progress: bool) -> tuple[Tensor, list[int]]:
         """Decodes every image, in threads (Pillow's decoders leave the GIL): the readable ones and their indices."""
-        images, kept = torch.empty(shape, dtype=torch.uint8), []
+        images = torch.empty(shape, dtype=torch.uint8)
+        kept: list[int] = []
         bar = tqdm(total=shape[0], desc="decoding", unit="image", leave=False, disable=None if progress else True)
         pool = ThreadPoolExecutor(min(32, os.cpu_count() or 1))
         try:
@@ -281,7 +282,7 @@ class _Items(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, list[tuple[int, str]]]:
         """The image (when skipping: or the next readable one), and (index, reason) of the broken ones met."""
-        broken = []
+        broken: list[tuple[int, str]] = []
         for step in range(len(self.folder) if self.skip else 1):
             place = (index + step) % len(self.folder)
             image, reason = self.read(place)

@@ -83,9 +83,10 @@ def decode_image(
 
 
 def _draw_on(canvas: Image.Image, image: Image.Image, fit: str) -> None:
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself refuses from twice that size on
+    limit = Image.MAX_IMAGE_PIXELS  # None: no limit
+    if limit is not None and image.width * image.height > limit:  # Pillow itself refuses from twice that size on
         raise Image.DecompressionBombError(
-            f"its {image.width} × {image.height} pixels exceed the limit of {Image.MAX_IMAGE_PIXELS} pixels"
+            f"its {image.width} × {image.height} pixels exceed the limit of {limit} pixels"
         )
     size, measure = canvas.width, min if fit == "crop" else max
     # JPEG decodes to 1/2, 1/4 or 1/8 several times faster; twice the final size leaves the rest to the better filter.
@@ -159,7 +160,8 @@ def find_images(root: str | Path, setting: str = "data.root") -> list[str]:
             f"{setting}: {shown_path(top)} {'is not a folder' if os.path.lexists(top) else 'does not exist'} {hint}"
         )
     found, entered = [], set()
-    folders, links = [str(top)], deque()
+    folders = [str(top)]
+    links: deque[str] = deque()
     while folders or links:
         folder = folders.pop() if folders else links.popleft()
         real_path = os.path.realpath(folder)
@@ -217,7 +219,8 @@ class FlatImageFolder(Dataset):
     """`files` as one set without classes, which `ImageFolder` refuses. Items are `(loader(path), 0)`."""
 
     def __init__(self, root: str | Path, files: list[str], loader: Callable[[str], Tensor]):
-        self.root, self.loader, self.classes = str(_absolute(root)), loader, []
+        self.root, self.loader = str(_absolute(root)), loader
+        self.classes: list[str] = []
         self.samples = [(file, 0) for file in files]
 
     def __len__(self) -> int:

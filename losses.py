@@ -67,10 +67,12 @@ def gradient_penalty(
     with torch.autocast(x_real.device.type, enabled=False):
         epsilon = at_least_fp32(epsilon).view(-1, 1, 1, 1)
         x_hat = (epsilon * at_least_fp32(x_real) + (1 - epsilon) * at_least_fp32(x_fake)).detach()
+
+        def total_score(x: Tensor) -> Tensor:
+            return discriminator(x).sum()
+
         # Scores of different pictures don't mix, so the gradient of their sum is each picture's own gradient.
-        input_gradient = getattr(discriminator, "input_gradient", None) or torch.func.grad(
-            lambda x: discriminator(x).sum()
-        )
+        input_gradient = getattr(discriminator, "input_gradient", None) or torch.func.grad(total_score)
         gradient = input_gradient(x_hat)
         # The small number inside the root keeps its derivative finite where the gradient vanishes.
         norm = (gradient.square().sum(dim=(1, 2, 3)) + 1e-12).sqrt()

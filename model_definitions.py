@@ -36,6 +36,7 @@ from weight_updates import (
 )
 
 LEAKY_SLOPE = 0.2
+STAGE_PADDING = 1
 WATCHED_SIZE = 64
 """Side of the frames that the GRU watches, unless the settings say otherwise: motion shows in small frames too."""
 
@@ -89,9 +90,9 @@ class VAE(nn.Module):
         self.decoder = nn.Sequential(decoder)  #                                       (B, C, H, W)
         _initialise(self)
         # Half the usual spread on what becomes mu, logvar and pixels: KL and Sigmoid start in their calm range.
-        for layer in (self.to_mu, self.to_logvar, self.decoder.stage1):
+        for weight in (self.to_mu.weight, self.to_logvar.weight, self.decoder.get_parameter("stage1.weight")):
             with torch.no_grad():
-                layer.weight.mul_(0.5)
+                weight.mul_(0.5)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures (B, C, H, W) in [0, 1] -> mu, logvar of q(z | x), each (B, latent_dim)."""
@@ -155,17 +156,18 @@ class Discriminator(nn.Module):
         over through the forward pass once more: 6 convolutions' work for each layer instead of 4.
         """
         h, slopes, places = _centred(x), [], []
+        convolutions = [stage.conv for stage in conv_stages(self.stages)]
         with torch.no_grad():
-            for stage in self.stages:
-                drawn = stage.conv(h)
+            for conv in convolutions:
+                drawn = conv(h)
                 h, index = functional.max_pool2d(drawn, 2, return_indices=True)
                 slopes.append(torch.full_like(h, LEAKY_SLOPE).masked_fill(h > 0, 1))  # torch's choice where h = 0
                 places.append((drawn, index))
                 h = h * slopes[-1]
         gradient = self.to_score.weight.view(1, *h.shape[1:]).expand_as(h)
-        for stage, slope, (drawn, index) in zip(reversed(self.stages), reversed(slopes), reversed(places), strict=True):
+        for conv, slope, (drawn, index) in zip(reversed(convolutions), reversed(slopes), reversed(places), strict=True):
             gradient = _unpool(gradient * slope, drawn, index)
-            gradient = functional.conv_transpose2d(gradient, stage.conv.weight, padding=stage.conv.padding)
+            gradient = functional.conv_transpose2d(gradient, conv.weight, padding=STAGE_PADDING)
         return 2 * gradient  # of _centred
 
     def probability(self, x: Tensor) -> Tensor:
@@ -291,7 +293,7 @@ class Generator(nn.Module):
         Args:
             how: `grain` and `varied` of `VideoSynthesizer.draw_motion`.
         """
-        device = self.vae.decoder.projection.weight.device
+        device = self.vae.to_mu.weight.device
         images = torch.empty(batch, *self.vae.image_shape, device=device)
         return self.synthesizer.draw_motion(images, generator, **how)
 
@@ -364,7 +366,8 @@ class Generator(nn.Module):
     def _roll_on(self, output: GeneratorOutput, motion: Motion, times: Tensor, rolled: int) -> Tensor:
         """`watch_on` of the first `rolled` pictures: (rolled, count + 1, hidden_size)."""
         assert output.memory is not None
-        states, memory = [output.states[:rolled, -1]], output.memory.rows(slice(rolled))
+        states = [output.states[:rolled, -1]]
+        memory: Memory | None = output.memory.rows(slice(rolled))
         features = output.features[:rolled].detach()
         with torch.no_grad():
             grain = self.synthesizer.grain(
@@ -447,8 +450,8 @@ class Generator(nn.Module):
         """The weight-driven video: `features` (B, ...) and GRU states (B, K, hidden_size) -> (B, K, C, H, W)."""
         count = states.shape[1]
         if self.shared:
-            frames = [self.draw(features, self.predict(state, frozen), frozen) for state in states.unbind(1)]
-            return torch.stack(frames, 1)
+            drawn = [self.draw(features, self.predict(state, frozen), frozen) for state in states.unbind(1)]
+            return torch.stack(drawn, 1)
         frames = self.draw(features.repeat_interleave(count, 0), self.predict(states.flatten(0, 1), frozen), frozen)
         return frames.unflatten(0, (-1, count))
 
@@ -513,15 +516,27 @@ def build_discriminator(config: Config) -> Discriminator:
     return Discriminator(config.image.size, config.image.channels, config.discriminator.channels)
 
 
-def _conv_stage(narrow: int, wide: int, activation: nn.Module) -> nn.Sequential:
+class ConvStage(nn.Sequential):
+    """One stage of the encoder or the critic; it tells type checkers what its layers are."""
+
+    conv: nn.Conv2d
+    pool: nn.MaxPool2d
+    activation: nn.Module
+
+
+def conv_stages(network: nn.Sequential) -> list[ConvStage]:
+    """The stages of an encoder or a critic, from the picture inwards."""
+    return [stage for stage in network if isinstance(stage, ConvStage)]
+
+
+def _conv_stage(narrow: int, wide: int, activation: nn.Module) -> ConvStage:
     """(B, narrow, H, W) -> (B, wide, H / 2, W / 2).
 
     The activation stands behind the pooling: it keeps the order of numbers, so the result is the same as the other way
     round, for a quarter of the work.
     """
-    return nn.Sequential(
-        OrderedDict(conv=nn.Conv2d(narrow, wide, 3, padding=1), pool=nn.MaxPool2d(2), activation=activation)
-    )
+    conv = nn.Conv2d(narrow, wide, 3, padding=STAGE_PADDING)
+    return ConvStage(OrderedDict(conv=conv, pool=nn.MaxPool2d(2), activation=activation))
 
 
 def _unpool(pooled: Tensor, x: Tensor, index: Tensor) -> Tensor:
@@ -560,4 +575,5 @@ def _initialise(network: nn.Module) -> None:
             if isinstance(module, nn.ConvTranspose2d):
                 fan_in = module.in_channels * math.prod(module.kernel_size) // math.prod(module.stride)
             nn.init.normal_(module.weight, std=math.sqrt(2 / fan_in))
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

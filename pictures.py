@@ -122,7 +122,7 @@ def _blank_sheet(
     labels: list[str], rows: int, height: int, width: int, title: str | None
 ) -> tuple[np.ndarray, list[list[tuple[int, int]]]]:
     """The sheet with its words on it, (H, W, 3) uint8, and the top left corner (y, x) of every cell of each column."""
-    font, title_font = ImageFont.load_default(_LABEL_SIZE), ImageFont.load_default(_TITLE_SIZE)
+    font, title_font = _font(_LABEL_SIZE), _font(_TITLE_SIZE)
     words = [_wrapped(label, font, width) for label in labels]
     line = sum(font.getmetrics())
     words_height = line * max(len(lines) for lines in words)
@@ -149,6 +149,12 @@ def _blank_sheet(
             draw.text((left + pitch / 2, y + i * line), text, _INK, font, anchor="ma")
         corners.append([(top + row * (height + _GAP), left + (pitch - width) // 2) for row in range(rows)])
     return np.asarray(page), corners
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # the other kind has no sizes
+    return font
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

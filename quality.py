@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from configuration import UserError
+from devices import channels_last_on
 
 FEATURES = ("efficientnet-lite0", "inception")
 """What `load_features` knows."""
@@ -141,7 +142,7 @@ def load_features(name: str = "efficientnet-lite0", device: torch.device | str =
     if name not in networks:
         raise UserError(f"features '{name}' are unknown; choose one of {', '.join(networks)}")
     network = networks[name]().eval().requires_grad_(False)
-    return network.to(device, memory_format=torch.channels_last)
+    return channels_last_on(device, network)
 
 
 def picture_features(features: PictureFeatures, pictures: Tensor | Iterable[Tensor]) -> Tensor:

@@ -16,7 +16,15 @@ from torchvision.datasets import ImageFolder
 
 from configuration import Config
 from losses import GeneratorLoss, generator_loss, vae_loss
-from model_definitions import LEAKY_SLOPE, Generator, build_discriminator, build_generator, states_at
+from model_definitions import (
+    LEAKY_SLOPE,
+    Discriminator,
+    Generator,
+    build_discriminator,
+    build_generator,
+    conv_stages,
+    states_at,
+)
 from objectives import following_loss
 from random_draws import CriticDraws, GeneratorDraws, base_fakes
 
@@ -24,10 +32,13 @@ from random_draws import CriticDraws, GeneratorDraws, base_fakes
 class TextbookCritic(nn.Module):
     """Conv2d, LeakyReLU, MaxPool2d in the order that one reads everywhere, and a score."""
 
-    def __init__(self, ours: nn.Module) -> None:
+    def __init__(self, ours: Discriminator) -> None:
         super().__init__()
         self.stages = nn.Sequential(
-            *(nn.Sequential(stage.conv, nn.LeakyReLU(LEAKY_SLOPE), nn.MaxPool2d(2)) for stage in ours.stages)
+            *(
+                nn.Sequential(stage.conv, nn.LeakyReLU(LEAKY_SLOPE), nn.MaxPool2d(2))
+                for stage in conv_stages(ours.stages)
+            )
         )
         self.to_score = ours.to_score
 
@@ -51,9 +62,8 @@ class Textbook:
         self.generator: Generator = build_generator(config).to(device, dtype)
         torch.manual_seed(config.training.seed + 1)
         critic = build_discriminator(config)
-        for stage in self.generator.vae.encoder:  # ReLU before the pooling
-            conv, pool, activation = stage
-            stage.__class__, stage._modules = nn.Sequential, {"conv": conv, "activation": activation, "pool": pool}
+        for stage in conv_stages(self.generator.vae.encoder):  # ReLU before the pooling
+            stage._modules = {"conv": stage.conv, "activation": stage.activation, "pool": stage.pool}
         self.discriminator = TextbookCritic(critic).to(device, dtype)
         training = config.training
         betas = (training.adam_betas[0], training.adam_betas[1])

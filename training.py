@@ -21,7 +21,7 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from command_line import silence_output
 from configuration import Config, UserError, config_to_dict, config_to_yaml, load_config
@@ -258,7 +258,7 @@ def dry_run_report(
     yield f"  first batch {tuple(batch.shape)}, values {batch.min():.3f} to {batch.max():.3f}, mean {batch.mean():.3f}"
     yield ""
     yield "# networks                             parameters"
-    networks = {
+    networks: dict[str, list[nn.Module]] = {
         "VAE encoder": [generator.vae.encoder, generator.vae.to_mu, generator.vae.to_logvar],
         "VAE decoder θ": [generator.vae.decoder],
         "WeightPredictorRNN and update head": [generator.predictor, generator.head],

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from configuration import Config, TrainingConfig
+from devices import channels_last_on
 from model_definitions import build_discriminator, build_generator
+from weight_predictor import WeightPredictorRNN
 
 
 class TrainingState:
@@ -36,14 +38,13 @@ class TrainingState:
         self.config = config
         self.device = device
         self.step = 0
-        # channels_last: convolutions run faster in that layout, on CPU and GPU, and pass it on from layer to layer.
-        self.generator = build_generator(config).to(device, memory_format=torch.channels_last)
+        self.generator = channels_last_on(device, build_generator(config))
         # The same critic whatever the generator is: an ablation pairs runs by their seeds.
         torch.manual_seed(config.training.seed + 1)
-        self.discriminator = build_discriminator(config).to(device, memory_format=torch.channels_last)
+        self.discriminator = channels_last_on(device, build_discriminator(config))
         self.generator_ema = copy.deepcopy(self.generator).requires_grad_(False)
-        if config.weight_predictor.update == "predicted":  # a copy's weights lie apart: cuDNN mends it every call
-            self.generator_ema.predictor.gru.flatten_parameters()
+        if isinstance(self.generator_ema.predictor, WeightPredictorRNN):
+            self.generator_ema.predictor.gru.flatten_parameters()  # a copy's lie apart: cuDNN mends it every call
         training = config.training
         self.parameters: dict[str, list[nn.Parameter]] = {
             "vae": list(self.generator.vae.parameters()),
@@ -167,7 +168,9 @@ def _laid_out_like(parameter: Tensor, values: Tensor) -> Tensor:
 
 def _random_states() -> dict[str, Any]:
     """The libraries' own random states. Training draws nothing from them, but code that somebody adds may."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
+    numpy_state = np.random.get_state()  # noqa: NPY002
+    assert isinstance(numpy_state, tuple)  # a dict for other bit generators than NumPy's global one
+    kind, keys, position, has_gauss, gauss = numpy_state
     return {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),

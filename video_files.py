@@ -116,7 +116,9 @@ class VideoWriter:
             raise ValueError(f"expected one frame, got {tuple(frame.shape)}; write_video takes many")
         if self._shape is None:
             self._shape = pixels.shape
-            self._scale = scale_for(*pixels.shape[:2], _AUTO_SIDE) if self._scale is None else self._scale
+        height, width = pixels.shape[:2]
+        if self._scale is None:
+            self._scale = scale_for(height, width, _AUTO_SIDE)
         if pixels.shape != self._shape:
             (h, w, _), (height, width, _) = pixels.shape, self._shape
             raise UserError(f"{self._path}: frame {self.frames} is {w} x {h}, the ones before it {width} x {height}")
@@ -271,9 +273,10 @@ class _Stream:
         self._palette = _palette_graph(height, width, self._tick) if self._format.pixels == "pal8" else None
 
     def _mux_paletted(self) -> None:
+        assert self._palette is not None
         while True:
             try:
-                frame = self._palette.pull()
+                frame = self._palette.vpull()
             except (av.error.BlockingIOError, av.error.EOFError):  # wants another frame; has given its last
                 return
             self._container.mux(self._stream.encode(frame))
@@ -286,7 +289,7 @@ def _palette_graph(height: int, width: int, tick: Fraction) -> av.filter.Graph:
     what changed) leaves single wrong pixels behind where everything moves.
     """
     graph = av.filter.Graph()
-    source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=tick)
+    source = graph.add_buffer(width=width, height=height, format=av.VideoFormat("rgb24"), time_base=tick)
     split, best = graph.add("split"), graph.add("palettegen", "stats_mode=single:reserve_transparent=0")
     use, sink = graph.add("paletteuse", "new=1:dither=none"), graph.add("buffersink")
     source.link_to(split)

@@ -23,7 +23,7 @@ import math
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,7 @@ class VideoSynthesizer(nn.Module):
         """
         batch, channels = images.shape[:2]
         height, width = self.video_size(images) if self.strengths.noise and grain else (0, 0)
-        how = {"generator": generator, "device": images.device}
+        how: dict[str, Any] = {"generator": generator, "device": images.device}
         phases = torch.rand(batch, len(PATHS), len(PATH_WEIGHTS), **how) * (2 * math.pi)
         amplitudes = torch.rand(batch, len(PATHS), **how)
         if not varied:

@@ -68,7 +68,7 @@ class WeightPredictorRNN(nn.Module):
         self.to_update = nn.Linear(hidden_size, update_size, bias=False)
         nn.init.zeros_(self.to_update.weight)
         # torch's own bound knows only hidden_size: the many pixels of a frame would drive every gate to its end.
-        nn.init.normal_(self.gru.weight_ih_l0, std=INPUT_GAIN / math.sqrt(input_size))
+        nn.init.normal_(self.gru.get_parameter("weight_ih_l0"), std=INPUT_GAIN / math.sqrt(input_size))
 
     def watch(self, video: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
         """Runs the GRU over (more of) a video.
@@ -101,7 +101,7 @@ class ConstantUpdate(nn.Module):
         super().__init__()
         self.code = nn.Parameter(torch.zeros(update_size))
 
-    def watch(self, video: Tensor, memory: None = None) -> tuple[Tensor, None]:
+    def watch(self, video: Tensor, memory: Memory | None = None) -> tuple[Tensor, None]:
         """Video (B, T, C, height, width) -> states (B, T, 0), and no memory."""
         return video.new_empty(*video.shape[:2], 0), None
 

@@ -14,6 +14,7 @@ its two factors as long as it can: `draw_factored` draws with them, and no pictu
 import difflib
 import fnmatch
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -74,7 +75,7 @@ class UpdateSpec:
             for tensor, piece in zip(self.tensors, pieces, strict=True)
         }  # fmt: skip
 
-    def flatten(self, named: dict[str, Tensor]) -> Tensor:
+    def flatten(self, named: Mapping[str, Tensor]) -> Tensor:
         """The inverse of `split` for unbatched tensors: (total_size,)."""
         return torch.cat([named[tensor.name].reshape(-1) for tensor in self.tensors])
 
@@ -288,7 +289,8 @@ def build_head(kind: str, spec: UpdateSpec, rank: int = 4) -> UpdateHead:
     """The head called `full`, `low_rank` or `per_channel`; its `update_size` is what the GRU's Linear predicts."""
     if kind == "low_rank":
         return LowRankHead(spec, rank)
-    return {"full": FullHead, "per_channel": PerChannelHead}[kind](spec)
+    heads: dict[str, Callable[[UpdateSpec], UpdateHead]] = {"full": FullHead, "per_channel": PerChannelHead}
+    return heads[kind](spec)
 
 
 def check_update_size(given: int | str, head: UpdateHead, spec: UpdateSpec) -> int:
@@ -342,16 +344,17 @@ def draw_factored(
         own = {key: weights[f"{name}.{key}"] for key in ("weight", "bias")}
         h = functional_call(layer, own, (x,), strict=True)
         a, v = factors.get(f"{name}.weight", (None, None))
-        if a is not None:
+        if a is not None and v is not None:
             a = a * scales[f"{name}.weight"]
             if isinstance(layer, nn.Linear):
                 h = h + (a @ (v @ x[:, :, None]))[:, :, 0]
             else:
-                kernel = layer.kernel_size
+                kernel, padding = layer.kernel_size, layer.padding
+                assert not isinstance(padding, str)  # only other convolutions take it by name
                 # (B, rank, in · kernel) -> (B, rank · kernel, in): what each input channel adds to each patch.
                 taps = v.unflatten(2, (layer.in_channels, -1)).transpose(2, 3).flatten(1, 2)
                 patches = taps @ x.flatten(2)
-                thin = functional.fold(patches, h.shape[2:], kernel, padding=layer.padding, stride=layer.stride)
+                thin = functional.fold(patches, h.shape[2:], kernel, padding=padding, stride=layer.stride)
                 h = h + (a @ thin.flatten(2)).unflatten(2, h.shape[2:])
         _, shift = factors.get(f"{name}.bias", (None, None))
         if shift is not None:

@@ -216,7 +216,7 @@ def test_reliability_by_hand() -> None:
     assert found.error == pytest.approx(0.1, abs=1e-6)
     assert found.probability == pytest.approx([0.2, 0.9], abs=1e-6)
     assert found.real_share == pytest.approx([0.25, 0.75])
-    assert found.count == [4, 4]
+    assert found.pictures == [4, 4]
     assert reliability(torch.full((50,), 0.5), torch.full((70,), 0.5)).error == pytest.approx(0, abs=1e-6)
     # Of perfect probabilities 0.5, a bin of 2 N pictures is off by sqrt(1 / (4 π N)) on average.
     expected = reliability(torch.full((50,), 0.5), torch.full((50,), 0.5)).expected_error
