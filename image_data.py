@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,13 +27,17 @@ from tqdm import tqdm
 from configuration import DataConfig, ImageConfig, UserError
 from image_files import (
     BrokenImageError,
-    ClassImageFolder,
     FlatImageFolder,
     background_colour,
     decode_image,
     open_folder,
     shown_path,
 )
+
+if TYPE_CHECKING:
+    from class_folder import ClassImageFolder
+
+    Folder = ClassImageFolder | FlatImageFolder
 
 
 class TrainingImages:
@@ -48,7 +53,7 @@ class TrainingImages:
         storage: `device` (uint8 on the GPU), `memory` (uint8 in RAM) or `stream` (decoded by workers as needed).
     """
 
-    def __init__(self, folder: ClassImageFolder | FlatImageFolder, data: DataConfig, image: ImageConfig, *,
+    def __init__(self, folder: "Folder", data: DataConfig, image: ImageConfig, *,
                  batch_size: int, seed: int, device: torch.device | str, progress: bool = True,
                  share: slice = slice(None)):  # fmt: skip
         folder, self._held_out = split_off(folder, data.holdout)
@@ -235,10 +240,7 @@ class TrainingImages:
             self._broken[index] = reason
 
 
-Folder = ClassImageFolder | FlatImageFolder
-
-
-def split_off(folder: Folder, share: float) -> tuple[Folder, Folder]:
+def split_off(folder: "Folder", share: float) -> "tuple[Folder, Folder]":
     """The folder in two: pictures to train on, in its order, and a `share` that is held out, in the order of a hash.
 
     A hash of its name below the root decides on each picture: those with the smallest ones are held out, at least one
@@ -269,7 +271,7 @@ def split_off(folder: Folder, share: float) -> tuple[Folder, Folder]:
 class _Items(Dataset):
     """What a worker reads. Broken images come back as data: an exception would reach the user with a traceback."""
 
-    def __init__(self, folder: ClassImageFolder | FlatImageFolder, skip: bool):
+    def __init__(self, folder: "Folder", skip: bool):
         self.folder, self.skip = folder, skip
 
     def read(self, index: int) -> tuple[Tensor | None, str]:
