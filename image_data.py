@@ -12,10 +12,11 @@ import math
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,13 +27,19 @@ from tqdm import tqdm
 from configuration import DataConfig, ImageConfig, UserError
 from image_files import (
     BrokenImageError,
-    ClassImageFolder,
     FlatImageFolder,
+    absolute,
     background_colour,
+    class_name,
     decode_image,
-    open_folder,
+    find_images,
     shown_path,
 )
+
+if TYPE_CHECKING:
+    from class_folder import ClassImageFolder
+
+    Folder = ClassImageFolder | FlatImageFolder
 
 
 class TrainingImages:
@@ -48,7 +55,7 @@ class TrainingImages:
         storage: `device` (uint8 on the GPU), `memory` (uint8 in RAM) or `stream` (decoded by workers as needed).
     """
 
-    def __init__(self, folder: ClassImageFolder | FlatImageFolder, data: DataConfig, image: ImageConfig, *,
+    def __init__(self, folder: "Folder", data: DataConfig, image: ImageConfig, *,
                  batch_size: int, seed: int, device: torch.device | str, progress: bool = True,
                  share: slice = slice(None)):  # fmt: skip
         folder, self._held_out = split_off(folder, data.holdout)
@@ -236,10 +243,7 @@ class TrainingImages:
             self._broken[index] = reason
 
 
-Folder = ClassImageFolder | FlatImageFolder
-
-
-def split_off(folder: Folder, share: float) -> tuple[Folder, Folder]:
+def split_off(folder: "Folder", share: float) -> "tuple[Folder, Folder]":
     """The folder in two: pictures to train on, in its order, and a `share` that is held out, in the order of a hash.
 
     A hash of its name below the root decides on each picture: those with the smallest ones are held out, at least one
@@ -270,7 +274,7 @@ def split_off(folder: Folder, share: float) -> tuple[Folder, Folder]:
 class _Items(Dataset):
     """What a worker reads. Broken images come back as data: an exception would reach the user with a traceback."""
 
-    def __init__(self, folder: ClassImageFolder | FlatImageFolder, skip: bool):
+    def __init__(self, folder: "Folder", skip: bool):
         self.folder, self.skip = folder, skip
 
     def read(self, index: int) -> tuple[Tensor | None, str]:
@@ -308,6 +312,20 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def open_folder(root: str | Path, loader: Callable[[str], Tensor]) -> "Folder":
+    """The dataset that suits the folder: by class if no image lies loose at the top, else flat.
+
+    Images both at the top and in folders make one flat set. `ImageFolder` would drop the loose ones in silence, and
+    refusing would help nobody: training doesn't need the classes, and the run's log says that the set is one.
+    """
+    files = find_images(root)
+    if not all(class_name(str(absolute(root)), file) for file in files):
+        return FlatImageFolder(root, files, loader)
+    from class_folder import ClassImageFolder  # here: torchvision takes a second or two to load
+
+    return ClassImageFolder(root, files, loader)
 
 
 def open_images(data: DataConfig, image: ImageConfig, *, batch_size: int, seed: int, device: torch.device | str,

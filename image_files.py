@@ -14,7 +14,6 @@ import torch
 from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
 
 from configuration import UserError, one_line
 
@@ -150,7 +149,7 @@ def find_images(root: str | Path, setting: str = "data.root") -> list[str]:
     Raises:
         UserError: `root` is missing, no folder or without images, or a folder in it cannot be read.
     """
-    top = _absolute(root)
+    top = absolute(root)
     extensions = ", ".join(extension[1:] for extension in IMAGE_EXTENSIONS)
     hint = f"(looked for {extensions}); set {setting} to a folder of images"
     if not str(root).strip():  # else it would mean the working directory
@@ -197,29 +196,11 @@ def is_image_file(path: str) -> bool:
     return path.lower().endswith(IMAGE_EXTENSIONS)
 
 
-class ClassImageFolder(ImageFolder):
-    """torchvision's `ImageFolder` over `files`: its own search enters hidden folders and loops of links.
-
-    Items are `(loader(path), class number)`.
-    """
-
-    def __init__(self, root: str | Path, files: list[str], loader: Callable[[str], Tensor]):
-        self._files = files
-        super().__init__(str(_absolute(root)), loader=loader, is_valid_file=is_image_file)
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        classes = sorted({_class_name(directory, file) for file in self._files})
-        return classes, {name: number for number, name in enumerate(classes)}
-
-    def make_dataset(self, directory, class_to_idx, extensions=None, is_valid_file=None, allow_empty=False):
-        return [(file, class_to_idx[_class_name(directory, file)]) for file in self._files]
-
-
 class FlatImageFolder(Dataset):
     """`files` as one set without classes, which `ImageFolder` refuses. Items are `(loader(path), 0)`."""
 
     def __init__(self, root: str | Path, files: list[str], loader: Callable[[str], Tensor]):
-        self.root, self.loader = str(_absolute(root)), loader
+        self.root, self.loader = str(absolute(root)), loader
         self.classes: list[str] = []
         self.samples = [(file, 0) for file in files]
 
@@ -231,24 +212,14 @@ class FlatImageFolder(Dataset):
         return self.loader(path), number
 
 
-def open_folder(root: str | Path, loader: Callable[[str], Tensor]) -> ClassImageFolder | FlatImageFolder:
-    """The dataset that suits the folder: by class if no image lies loose at the top, else flat.
-
-    Images both at the top and in folders make one flat set. `ImageFolder` would drop the loose ones in silence, and
-    refusing would help nobody: training doesn't need the classes, and the run's log says that the set is one.
-    """
-    files = find_images(root)
-    loose = not all(_class_name(str(_absolute(root)), file) for file in files)
-    return (FlatImageFolder if loose else ClassImageFolder)(root, files, loader)
-
-
-def _class_name(root: str, file: str) -> str:
+def class_name(root: str, file: str) -> str:
     """The first folder below `root` on the way to the file, or an empty text."""
     folder, separator, _ = file[len(root) :].lstrip(os.sep).partition(os.sep)
     return folder if separator else ""
 
 
-def _absolute(root: str | Path) -> Path:
+def absolute(root: str | Path) -> Path:
+    """The path from the top, with the home folder for a leading ~; links stay."""
     root = Path(root)
     return (root.expanduser() if root.parts[:1] == ("~",) else root).absolute()
 

@@ -4,14 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from PIL import Image
 
+import training
 from checkpoints import load_checkpoint
+from run_directory import RunDirectory
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,6 +42,36 @@ VARIED = ["data.mirror=true", "training.diffaugment=[color,translation,cutout]",
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)  # small tensors, and pytest-xdist may run several tests at a time
+
+
+_PICTURES = {"clips": "save_clip", "curves": "plot_losses"}
+_DRAWN = {name: getattr(RunDirectory, name) for name in _PICTURES.values()}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_pictures() -> Iterator[None]:
+    """Runs in this process leave out clips and curves, which take longer than small runs do."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in _DRAWN:
+            patch.setattr(RunDirectory, name, lambda *_: None)
+        yield
+
+
+@contextmanager
+def pictures_drawn(*kinds: str) -> Iterator[None]:
+    """Runs inside draw these of `clips` and `curves` all the same; unnamed: both."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in kinds or _PICTURES:
+            patch.setattr(RunDirectory, _PICTURES[kind], _DRAWN[_PICTURES[kind]])
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _marked_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The same for a test marked `pictures`."""
+    mark = request.node.get_closest_marker("pictures")
+    with pictures_drawn(*mark.args) if mark else nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -88,6 +122,29 @@ def untimed_metrics(run: Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl without what depends on the machine's speed and memory."""
     timed = ("speed/", "memory/", "seconds")
     return [{key: value for key, value in line.items() if not key.startswith(timed)} for line in metrics_of(run)]
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Done]:
+    """`python training.py <arguments>` from `tmp_path`, in this process: a new one takes seconds to import torch."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Done:
+        capsys.readouterr()
+        status = training.main([*arguments])
+        return Done(status, *capsys.readouterr())
+
+    return run
 
 
 def run_command(*arguments: str, folder: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:

@@ -38,15 +38,6 @@ def train(*overrides: str) -> int:
     return training.train(load_config(None, overrides))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _few_pictures() -> object:
-    """Clips and curves take longer than these runs do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.RunDirectory, "save_clip", lambda *_: None)
-        patch.setattr(training.RunDirectory, "plot_losses", lambda *_: None)
-        yield
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, picture_folder: Path) -> Path:
     """Five steps, measured after 2, 4 and 5."""

@@ -21,7 +21,7 @@ from PIL import Image
 
 import image_files
 from configuration import DataConfig, ImageConfig, UserError
-from image_data import TrainingImages, open_images
+from image_data import TrainingImages, open_folder, open_images
 from image_files import (
     IMAGE_EXTENSIONS,
     BrokenImageError,
@@ -29,7 +29,6 @@ from image_files import (
     decode_image,
     find_images,
     is_image_file,
-    open_folder,
 )
 
 EMOJI = Path(__file__).parent.parent / "data" / "emoji"

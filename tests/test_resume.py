@@ -60,14 +60,6 @@ def before_step(monkeypatch: pytest.MonkeyPatch, step: int, do: Callable[[], Any
     monkeypatch.setattr(EagerSteps, "generator_step", generator_step)
 
 
-@pytest.fixture(autouse=True)
-def _few_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clips and curves take longer than these runs do; only tests marked `pictures` want them."""
-    if "pictures" not in request.keywords:
-        monkeypatch.setattr(RunDirectory, "save_clip", lambda *_: None)
-        monkeypatch.setattr(RunDirectory, "plot_losses", lambda *_: None)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, picture_folder: Path) -> Path:
     """Nine steps in one go."""

@@ -1,11 +1,12 @@
 """Runners against each other: the same parameters, however a step is run."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, VARIED, run_command
+from conftest import ROOT, SMALL, VARIED, Done
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
@@ -380,18 +381,19 @@ def test_bf16_on_a_device_without_it_is_told(monkeypatch: pytest.MonkeyPatch) ->
     assert "WARNING" not in build_steps(config, state, DiffAugment([]), 10)[1]
 
 
-def test_cuda_graph_on_a_cpu_is_one_line(tmp_path: Path, picture_folder: Path) -> None:
-    done = run_command("training.py", *SMALL, f"data.root={picture_folder}", "runtime.step=cuda_graph", folder=tmp_path)
+def test_cuda_graph_on_a_cpu_is_one_line(
+    run_training: Callable[..., Done], tmp_path: Path, picture_folder: Path
+) -> None:
+    done = run_training(*SMALL, f"data.root={picture_folder}", "runtime.step=cuda_graph")
     assert done.returncode == 2
     assert done.stderr.startswith("error: runtime.step is cuda_graph")
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
 
 
-def test_profile_leaves_a_trace(tmp_path: Path, picture_folder: Path) -> None:
-    done = run_command(
-        "training.py", "--profile", *SMALL, f"data.root={picture_folder}", "training.steps=6", "output.log_every=3",
-        folder=tmp_path,
+def test_profile_leaves_a_trace(run_training: Callable[..., Done], tmp_path: Path, picture_folder: Path) -> None:
+    done = run_training(
+        "--profile", *SMALL, f"data.root={picture_folder}", "training.steps=6", "output.log_every=3",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     trace = tmp_path / "runs" / "default" / "trace.json"

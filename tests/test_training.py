@@ -6,14 +6,16 @@ import math
 import re
 import signal
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, metrics_of, run_command, small, start_command
+from conftest import ROOT, SMALL, Done, metrics_of, pictures_drawn, run_command, small, start_command
 from PIL import Image
 
+import resume
 import step_runners
 import training
 from augmentation import DiffAugment
@@ -38,7 +40,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, picture_folder: Path)
               "output.checkpoint_every=100", "output.tensorboard=true", "training.lr_vae=3e-3",
               "training.lr_discriminator=3e-3"),
     )  # fmt: skip
-    assert training.train(config) == 0
+    with pictures_drawn():
+        assert training.train(config) == 0
     return folder / "run"
 
 
@@ -114,6 +117,7 @@ def test_the_average_is_neither_the_start_nor_the_end(finished_run: Path) -> Non
     assert (average - end).norm() < 0.9 * (start - end).norm()
 
 
+@pytest.mark.pictures("clips")
 def test_the_same_seed_gives_the_same_run_bit_for_bit(tmp_path: Path, picture_folder: Path) -> None:
     states = []
     for name, seed in (("first", 1), ("second", 1), ("other", 2)):
@@ -168,7 +172,7 @@ def test_every_batch_reaches_the_critic_once_and_the_last_one_the_vae(
     [
         ["weight_predictor.head=low_rank", "weight_predictor.layers=[decoder.*.weight]"],
         ["weight_predictor.head=per_channel", "weight_predictor.sharing=shared"],
-        ["image.channels=1", "video.height=8", "video.width=5"],
+        pytest.param(["image.channels=1", "video.height=8", "video.width=5"], marks=pytest.mark.pictures),
         ["loss.lambda_video=0.1", "loss.judged_frame=random"],
         ["loss.lambda_video=0.1", "loss.judged_frame=random", "weight_predictor.sharing=shared"],
         ["training.diffaugment=[color,translation,cutout]", "loss.base_fake_share=0"],
@@ -270,20 +274,18 @@ def test_epochs_become_steps() -> None:
 # -------------------------------------------------------------------------------------------------------- the command
 
 
-def command(folder: Path, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    return run_command("training.py", *arguments, folder=folder, timeout=timeout)
-
-
 def test_help_shows_examples(tmp_path: Path) -> None:
-    done = command(tmp_path, "--help")
+    done = run_command("training.py", "--help", folder=tmp_path)
     assert done.returncode == 0
     assert "examples:" in done.stdout
     assert "--dry-run" in done.stdout
 
 
-def test_dry_run_shows_everything_and_writes_nothing(tmp_path: Path, picture_folder: Path) -> None:
+def test_dry_run_shows_everything_and_writes_nothing(
+    run_training: Callable[..., Done], tmp_path: Path, picture_folder: Path
+) -> None:
     before = sorted(tmp_path.rglob("*"))
-    done = command(tmp_path, "--dry-run", *small(tmp_path, picture_folder))
+    done = run_training("--dry-run", *small(tmp_path, picture_folder))
     assert done.returncode == 0, done.stderr
     config = load_config(None, small(tmp_path, picture_folder))
     generator, discriminator = build_generator(config), build_discriminator(config)
@@ -298,10 +300,12 @@ def test_dry_run_shows_everything_and_writes_nothing(tmp_path: Path, picture_fol
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_dry_run_still_shows_everything_where_a_run_lies_already(tmp_path: Path, picture_folder: Path) -> None:
+def test_dry_run_still_shows_everything_where_a_run_lies_already(
+    run_training: Callable[..., Done], tmp_path: Path, picture_folder: Path
+) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").write_text("old")
-    done = command(tmp_path, "--dry-run", *small(tmp_path, picture_folder))
+    done = run_training("--dry-run", *small(tmp_path, picture_folder))
     assert done.returncode == 0, done.stderr
     assert "WEIGHT_UPDATE_SIZE" in done.stdout
     assert "would be refused" in done.stdout
@@ -316,7 +320,8 @@ def test_dry_run_into_a_closed_pipe_is_quiet(tmp_path: Path, picture_folder: Pat
 
 
 def test_plain_lines_where_output_is_no_terminal(tmp_path: Path, picture_folder: Path) -> None:
-    done = command(tmp_path, *small(tmp_path, picture_folder, "training.steps=4", "output.log_every=2"))
+    arguments = small(tmp_path, picture_folder, "training.steps=4", "output.log_every=2")
+    done = run_command("training.py", *arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^step 2/4 .*images/s, .* left$", done.stdout, re.MULTILINE)
     assert "finished 4 steps" in done.stdout
@@ -340,11 +345,13 @@ def test_ctrl_c_saves_and_exits_with_130(tmp_path: Path, picture_folder: Path) -
     assert (tmp_path / "run" / "samples" / f"step_{step:06d}.png").exists()
 
 
-def test_a_folder_that_holds_something_else_is_never_touched(tmp_path: Path, picture_folder: Path) -> None:
+def test_a_folder_that_holds_something_else_is_never_touched(
+    run_training: Callable[..., Done], tmp_path: Path, picture_folder: Path
+) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").write_text("old")
     (tmp_path / "run-2").mkdir()
-    done = command(tmp_path, *small(tmp_path, picture_folder, "training.steps=1"))
+    done = run_training(*small(tmp_path, picture_folder, "training.steps=1"))
     assert_one_line(done, ["something else than a run", "output.name=run-3"])
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
 
@@ -406,9 +413,9 @@ def test_weights_that_are_no_numbers_never_reach_a_checkpoint(
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
-    overrides: list[str], words: list[str], tmp_path: Path, picture_folder: Path
+    overrides: list[str], words: list[str], run_training: Callable[..., Done], tmp_path: Path, picture_folder: Path
 ) -> None:
-    done = command(tmp_path, *small(tmp_path, picture_folder, "training.steps=1"), *overrides)
+    done = run_training(*small(tmp_path, picture_folder, "training.steps=1"), *overrides)
     assert_one_line(done, words)
     assert not (tmp_path / "run").exists()
 
@@ -423,28 +430,32 @@ def pictures(tmp_path: Path, picture_folder: Path) -> Path:
     return folder
 
 
-def test_a_broken_picture_is_named_or_skipped(tmp_path: Path, pictures: Path) -> None:
+def test_a_broken_picture_is_named_or_skipped(
+    run_training: Callable[..., Done], tmp_path: Path, pictures: Path
+) -> None:
     (pictures / "bad one.jpg").write_bytes(b"\xff\xd8 no picture")
     arguments = small(tmp_path, pictures, "training.steps=1")
-    assert_one_line(command(tmp_path, *arguments), ["bad one.jpg", "data.on_broken=skip"])
-    done = command(tmp_path, *arguments, "data.on_broken=skip")
+    assert_one_line(run_training(*arguments), ["bad one.jpg", "data.on_broken=skip"])
+    done = run_training(*arguments, "data.on_broken=skip")
     assert done.returncode == 0, done.stderr
     assert "24 images" in done.stdout
     assert "skipped 1 broken" in done.stdout
     assert "bad one.jpg" in (tmp_path / "run" / "skipped.txt").read_text()
 
 
-def test_broken_pictures_in_a_stream_are_listed_too(tmp_path: Path, pictures: Path) -> None:
+def test_broken_pictures_in_a_stream_are_listed_too(
+    run_training: Callable[..., Done], tmp_path: Path, pictures: Path
+) -> None:
     (pictures / "07.png").write_bytes(b"")
     stream = ["data.memory_gb=0", "data.on_broken=skip", "training.steps=6", "output.log_every=1"]
-    done = command(tmp_path, *small(tmp_path, pictures, *stream))
+    done = run_training(*small(tmp_path, pictures, *stream))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "skipped.txt").read_text().count("07.png") == 1
-    refused = command(tmp_path, *small(tmp_path, pictures, "data.memory_gb=0", "training.steps=6", name="other"))
+    refused = run_training(*small(tmp_path, pictures, "data.memory_gb=0", "training.steps=6", name="other"))
     assert_one_line(refused, ["07.png"])
 
 
-def assert_one_line(done: subprocess.CompletedProcess[str], words: list[str]) -> None:
+def assert_one_line(done: Done, words: list[str]) -> None:
     assert done.returncode == 2, done.stdout + done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1, done.stderr
@@ -453,8 +464,9 @@ def assert_one_line(done: subprocess.CompletedProcess[str], words: list[str]) ->
         assert word in lines[0]
 
 
-def test_the_default_settings_start_on_the_embedded_images(tmp_path: Path) -> None:
+def test_the_default_settings_start_on_the_embedded_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """128 pixels, batch 16, as `python training.py` has them, for one critic step and one generator step."""
+    monkeypatch.setattr(resume, "CALIBRATED", 16)  # 512 pictures of this size, drawn and judged, take half a minute
     config = load_config(ROOT / "config.yaml", [f"data.root={ROOT / 'data' / 'emoji'}", f"output.root={tmp_path}",
                                                 "training.steps=1", "training.n_critic=1"])  # fmt: skip
     assert training.train(config) == 0
