@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, run_command
+from conftest import SMALL
 
 import benchmark
 from benchmark_checks import Choices, relative_error, same_choices, tensor_peak
@@ -182,11 +182,12 @@ def test_break_even_and_floor() -> None:
     assert lines[1]["break_even_steps"] is None
 
 
-def test_quick_writes_table_plot_and_json(tmp_path: Path) -> None:
-    done = run_command(
-        "benchmark.py", "--quick", "--rounds=2", "--json=new/q.json", "--out=out", folder=tmp_path, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
+def test_quick_writes_table_plot_and_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark, "GRADIENTS", 1)
+    assert benchmark.main(["--quick", "--rounds=2", "--json=new/q.json", "--out=out"]) == 0
     results = json.loads((tmp_path / "new" / "q.json").read_text())["results"]
     assert [line["runner"] for line in results][:2] == ["textbook", "eager"]
     for line in results:
@@ -208,7 +209,7 @@ def test_quick_writes_table_plot_and_json(tmp_path: Path) -> None:
             assert line["time_shares"]["convolutions backward"] > 0.01
         assert line["peak_memory_bytes"] < 4e9
     assert results[0]["speedup"] == 1
-    assert "| quick | eager | fp32 |" in done.stdout
+    assert "| quick | eager | fp32 |" in capsys.readouterr().out
     assert "| quick | eager | fp32 |" in (tmp_path / "out" / "benchmark.md").read_text()
     assert (tmp_path / "out" / "benchmark.png").stat().st_size > 5000
 

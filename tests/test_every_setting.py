@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import metrics_of, same, small
+from conftest import metrics_of, pictures_drawn, same, small
 from PIL import Image
 
 import distributed
@@ -238,9 +238,11 @@ def run(folder: Path, pictures: Path, *overrides: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def plain_run(tmp_path_factory: pytest.TempPathFactory, folders: list[Path]) -> dict[str, Any]:
-    return run(tmp_path_factory.mktemp("plain"), folders[0])
+    with pictures_drawn("clips"):
+        return run(tmp_path_factory.mktemp("plain"), folders[0])
 
 
+@pytest.mark.pictures("clips")
 @pytest.mark.parametrize("key", RUN)
 def test_a_setting_changes_what_a_run_leaves(
     key: str, plain_run: dict[str, Any], folders: list[Path], tmp_path: Path

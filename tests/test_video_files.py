@@ -336,7 +336,7 @@ def resident():
 
 noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 for path in reversed(sys.argv[1:]):  # the .mp4 last: frames kept after it would sit in memory that it gave back
-    count, frame = (300, noise // 64 * 64) if path.endswith(".gif") else (2000, noise)
+    count, frame = (300, noise // 64 * 64) if path.endswith(".gif") else (800, noise)
     with open_video(path, fps=24) as video:
         for index in range(count):
             video.write(np.roll(frame, index, axis=1))

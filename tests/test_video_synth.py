@@ -198,13 +198,14 @@ def test_preview_writes_a_clip_of_any_picture(tmp_path, picture_folder) -> None:
         (["{picture}", "clip.mp4", "--frames", "0"], ["--frames", "1 or more"]),
     ],
 )
-def test_preview_answers_bad_input_in_one_line(arguments, words, tmp_path, picture_folder) -> None:
+def test_preview_answers_bad_input_in_one_line(arguments, words, tmp_path, picture_folder, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
     picture = str(next(picture_folder.rglob("*.png")))
-    done = run_command("video_synth.py", *[one.format(picture=picture) for one in arguments], folder=tmp_path)
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert video_synth.main([one.format(picture=picture) for one in arguments]) == 2
+    told = capsys.readouterr().err
+    assert len(told.strip().splitlines()) == 1, told
     for word in words:
-        assert word in done.stderr
+        assert word in told
     assert not list(tmp_path.iterdir())
 
 
