@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from configuration import Config, UserError, load_config
-from model_definitions import Generator, build_generator
+from generator_path import Generator, build_generator
 
 REFERENCE = "off"
 """The arm that all others are compared with."""

@@ -23,8 +23,8 @@ from ablation_arms import amplification
 from checkpoints import load_checkpoint
 from configuration import Config, UserError, config_from_dict
 from devices import choose_device, prepare_device
+from generator_path import build_generator
 from image_data import open_images
-from model_definitions import build_generator
 from pictures import written_whole
 from quality import frechet_distance, kernel_distance, load_features, picture_features, precision_recall
 from random_draws import Draws

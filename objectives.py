@@ -5,8 +5,9 @@ from torch import Tensor
 
 from augmentation import DiffAugment
 from configuration import Config
+from generator_path import Generator, GeneratorOutput, states_at
 from losses import CriticLoss, GeneratorLoss, at_least_fp32, critic_loss, generator_loss, vae_loss, video_loss
-from model_definitions import Discriminator, Generator, GeneratorOutput, states_at
+from model_definitions import Discriminator
 from random_draws import CriticDraws, GeneratorDraws, base_fakes, own_base_fakes
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from augmentation import DiffAugment
 from configuration import Config
 from distributed import ALONE, World
-from model_definitions import Generator
+from generator_path import Generator
 from video_synth import Motion
 
 LARGE_GRAIN = 2**25

@@ -20,8 +20,8 @@ from torch import Tensor
 from checkpoints import DamagedCheckpointError, load_checkpoint
 from configuration import Config, UserError, config_from_dict
 from devices import choose_device
+from generator_path import Generator, build_generator
 from image_files import BrokenImageError, decode_image, shown_path
-from model_definitions import Generator, build_generator
 from random_draws import stable_seed
 from video_synth import Motion, MotionStrengths, VideoSynthesizer
 

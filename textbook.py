@@ -15,16 +15,9 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from configuration import Config
+from generator_path import Generator, build_generator, states_at
 from losses import GeneratorLoss, generator_loss, vae_loss
-from model_definitions import (
-    LEAKY_SLOPE,
-    Discriminator,
-    Generator,
-    build_discriminator,
-    build_generator,
-    conv_stages,
-    states_at,
-)
+from model_definitions import LEAKY_SLOPE, Discriminator, build_discriminator, conv_stages
 from objectives import following_loss
 from random_draws import CriticDraws, GeneratorDraws, base_fakes
 

@@ -27,8 +27,9 @@ from command_line import silence_output
 from configuration import Config, UserError, config_to_dict, config_to_yaml, load_config
 from devices import choose_device, describe_device, prepare_device
 from distributed import ALONE, World, join_processes, report, report_lost
+from generator_path import Generator, build_generator
 from image_data import TrainingImages, open_images
-from model_definitions import Discriminator, Generator, build_discriminator, build_generator
+from model_definitions import Discriminator, build_discriminator
 from process_watch import PeerLostError
 from quality_check import QualityCheck
 from random_draws import Draws

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from command_line import silence_output
 from configuration import Config, UserError
 from distributed import ALONE, World
+from generator_path import Generator
 from image_data import TrainingImages
-from model_definitions import Generator
 from random_draws import stable_seed
 from run_directory import RunDirectory
 from sampling import weight_driven_frames

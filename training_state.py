@@ -16,7 +16,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from configuration import Config, TrainingConfig
 from devices import channels_last_on
-from model_definitions import build_discriminator, build_generator
+from generator_path import build_generator
+from model_definitions import build_discriminator
 from weight_predictor import WeightPredictorRNN
 
 

@@ -10,7 +10,7 @@ import training
 from augmentation import DiffAugment
 from checkpoints import load_checkpoint
 from configuration import UserError, config_to_dict, load_config
-from model_definitions import Generator, VideoSynthesizer, WeightPredictorRNN, build_generator
+from generator_path import Generator, build_generator
 from objectives import critic_objective, generator_objective
 from random_draws import Draws
 from resume import check_settings, differences
@@ -18,6 +18,8 @@ from sampling import load_sampler, weight_driven_frames
 from step_runners import EagerSteps
 from textbook import Textbook
 from training_state import TrainingState
+from video_synth import VideoSynthesizer
+from weight_predictor import WeightPredictorRNN
 
 CPU = torch.device("cpu")
 ARMS = {

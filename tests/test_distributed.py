@@ -30,8 +30,8 @@ from configuration import RuntimeConfig, UserError, load_config
 from devices import choose_device
 from distributed import ALONE, World, join_processes
 from evaluation import calibrate
+from generator_path import build_generator
 from image_data import open_images
-from model_definitions import build_generator
 from quality import PictureFeatures
 from quality_check import QualityCheck
 from random_draws import Draws

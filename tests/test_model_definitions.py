@@ -4,11 +4,14 @@ import pytest
 import torch
 from torch.func import functional_call
 
-import model_definitions
+import generator_path
 import weight_updates
 from configuration import UserError
-from model_definitions import VAE, Discriminator, Generator, ScoreCalibration, WeightPredictorRNN
+from generator_path import Generator
+from model_definitions import VAE, Discriminator
+from score_calibration import ScoreCalibration
 from video_synth import VideoSynthesizer
+from weight_predictor import WeightPredictorRNN
 from weight_updates import tensor_scale
 
 HEADS = ["full", "low_rank", "per_channel"]
@@ -175,7 +178,7 @@ def test_generator_gradients_reach_theta_and_the_gru_and_match_finite_difference
     motion = type(generator.draw_motion(3))(*(part.double() for part in generator.draw_motion(3)))
     # A unit of measure, held while θ is nudged, as its gradient is.
     scales = {parameter.shape: tensor_scale(parameter) for parameter in generator.vae.decoder.parameters()}
-    for module in (model_definitions, weight_updates):
+    for module in (generator_path, weight_updates):
         monkeypatch.setattr(module, "tensor_scale", lambda weight: scales[weight.shape])
     with torch.no_grad():
         x_base = generator.vae.decode(z)

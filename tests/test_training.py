@@ -21,8 +21,9 @@ import training
 from augmentation import DiffAugment
 from checkpoints import load_checkpoint
 from configuration import Config, UserError, config_from_dict, load_config
+from generator_path import build_generator
 from image_data import open_images
-from model_definitions import build_discriminator, build_generator
+from model_definitions import build_discriminator
 from objectives import critic_objective, generator_objective
 from random_draws import Draws, base_fakes, stable_seed
 from step_runners import EagerSteps

@@ -8,7 +8,8 @@ from test_model_definitions import HEADS, moved, small_generator
 
 from augmentation import DiffAugment
 from configuration import load_config
-from model_definitions import Generator, GeneratorOutput, build_discriminator
+from generator_path import Generator, GeneratorOutput
+from model_definitions import build_discriminator
 from objectives import following_loss, generator_objective
 from random_draws import Draws
 from sampling import weight_driven_frames

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configuration import UserError
-from model_definitions import VAE, Generator
+from generator_path import Generator
+from model_definitions import VAE
 from video_synth import VideoSynthesizer
 from weight_updates import DenseUpdate, bounded_update, build_head, build_update_spec, check_update_size, weight_scales
 
