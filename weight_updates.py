@@ -24,6 +24,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from configuration import UserError
+from losses import at_least_fp32
 
 # Biases start at zero, so their own RMS would pin their updates to zero: below this they count as this large.
 SMALLEST_SCALE = 0.01
@@ -374,7 +375,7 @@ def weight_scales(spec: UpdateSpec, parameters: dict[str, Tensor]) -> Tensor:
 
 def tensor_scale(weight: Tensor) -> Tensor:
     """The unit of one tensor's update: its root mean square, at least `SMALLEST_SCALE`; a scalar, detached."""
-    return weight.detach().float().square().mean().sqrt().clamp_min(SMALLEST_SCALE)
+    return at_least_fp32(weight.detach()).square().mean().sqrt().clamp_min(SMALLEST_SCALE)
 
 
 def bounded_update(u: Tensor, bound: float) -> Tensor:
