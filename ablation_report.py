@@ -229,7 +229,7 @@ def plot_over_time(path: Path, courses: list[Course], features: str) -> None:
         for name, place in zip(ARMS, (0, 1, 6, 2, 0, 4, 8, 10, 12, 16, 18, 5, 14), strict=True)
     }
     colours |= {REFERENCE: "black", METHOD: "crimson"}
-    markers = dict(zip(ARMS, "osv^D<>pPX*d", strict=False))
+    markers = dict(zip(ARMS, "osvh^D<>pPX*d", strict=True))
     for axis, (side, title) in zip(
         axes, (("updated", "drawn with θ + Δ"), ("base", "drawn with θ alone")), strict=True
     ):
