@@ -226,7 +226,7 @@ def plot_over_time(path: Path, courses: list[Course], features: str) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     colours: dict[str, str | tuple[float, float, float, float]] = {
         name: colormaps["tab20"](place)
-        for name, place in zip(ARMS, (0, 1, 6, 2, 0, 4, 8, 10, 12, 16, 18, 5, 14), strict=True)
+        for name, place in zip(ARMS, (0, 1, 4, 2, 0, 6, 8, 10, 12, 16, 18, 5, 14), strict=True)
     }
     colours |= {REFERENCE: "black", METHOD: "crimson"}
     markers = dict(zip(ARMS, "osvh^D<>pPX*d", strict=True))
