@@ -10,7 +10,7 @@ depend on their number either.
 
 import hashlib
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,10 +53,6 @@ class CriticDraws(NamedTuple):
     augment_real: Tensor  #     (B, 7)
     augment_fake: Tensor  #     (B, 7)
 
-    def at_speeds(self, speeds: Tensor) -> "CriticDraws":
-        """With videos of other speeds, (B - n_base,)."""
-        return self._replace(motion=self.motion._replace(speeds=speeds))
-
 
 class GeneratorDraws(NamedTuple):
     """The random numbers of one generator step."""
@@ -69,9 +65,8 @@ class GeneratorDraws(NamedTuple):
     video_times: Tensor  #      (B, K) the frames after the video that the video loss looks at; 0 is its end
     augment: Tensor  #          (2 B, 7), for updated and base pictures
 
-    def at_speeds(self, speeds: Tensor) -> "GeneratorDraws":
-        """With videos of other speeds, (B,)."""
-        return self._replace(motion=self.motion._replace(speeds=speeds))
+
+StepDraws = TypeVar("StepDraws", CriticDraws, GeneratorDraws)
 
 
 class Draws:
@@ -94,14 +89,15 @@ class Draws:
         # Of the pictures base, base + 1, ... of the batch, which are updated, this process has every world.size-th.
         updated = slice((self.world.rank - base) % self.world.size, None, self.world.size)
         self._seed(step, "critic", repeat)
-        return CriticDraws(
+        draws = CriticDraws(
             z=rows(self._normal(batch, self.config.vae.latent_dim)),
             epsilon=rows(torch.rand(batch, device=self.device, generator=self.random)),
             augment_real=rows(self.augment.draw(batch, self.device, self.random)),
             augment_fake=rows(self.augment.draw(batch, self.device, self.random)),
             motion=self._motion(generator, batch - base, updated, self.watching, step, "critic", repeat),
             frame=self._judged_frame(batch - base, updated),
-        ).at_speeds(self._speeds(batch - base, updated))
+        )
+        return self._at_speeds(draws, batch - base, updated)
 
     def generator(self, generator: Generator, step: int) -> GeneratorDraws:
         """For the generator step of iteration `step`."""
@@ -110,7 +106,7 @@ class Draws:
         rolling = round(loss.own_share * batch)
         own = slice(self.world.rank, None, self.world.size)
         self._seed(step, "generator")
-        return GeneratorDraws(
+        draws = GeneratorDraws(
             z=rows(self._normal(batch, self.config.vae.latent_dim)),
             posterior=rows(self._normal(batch, self.config.vae.latent_dim)),
             augment=torch.cat([rows(half) for half in self.augment.draw(2 * batch, self.device, self.random).chunk(2)]),
@@ -118,7 +114,8 @@ class Draws:
             frame=self._judged_frame(batch, own),
             rolling=torch.arange(len(range(rolling)[own]), device=self.device),
             video_times=rows(self._at_one_time(self._whole_numbers(loss.own_frames + 1, batch, loss.video_frames))),
-        ).at_speeds(self._speeds(batch, own))
+        )
+        return self._at_speeds(draws, batch, own)
 
     def _seed(self, *part: object) -> None:
         self.random.manual_seed(stable_seed(self.config.training.seed, *part))
@@ -140,13 +137,13 @@ class Draws:
             place.normal_(generator=own)
         return Motion(phases, amplitudes, noise, speeds)
 
-    def _speeds(self, count: int, rows: slice) -> Tensor:
-        """Speeds of `count` videos, uniform in their logarithm, and of these the `rows`."""
+    def _at_speeds(self, draws: StepDraws, count: int, rows: slice) -> StepDraws:
+        """The draws with speeds of `count` videos, uniform in their logarithm, and of these the `rows`."""
         reach = self.config.video.speed_range
         if reach == 1:
-            return torch.ones(len(range(count)[rows]), device=self.device)
+            return draws
         exponents = torch.rand(count, device=self.device, generator=self.random) * 2 - 1
-        return (reach**exponents)[rows]
+        return draws._replace(motion=draws.motion._replace(speeds=(reach**exponents)[rows]))
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self.device, generator=self.random)

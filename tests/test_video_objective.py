@@ -236,7 +236,7 @@ def test_speeds_are_drawn_for_each_video_and_leave_all_other_numbers_as_they_wer
         assert 0.25 <= speeds.min() < 0.27
         assert 3.7 < speeds.max() <= 4
         assert speeds.log2().mean().item() == pytest.approx(0, abs=0.2)  # as many slow ones as fast ones
-        same = others.at_speeds(numbers.motion.speeds)
+        same = others._replace(motion=others.motion._replace(speeds=numbers.motion.speeds))
         for mine, theirs in zip(numbers, same, strict=True):
             parts = (mine, theirs) if isinstance(mine, Motion) else ((mine,), (theirs,))
             assert all(a is b or torch.equal(a, b) for a, b in zip(*parts, strict=True))
