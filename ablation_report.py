@@ -1,5 +1,6 @@
 """What an ablation's runs say: paired differences with intervals, a table, and distances over time."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -224,12 +225,11 @@ def plot_over_time(path: Path, courses: list[Course], features: str) -> None:
 
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    colours: dict[str, str | tuple[float, float, float, float]] = {
-        name: colormaps["tab20"](place)
-        for name, place in zip(ARMS, (0, 1, 4, 2, 0, 6, 8, 10, 12, 16, 18, 5, 14), strict=True)
-    }
+    tab20 = colormaps["tab20"]
+    places = (place for place in itertools.cycle(range(20)) if place not in (6, 7))  # reds look like the method's
+    colours: dict[str, str | tuple[float, float, float, float]] = {name: tab20(next(places)) for name in ARMS}
     colours |= {REFERENCE: "black", METHOD: "crimson"}
-    markers = dict(zip(ARMS, "osvh^D<>pPX*d", strict=True))
+    markers = dict(zip(ARMS, itertools.cycle("osvh^D<>pPX*d"), strict=False))
     for axis, (side, title) in zip(
         axes, (("updated", "drawn with θ + Δ"), ("base", "drawn with θ alone")), strict=True
     ):

@@ -27,8 +27,10 @@ from configuration import UserError, config_to_dict, load_config
 
 
 def test_arms_differ_from_the_whole_method_in_what_they_say_alone() -> None:
-    full = config_to_dict(arm_config(ARMS["full"], None, SMALL, []))
+    common = [*SMALL, "loss.lambda_video=1"]
+    full = config_to_dict(arm_config(ARMS["full"], None, common, []))
     expected = {
+        "no-video-loss": {"loss.lambda_video"},
         "off": {"weight_predictor.update"},
         "constant": {"weight_predictor.update", "training.lr_predictor"},
         "mismatched": {"weight_predictor.watches"},
@@ -41,7 +43,7 @@ def test_arms_differ_from_the_whole_method_in_what_they_say_alone() -> None:
         "textbook": {"weight_predictor.update"},
     }
     for name, keys in expected.items():
-        settings = config_to_dict(arm_config(ARMS[name], None, SMALL, []))
+        settings = config_to_dict(arm_config(ARMS[name], None, common, []))
         changed = {
             f"{section}.{key}"
             for section, values in settings.items()
@@ -49,6 +51,7 @@ def test_arms_differ_from_the_whole_method_in_what_they_say_alone() -> None:
             if value != full[section][key]
         }
         assert changed == keys, name
+    assert set(expected) == set(ARMS) - {"full", "off-amplified"}  # whose rate is computed from a run
 
 
 def test_the_reference_and_what_an_arm_needs_are_always_there() -> None:
