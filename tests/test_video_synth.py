@@ -1,7 +1,6 @@
 """The synthetic video: smooth, bounded, repeatable, differentiable, and off when told so."""
 
 import dataclasses
-import doctest
 
 import pytest
 import torch
@@ -207,11 +206,6 @@ def test_preview_answers_bad_input_in_one_line(arguments, words, tmp_path, pictu
     for word in words:
         assert word in told
     assert not list(tmp_path.iterdir())
-
-
-def test_docstring_example() -> None:
-    assert doctest.testmod(video_synth).attempted > 0
-    assert doctest.testmod(video_synth).failed == 0
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "noise"])
