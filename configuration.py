@@ -103,7 +103,6 @@ class VideoConfig:
     brightness: float = _setting(0.2, low=0, high=1)
     contrast: float = _setting(0.1, low=0, high=1)
     noise: float = _setting(0.02, low=0, high=1)
-    speed_range: float = _setting(1.0, low=1, high=10)
     detach: bool = True
 
 

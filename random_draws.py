@@ -10,7 +10,7 @@ depend on their number either.
 
 import hashlib
 import math
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,9 +66,6 @@ class GeneratorDraws(NamedTuple):
     augment: Tensor  #          (2 B, 7), for updated and base pictures
 
 
-StepDraws = TypeVar("StepDraws", CriticDraws, GeneratorDraws)
-
-
 class Draws:
     """Draws what a step needs, on the device, as a pure function of (seed, step, part), for the pictures of `world`."""
 
@@ -89,7 +86,7 @@ class Draws:
         # Of the pictures base, base + 1, ... of the batch, which are updated, this process has every world.size-th.
         updated = slice((self.world.rank - base) % self.world.size, None, self.world.size)
         self._seed(step, "critic", repeat)
-        draws = CriticDraws(
+        return CriticDraws(
             z=rows(self._normal(batch, self.config.vae.latent_dim)),
             epsilon=rows(torch.rand(batch, device=self.device, generator=self.random)),
             augment_real=rows(self.augment.draw(batch, self.device, self.random)),
@@ -97,7 +94,6 @@ class Draws:
             motion=self._motion(generator, batch - base, updated, self.watching, step, "critic", repeat),
             frame=self._judged_frame(batch - base, updated),
         )
-        return self._at_speeds(draws, batch - base, updated)
 
     def generator(self, generator: Generator, step: int) -> GeneratorDraws:
         """For the generator step of iteration `step`."""
@@ -106,7 +102,7 @@ class Draws:
         rolling = round(loss.own_share * batch)
         own = slice(self.world.rank, None, self.world.size)
         self._seed(step, "generator")
-        draws = GeneratorDraws(
+        return GeneratorDraws(
             z=rows(self._normal(batch, self.config.vae.latent_dim)),
             posterior=rows(self._normal(batch, self.config.vae.latent_dim)),
             augment=torch.cat([rows(half) for half in self.augment.draw(2 * batch, self.device, self.random).chunk(2)]),
@@ -115,7 +111,6 @@ class Draws:
             rolling=torch.arange(len(range(rolling)[own]), device=self.device),
             video_times=rows(self._at_one_time(self._whole_numbers(loss.own_frames + 1, batch, loss.video_frames))),
         )
-        return self._at_speeds(draws, batch, own)
 
     def _seed(self, *part: object) -> None:
         self.random.manual_seed(stable_seed(self.config.training.seed, *part))
@@ -129,21 +124,13 @@ class Draws:
         # To draw all of a large batch's grain and throw most of it away would take longer than the step.
         chosen = range(count)[rows]
         motion = generator.draw_motion(count, self.random, grain=False, varied=True)
-        phases, amplitudes, _, speeds = (numbers[rows] for numbers in motion)
+        phases, amplitudes, _ = (numbers[rows] for numbers in motion)
         noise = torch.empty(len(chosen), *shape, device=self.device)
         own = torch.Generator(self.device)
         for place, picture in zip(noise, chosen, strict=True):
             own.manual_seed(stable_seed(self.config.training.seed, *part, "grain", picture))
             place.normal_(generator=own)
-        return Motion(phases, amplitudes, noise, speeds)
-
-    def _at_speeds(self, draws: StepDraws, count: int, rows: slice) -> StepDraws:
-        """The draws with speeds of `count` videos, uniform in their logarithm, and of these the `rows`."""
-        reach = self.config.video.speed_range
-        if reach == 1:
-            return draws
-        exponents = torch.rand(count, device=self.device, generator=self.random) * 2 - 1
-        return draws._replace(motion=draws.motion._replace(speeds=(reach**exponents)[rows]))
+        return Motion(phases, amplitudes, noise)
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self.device, generator=self.random)

@@ -6,7 +6,6 @@ and the last frame leads back to the first:
     p(s) = a · (¾ sin(2π s + φ₁) + ¼ sin(4π s + φ₂)),   s = t / T,   |p| <= a <= 1,   φ uniform
 
 a is 1, or in training drawn for each motion of each picture, so that the GRU meets weak motions and lacking ones too.
-Likewise a video may run faster or slower: t is then its speed times the frame's number.
 
     shift       moves by shift · (p_x, p_y) of the picture's width and height
     zoom        enlarges by 1 + zoom · p
@@ -60,8 +59,6 @@ class Motion(NamedTuple):
     """(B, 6 paths), in [0, 1]: how much of its strength each motion has."""
     grain: Tensor
     """(B, 2, C, height, width), standard normal; (B, 2, C, 0, 0) where noise is off."""
-    speeds: Tensor
-    """(B,): how much time each frame takes, 1 being 1 / T of the path."""
 
 
 class VideoSynthesizer(nn.Module):
@@ -111,7 +108,7 @@ class VideoSynthesizer(nn.Module):
         if not varied:
             amplitudes.fill_(1)
         grain_numbers = torch.randn(batch, 2, channels, height, width, **how)
-        return Motion(phases, amplitudes, grain_numbers, torch.ones(batch, device=images.device))
+        return Motion(phases, amplitudes, grain_numbers)
 
     def forward(
         self,
@@ -140,7 +137,7 @@ class VideoSynthesizer(nn.Module):
             images = functional.interpolate(images, size=(height, width), mode="area")
         if times is None:
             times = torch.arange(self.frames, device=images.device).expand(len(images), -1)
-        turn = self.turn(motion, times)
+        turn = self.turn(times)
         harmonics = [
             weight * torch.sin((order + 1) * turn[..., None] + motion.phases[:, None, :, order])
             for order, weight in enumerate(PATH_WEIGHTS)
@@ -161,15 +158,15 @@ class VideoSynthesizer(nn.Module):
             video = video + self.grain(motion, times, video.shape[-2:])
         return video.clamp(0, 1)
 
-    def turn(self, motion: Motion, times: Tensor) -> Tensor:
+    def turn(self, times: Tensor) -> Tensor:
         """How far frames number `times` (B, K) are along the closed path, radians: (B, K)."""
-        return times * motion.speeds[:, None] * (2 * math.pi / self.frames)
+        return times * (2 * math.pi / self.frames)
 
     def grain(self, motion: Motion, times: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
         """What the noise adds at `times` (B, K): (B, K, C, *size), or zeros that go with it where noise is off."""
         if not self.strengths.noise:
             return motion.phases.new_zeros(*times.shape, 1, 1, 1)
-        noise, turn = motion.grain, self.turn(motion, times)
+        noise, turn = motion.grain, self.turn(times)
         if noise.shape[-2:] != size:
             noise = functional.interpolate(noise.flatten(1, 2), size=size).unflatten(1, noise.shape[1:3])
         first, second = noise[:, None].unbind(dim=2)  # (B, 1, C, height, width) each

@@ -77,7 +77,6 @@ ITERATION: dict[str, tuple[str, str]] = {
     "video.contrast": ("0.3", "gradients"),
     "video.noise": ("0.05", "gradients"),
     "video.detach": ("false", "gradients"),
-    "video.speed_range": ("2", "draws"),
     "loss.lambda_gp": ("5", "gradients"),
     "loss.epsilon_drift": ("0.01", "gradients"),
     "loss.base_fake_share": ("0.25", "draws"),

@@ -2,6 +2,7 @@
 
 import doctest
 import http.server
+import math
 import os
 import queue
 import shutil
@@ -27,7 +28,7 @@ from checkpoints import Checkpoints, load_checkpoint
 from configuration import UserError, load_config
 from generate_options import read_grid, read_motion, read_seeds
 from pictures import to_pixels
-from sampling import Sampler, latent_path, load_sampler, weight_driven_frames
+from sampling import Sampler, between, latent_path, load_sampler, weight_driven_frames
 from video_files import read_video
 from video_synth import Motion, MotionStrengths
 
@@ -161,6 +162,40 @@ def test_rolling_on_feeds_the_drawn_frames_back(sampler: Sampler) -> None:
         fed_back = torch.nn.functional.interpolate(rolled[:, 5:-1].flatten(0, 1), size=(8, 8), mode="area")
         states, _ = generator.predictor.watch(torch.cat([picture, watched, fed_back.unflatten(0, (2, 6))], dim=1))
         assert torch.allclose(rolled, generator.draw_frames(features, states[:, T:]), atol=1e-4)
+
+
+@pytest.mark.parametrize("roll_after", [None, 4])
+def test_another_speed_goes_along_the_same_path_of_weights(sampler: Sampler, roll_after: int | None) -> None:
+    subjects = sampler.subjects(range(2))
+
+    def video(speed: float, frames: int) -> torch.Tensor:
+        sampler.set_motion(sampler.generator.synthesizer.strengths, speed)
+        return frames_of(sampler.weight_driven(subjects, frames, roll_after=roll_after and round(roll_after / speed)))
+
+    path = video(1, 4 * T)
+    assert torch.allclose(video(2, 2 * T), path[:, ::2], atol=1e-6)
+    slow, slower = video(0.5, 4 * T), video(0.1, 100)
+    assert torch.allclose(slow[:, ::2], path[:, : 2 * T], atol=1e-6)
+    assert torch.allclose(slower[:, ::10], path[:, :10], atol=1e-6)
+    # Between two predictions the weights are, too: no frame stands still or leaps.
+    steps, own = (frames.diff(dim=1).abs().mean(dim=(0, 2, 3, 4)) for frames in (slower, path[:, :11]))
+    per_prediction = steps[:90].unflatten(0, (9, 10)).sum(dim=1)
+    assert (per_prediction / own[:9] - 1).abs().max() < 0.3
+    assert steps[:90].unflatten(0, (9, 10)).max() < 0.3 * own.max()
+
+
+def test_between_points_of_a_circle() -> None:
+    def point(place: torch.Tensor) -> torch.Tensor:
+        angle = place * 2 * math.pi / 8
+        return torch.stack([angle.cos(), angle.sin()], dim=-1)
+
+    four = list(point(torch.arange(-1.0, 3)).unbind(0))
+    for part in (0.0, 0.25, 0.5, 0.9, 1.0):
+        assert torch.allclose(between(four, part), point(torch.tensor(part)), atol=0.01)
+    assert torch.equal(between(four, 0.0), four[1])
+    assert torch.equal(between(four, 1.0), four[2])
+    line = [torch.tensor([float(place)]) for place in (2, 4, 6, 8)]
+    assert between(line, 0.25).item() == pytest.approx(4.5)
 
 
 @pytest.mark.parametrize("frames", [3 * T, 10])

@@ -168,7 +168,7 @@ def test_the_video_loss_reaches_the_predictor_and_never_theta(head: str, share: 
             assert gradient.abs().max() > 0, name
 
 
-SHARED = {"shared": ["weight_predictor.sharing=shared"], "speeds": ["video.speed_range=3"]}
+SHARED = {"shared": ["weight_predictor.sharing=shared"]}
 
 
 @pytest.mark.parametrize("head", ["full", "low_rank"])
@@ -218,25 +218,3 @@ def test_how_long_and_how_many_roll_on_changes_the_loss() -> None:
             output = generator(numbers.z, numbers.motion)
             found.add(following_loss(generator, output, numbers, config).item())
     assert len(found) == 5
-
-
-def test_speeds_are_drawn_for_each_video_and_leave_all_other_numbers_as_they_were() -> None:
-    generator, size = generator_of(), 400
-    own, varied = (
-        Draws(load_config(None, [*SMALL, *VIDEO, f"training.batch_size={size}", f"video.speed_range={reach}"]), CPU)
-        for reach in (1, 4)
-    )
-    for numbers, others in (
-        (own.generator(generator, 1), varied.generator(generator, 1)),
-        (own.critic(generator, 1, 0), varied.critic(generator, 1, 0)),
-    ):
-        assert torch.equal(numbers.motion.speeds, torch.ones(len(numbers.motion.phases)))
-        speeds = others.motion.speeds
-        assert speeds.shape == numbers.motion.speeds.shape
-        assert 0.25 <= speeds.min() < 0.27
-        assert 3.7 < speeds.max() <= 4
-        assert speeds.log2().mean().item() == pytest.approx(0, abs=0.2)  # as many slow ones as fast ones
-        same = others._replace(motion=others.motion._replace(speeds=numbers.motion.speeds))
-        for mine, theirs in zip(numbers, same, strict=True):
-            parts = (mine, theirs) if isinstance(mine, Motion) else ((mine,), (theirs,))
-            assert all(a is b or torch.equal(a, b) for a, b in zip(*parts, strict=True))

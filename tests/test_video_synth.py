@@ -235,16 +235,3 @@ def test_amplitudes_vary_where_they_are_asked_to_and_are_full_elsewhere() -> Non
     assert varied.amplitudes.mean().item() == pytest.approx(0.5, abs=0.03)
     assert torch.equal(varied.phases, full.phases)
     assert torch.equal(varied.grain, full.grain)
-
-
-def test_a_video_of_another_speed_shows_the_same_path_at_other_times() -> None:
-    synthesizer, x = VideoSynthesizer(8, MotionStrengths(noise=0.1)), pictures()
-    motion = synthesizer.draw_motion(x, seeded())
-    assert torch.equal(motion.speeds, torch.ones(3))
-    fast = motion._replace(speeds=torch.tensor([1.0, 2.0, 0.5]))
-    times = torch.arange(6.0).expand(3, -1)
-    for full_size in (False, True):
-        found = synthesizer(x, fast, times, full_size)
-        wanted = synthesizer(x, motion, times * fast.speeds[:, None], full_size)
-        assert torch.allclose(found, wanted, atol=1e-5)
-        assert (found[1] - synthesizer(x, motion, times, full_size)[1]).abs().max() > 0.05
