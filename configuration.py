@@ -7,9 +7,6 @@ at each: an unknown key, a wrong type, a value out of range or two settings that
 """
 
 import difflib
-import math
-import sys
-import types
 import typing
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -20,6 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from setting_values import allowed, checked, cut, kind_of, setting_of, shown
 from yaml_text import MAX_BYTES, check_yaml
 
 
@@ -38,134 +36,124 @@ def one_line(text: object) -> str:
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in str(text))
 
 
-def _setting(default: Any, *, low: float | None = None, high: float | None = None, above: float | None = None,
-             choices: tuple[str, ...] | None = None) -> Any:  # fmt: skip
-    """A dataclass field with its allowed range: `low` and `high` are included, `above` is not."""
-    limits = {"low": low, "high": high, "above": above, "choices": choices}
-    metadata = {name: limit for name, limit in limits.items() if limit is not None}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
 @dataclass
 class DataConfig:
     root: str = "data/emoji"
-    fit: str = _setting("crop", choices=("crop", "pad"))
+    fit: str = setting_of("crop", choices=("crop", "pad"))
     background: str = "white"
     mirror: bool = False
-    holdout: float = _setting(0.0, low=0, high=0.9)
-    on_broken: str = _setting("error", choices=("error", "skip"))
-    memory_gb: float = _setting(4.0, low=0)
-    workers: int = _setting(2, low=0, high=256)
+    holdout: float = setting_of(0.0, low=0, high=0.9)
+    on_broken: str = setting_of("error", choices=("error", "skip"))
+    memory_gb: float = setting_of(4.0, low=0)
+    workers: int = setting_of(2, low=0, high=256)
 
 
 @dataclass
 class ImageConfig:
-    size: int = _setting(128, low=16, high=256)
-    channels: int = _setting(3, low=1, high=3)
+    size: int = setting_of(128, low=16, high=256)
+    channels: int = setting_of(3, low=1, high=3)
 
 
 @dataclass
 class VAEConfig:
-    latent_dim: int = _setting(128, low=1, high=65536)
-    channels: list[int] = _setting([32, 64, 128, 256], low=1, high=8192)
+    latent_dim: int = setting_of(128, low=1, high=65536)
+    channels: list[int] = setting_of([32, 64, 128, 256], low=1, high=8192)
 
 
 @dataclass
 class DiscriminatorConfig:
-    channels: list[int] = _setting([32, 64, 128, 256], low=1, high=8192)
+    channels: list[int] = setting_of([32, 64, 128, 256], low=1, high=8192)
 
 
 @dataclass
 class WeightPredictorConfig:
-    update: str = _setting("predicted", choices=("predicted", "constant", "off"))
-    watches: str = _setting("own", choices=("own", "other", "still"))
+    update: str = setting_of("predicted", choices=("predicted", "constant", "off"))
+    watches: str = setting_of("own", choices=("own", "other", "still"))
     train_gru: bool = True
     layers: list[str] = field(default_factory=lambda: ["decoder.*"])
     update_size: Any = "auto"
-    head: str = _setting("low_rank", choices=("full", "low_rank", "per_channel"))
-    rank: int = _setting(4, low=1, high=1024)
-    hidden_size: int = _setting(128, low=1, high=65536)
-    num_layers: int = _setting(2, low=1, high=16)
-    bound: float = _setting(3.0, above=0, high=100)
-    sharing: str = _setting("per_sample", choices=("per_sample", "shared"))
+    head: str = setting_of("low_rank", choices=("full", "low_rank", "per_channel"))
+    rank: int = setting_of(4, low=1, high=1024)
+    hidden_size: int = setting_of(128, low=1, high=65536)
+    num_layers: int = setting_of(2, low=1, high=16)
+    bound: float = setting_of(3.0, above=0, high=100)
+    sharing: str = setting_of("per_sample", choices=("per_sample", "shared"))
 
 
 @dataclass
 class VideoConfig:
-    frames: int = _setting(8, low=1, high=1024)
-    height: int | None = _setting(None, low=4, high=256)
-    width: int | None = _setting(None, low=4, high=256)
-    shift: float = _setting(0.1, low=0, high=1)
-    zoom: float = _setting(0.1, low=0, high=0.9)
-    rotation: float = _setting(10.0, low=0, high=180)
-    brightness: float = _setting(0.2, low=0, high=1)
-    contrast: float = _setting(0.1, low=0, high=1)
-    noise: float = _setting(0.02, low=0, high=1)
+    frames: int = setting_of(8, low=1, high=1024)
+    height: int | None = setting_of(None, low=4, high=256)
+    width: int | None = setting_of(None, low=4, high=256)
+    shift: float = setting_of(0.1, low=0, high=1)
+    zoom: float = setting_of(0.1, low=0, high=0.9)
+    rotation: float = setting_of(10.0, low=0, high=180)
+    brightness: float = setting_of(0.2, low=0, high=1)
+    contrast: float = setting_of(0.1, low=0, high=1)
+    noise: float = setting_of(0.02, low=0, high=1)
     detach: bool = True
 
 
 @dataclass
 class LossConfig:
-    lambda_gp: float = _setting(10.0, low=0)
-    epsilon_drift: float = _setting(0.001, low=0)
-    base_fake_share: float = _setting(0.5, low=0, high=1)
-    lambda_adv: float = _setting(1.0, low=0)
-    lambda_base: float = _setting(1.0, low=0)
-    lambda_vae: float = _setting(0.1, low=0)
-    beta: float = _setting(1.0, low=0)
-    lambda_update: float = _setting(1.0, low=0)
-    lambda_video: float = _setting(1.0, low=0)
-    video_frames: int = _setting(4, low=1, high=1024)
-    own_frames: int = _setting(8, low=0, high=1024)
-    own_share: float = _setting(0.25, low=0, high=1)
-    judged_frame: str = _setting("last", choices=("last", "random"))
+    lambda_gp: float = setting_of(10.0, low=0)
+    epsilon_drift: float = setting_of(0.001, low=0)
+    base_fake_share: float = setting_of(0.5, low=0, high=1)
+    lambda_adv: float = setting_of(1.0, low=0)
+    lambda_base: float = setting_of(1.0, low=0)
+    lambda_vae: float = setting_of(0.1, low=0)
+    beta: float = setting_of(1.0, low=0)
+    lambda_update: float = setting_of(1.0, low=0)
+    lambda_video: float = setting_of(1.0, low=0)
+    video_frames: int = setting_of(4, low=1, high=1024)
+    own_frames: int = setting_of(8, low=0, high=1024)
+    own_share: float = setting_of(0.25, low=0, high=1)
+    judged_frame: str = setting_of("last", choices=("last", "random"))
 
 
 @dataclass
 class TrainingConfig:
-    steps: int | None = _setting(30_000, low=1, high=2**62)
-    epochs: float | None = _setting(None, above=0, high=2**30)
-    max_minutes: float | None = _setting(None, above=0)
-    batch_size: int = _setting(16, low=1, high=65536)
-    n_critic: int = _setting(5, low=1, high=100)
-    lr_vae: float = _setting(5e-4, above=0, high=1)
-    lr_predictor: float = _setting(5e-4, above=0, high=1)
-    lr_discriminator: float = _setting(3e-4, above=0, high=1)
-    adam_betas: list[float] = _setting([0.0, 0.9], low=0, high=0.99999)
-    adam_betas_predictor: list[float] = _setting([0.9, 0.99], low=0, high=0.99999)
-    clip_vae: float | None = _setting(None, above=0)
-    clip_predictor: float | None = _setting(None, above=0)
-    clip_discriminator: float | None = _setting(None, above=0)
-    ema_decay: float = _setting(0.999, low=0, high=0.99999)
-    diffaugment: list[str] = _setting([], choices=("color", "translation", "cutout"))
-    seed: int = _setting(0, low=0, high=2**62)
+    steps: int | None = setting_of(30_000, low=1, high=2**62)
+    epochs: float | None = setting_of(None, above=0, high=2**30)
+    max_minutes: float | None = setting_of(None, above=0)
+    batch_size: int = setting_of(16, low=1, high=65536)
+    n_critic: int = setting_of(5, low=1, high=100)
+    lr_vae: float = setting_of(5e-4, above=0, high=1)
+    lr_predictor: float = setting_of(5e-4, above=0, high=1)
+    lr_discriminator: float = setting_of(3e-4, above=0, high=1)
+    adam_betas: list[float] = setting_of([0.0, 0.9], low=0, high=0.99999)
+    adam_betas_predictor: list[float] = setting_of([0.9, 0.99], low=0, high=0.99999)
+    clip_vae: float | None = setting_of(None, above=0)
+    clip_predictor: float | None = setting_of(None, above=0)
+    clip_discriminator: float | None = setting_of(None, above=0)
+    ema_decay: float = setting_of(0.999, low=0, high=0.99999)
+    diffaugment: list[str] = setting_of([], choices=("color", "translation", "cutout"))
+    seed: int = setting_of(0, low=0, high=2**62)
 
 
 @dataclass
 class RuntimeConfig:
     device: str = "auto"
-    step: str = _setting("auto", choices=("auto", "eager", "compiled", "cuda_graph"))
-    precision: str = _setting("fp32", choices=("fp32", "bf16"))
-    timeout_minutes: float = _setting(10.0, above=0, high=1440)
+    step: str = setting_of("auto", choices=("auto", "eager", "compiled", "cuda_graph"))
+    precision: str = setting_of("fp32", choices=("fp32", "bf16"))
+    timeout_minutes: float = setting_of(10.0, above=0, high=1440)
 
 
 @dataclass
 class OutputConfig:
     root: str = "runs"
     name: str = "default"
-    log_every: int = _setting(50, low=1)
-    sample_every: int = _setting(1000, low=1)
-    checkpoint_every: int = _setting(1000, low=1)
-    keep_checkpoints: int = _setting(3, low=1)
-    evaluate_every: int | None = _setting(None, low=1)
-    evaluate_images: int = _setting(500, low=10, high=100_000)
-    best_metric: str | None = _setting(
+    log_every: int = setting_of(50, low=1)
+    sample_every: int = setting_of(1000, low=1)
+    checkpoint_every: int = setting_of(1000, low=1)
+    keep_checkpoints: int = setting_of(3, low=1)
+    evaluate_every: int | None = setting_of(None, low=1)
+    evaluate_images: int = setting_of(500, low=10, high=100_000)
+    best_metric: str | None = setting_of(
         None, choices=("generator/reconstruction", "generator/video", "critic/gap", "quality/kid")
     )
-    samples: int = _setting(8, low=1, high=256)
-    fps: float = _setting(8.0, low=0.1, high=90)
+    samples: int = setting_of(8, low=1, high=256)
+    fps: float = setting_of(8.0, low=0.1, high=90)
     tensorboard: bool = True
 
 
@@ -233,17 +221,7 @@ _Dumper.add_representer(
 
 def range_text(section: str, key: str) -> str:
     """The allowed range of a setting as `config.yaml` words it: `1 to 256`, `more than 0`, `crop | pad`, or ``."""
-    setting = next(setting for setting in fields(SECTIONS[section]) if setting.name == key)
-    limits = setting.metadata
-    if "choices" in limits:
-        return " | ".join(limits["choices"])
-    if "above" in limits:
-        return f"more than {_short(limits['above'])}" + (
-            f", at most {_short(limits['high'])}" if "high" in limits else ""
-        )
-    if "high" in limits:
-        return f"{_short(limits['low'])} to {_short(limits['high'])}"
-    return f"{_short(limits['low'])} or more" if "low" in limits else ""
+    return allowed(next(setting for setting in fields(SECTIONS[section]) if setting.name == key))
 
 
 # ---------------------------------------------------------------------------------------------------- reading layers
@@ -270,7 +248,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {_one_line(error)}") from None
     if not isinstance(loaded, dict):
-        raise UserError(f"{path} must hold sections such as 'data:' and 'training:', but holds {_kind(loaded)}")
+        raise UserError(f"{path} must hold sections such as 'data:' and 'training:', but holds {kind_of(loaded)}")
     return loaded  # type: ignore[return-value]
 
 
@@ -278,7 +256,7 @@ def _read_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and section and name):
-        raise UserError(f"override '{_cut(text)}' must look like section.key=value, for example training.steps=1000")
+        raise UserError(f"override '{cut(text)}' must look like section.key=value, for example training.steps=1000")
     setting = next((setting for setting in fields(SECTIONS.get(section, Config)) if setting.name == name), None)
     if setting is not None and setting.type is str:
         return {section: {name: value}}  # a text is taken as it stands: a path may hold '#', ': ' or a leading '['
@@ -294,7 +272,7 @@ def _read_override(text: str) -> dict[str, Any]:
         reason = "the value is not valid YAML; lists look like vae.channels=[16,32]"
     except ValueError as error:
         reason = f"the value cannot be read: {_one_line(error)}"
-    raise UserError(f"override '{_cut(text)}': {reason}")
+    raise UserError(f"override '{cut(text)}': {reason}")
 
 
 def _merge(layers: Iterable[tuple[str, dict[str, Any]]]) -> Config:
@@ -303,20 +281,21 @@ def _merge(layers: Iterable[tuple[str, dict[str, Any]]]) -> Config:
         length_keys = set()
         for section, settings in sections.items():
             if section not in SECTIONS:
-                raise UserError(f"{source}: unknown section '{_cut(str(section))}'{_nearest_key(str(section))}")
+                raise UserError(f"{source}: unknown section '{cut(str(section))}'{_nearest_key(str(section))}")
             if settings is None:  # `training:` with every line under it commented out
                 continue
             if not isinstance(settings, dict):
-                raise UserError(f"{source}: section '{section}' must hold settings, but is {_kind(settings)}")
+                raise UserError(f"{source}: section '{section}' must hold settings, but is {kind_of(settings)}")
             for key, value in settings.items():
                 setting = next((setting for setting in fields(SECTIONS[section]) if setting.name == key), None)
                 if setting is None:
                     name = f"{section}.{key}"
-                    raise UserError(f"{source}: unknown setting '{_cut(name)}'{_nearest_key(name)}")
+                    raise UserError(f"{source}: unknown setting '{cut(name)}'{_nearest_key(name)}")
                 try:
-                    setattr(getattr(config, section), key, _checked(setting, value))
+                    wanted = typing.get_type_hints(SECTIONS[section])[key]
+                    setattr(getattr(config, section), key, checked(setting, wanted, value))
                 except ValueError as error:
-                    raise UserError(f"{source}: {section}.{key} {error}, but is {_shown(value)}") from None
+                    raise UserError(f"{source}: {section}.{key} {error}, but is {shown(value)}") from None
                 if section == "training" and key in ("steps", "epochs") and value is not None:
                     length_keys.add(key)
         if len(length_keys) == 2:
@@ -331,48 +310,6 @@ def _merge(layers: Iterable[tuple[str, dict[str, Any]]]) -> Config:
 
 
 # --------------------------------------------------------------------------------------------------------- checking
-
-
-def _checked(setting: Any, value: Any) -> Any:
-    """`value` in the setting's type, or ValueError saying what it must be (the caller adds key and value)."""
-    wanted = typing.get_type_hints(_owner(setting))[setting.name]
-    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
-    if value is None:
-        if types.NoneType in options:
-            return None
-        raise ValueError(f"must be {_wanted_text(setting, options[0])}")
-    kind = next(option for option in options if option is not types.NoneType)
-    if typing.get_origin(kind) is list:
-        if not isinstance(value, list):
-            raise ValueError(
-                f"must be a list such as {_shown(setting.default_factory() or list(setting.metadata['choices']))}"
-            )
-        (element,) = typing.get_args(kind)
-        return [_checked_scalar(setting, element, item, "must hold") for item in value]
-    return _checked_scalar(setting, kind, value, "must be")
-
-
-def _checked_scalar(setting: Any, kind: Any, value: Any, verb: str) -> Any:
-    limits = setting.metadata
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    is_finite = is_number and abs(value) <= sys.float_info.max  # math.isfinite raises on 10**400
-    right = {
-        bool: isinstance(value, bool),
-        int: is_finite and value == int(value),
-        float: is_finite,
-        str: isinstance(value, str),
-        Any: True,
-    }[kind]
-    if right and is_number and kind in (int, float):
-        value = kind(value)
-        right = limits.get("low", -math.inf) <= value <= limits.get("high", math.inf) and value > limits.get(
-            "above", -math.inf
-        )
-    if right and "choices" in limits:
-        right = value in limits["choices"]
-    if not right:
-        raise ValueError(f"{verb} {_wanted_text(setting, kind)}")
-    return value
 
 
 def _check_together(config: Config) -> None:
@@ -391,11 +328,11 @@ def _check_together(config: Config) -> None:
         if not 1 <= len(channels) <= deepest:
             raise UserError(
                 f"{section}.channels must list 1 to {deepest} stages for image.size={image.size} (each halves the "
-                f"picture), but is {_shown(channels)}"
+                f"picture), but is {shown(channels)}"
             )
     for key in ("adam_betas", "adam_betas_predictor"):
         if len(betas := getattr(training, key)) != 2:
-            raise UserError(f"training.{key} must list two numbers such as [0.0, 0.9], but is {_shown(betas)}")
+            raise UserError(f"training.{key} must list two numbers such as [0.0, 0.9], but is {shown(betas)}")
     if training.steps is None and training.epochs is None:
         raise UserError(
             "training.steps and training.epochs are both null; set one of them, for example training.steps=30000"
@@ -409,7 +346,7 @@ def _check_together(config: Config) -> None:
         isinstance(update_size, int) and not isinstance(update_size, bool) and update_size > 0
     ):
         raise UserError(
-            f"weight_predictor.update_size must be auto or a whole number above 0, but is {_shown(update_size)}"
+            f"weight_predictor.update_size must be auto or a whole number above 0, but is {shown(update_size)}"
         )
     for side in ("height", "width"):
         length = getattr(video, side)
@@ -420,7 +357,7 @@ def _check_together(config: Config) -> None:
             )
     name, root = config.output.name, config.output.root
     if not root.isprintable() or _is_overlong(root):
-        raise UserError(f"output.root must be a path without line breaks and overlong names, but is {_shown(root)}")
+        raise UserError(f"output.root must be a path without line breaks and overlong names, but is {shown(root)}")
     if (
         not name.strip()
         or name in (".", "..")
@@ -428,7 +365,7 @@ def _check_together(config: Config) -> None:
         or set(name) & set('/\\:*?"<>|')
         or _is_overlong(name)
     ):
-        raise UserError(f"output.name must be one plain folder name, for example my-run, but is {_shown(name)}")
+        raise UserError(f"output.name must be one plain folder name, for example my-run, but is {shown(name)}")
 
 
 def _is_overlong(path: str) -> bool:
@@ -437,21 +374,6 @@ def _is_overlong(path: str) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------- words
-
-
-def _owner(setting: Any) -> type:
-    return next(section for section in SECTIONS.values() if any(setting is one for one in fields(section)))
-
-
-def _wanted_text(setting: Any, kind: Any) -> str:
-    noun = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Any: "a value"}.get(
-        kind, "a list"
-    )
-    section = next(name for name, cls in SECTIONS.items() if cls is _owner(setting))
-    limits = range_text(section, setting.name)
-    if "choices" in setting.metadata:
-        return f"one of {limits}"
-    return f"{noun}, {limits}" if limits else noun
 
 
 def _nearest_key(key: str) -> str:
@@ -467,24 +389,6 @@ def _nearest_key(key: str) -> str:
         by_tail = {name.rpartition(".")[2]: name for name in known}
         close = [by_tail[name] for name in difflib.get_close_matches(tail, by_tail, 1, 0.6)]
     return f"; did you mean '{close[0]}'?" if close else f"; config.yaml lists every setting ({', '.join(SECTIONS)})"
-
-
-def _short(number: float) -> str:
-    return f"{number:g}" if number < 1e6 else f"2^{round(math.log2(number))}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value) if not isinstance(value, list) else "[" + ", ".join(str(item) for item in value) + "]"
-    text = " ".join(text.split())
-    return _cut(text)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _kind(value: Any) -> str:
-    return {dict: "a mapping", list: "a list", str: "a text", type(None): "nothing"}.get(type(value), _shown(value))
 
 
 def _one_line(error: object) -> str:
