@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -33,10 +32,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in training.py
 import torch
 
 from benchmark_plan import SOURCE, Case, cases, fitted, free_bytes
+from benchmark_report import page, plot
+from command_line import OneLineParser, run_command, say, whole_number
 from configuration import UserError, load_config
 from devices import choose_device
 from image_data import open_images
-from step_runners import has_bf16
 
 HERE = Path(__file__).parent
 SMALL = [
@@ -210,127 +210,17 @@ def complete(results: list[dict[str, Any]], rates: dict[str, float]) -> None:
             line["break_even_steps"] = math.ceil(line["compile_seconds"] / saved) if saved > 0 else None
 
 
-# ------------------------------------------------------------------------------------------------------------ report
-
-
-def table(results: list[dict[str, Any]]) -> list[str]:
-    """The results as lines of a Markdown table."""
-    lines = [
-        "| case | runner | precision | s / iteration (quartiles) | speedup | images/s | critic step | generator step "
-        "| data wait | GRU | peak memory | peak of tensors | gradient error | with the same choices | share of floor |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for line in results:
-        low, high = line["quartiles"]
-        seconds = f"{line['seconds_per_iteration']:.3g} ({low:.3g} to {high:.3g})"
-        cells = [
-            line["case"], line["runner"], line["precision"], seconds, _shown(line["speedup"], "{:.2f} ×"),
-            f"{line['images_per_second']:.0f}", f"{line['critic_seconds'] * 1e3:.0f} ms",
-            f"{line['generator_seconds'] * 1e3:.0f} ms", f"{line['data_wait_share']:.1%}",
-            _shown(line.get("gru_share"), "{:.1%}"), f"{line['peak_memory_bytes'] / 1e9:.2f} GB",
-            _shown((line["peak_tensor_bytes"] or 0) / 1e9 or None, "{:.3f} GB"),
-            _shown(line["gradient_error"], "{:.1e}"), _shown(line["gradient_error_same_choices"], "{:.1e}"),
-            _shown(line["share_of_floor"], "{:.0%}"),
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
-def shares_table(results: list[dict[str, Any]]) -> list[str]:
-    """Where the time of a checked line goes, as lines of a Markdown table."""
-    looked_at = [line for line in results if line["time_shares"]]
-    if not looked_at:
-        return []
-    parts = list(looked_at[0]["time_shares"])
-    lines = ["", f"| time of operations | {' | '.join(parts)} |", "|---" * (1 + len(parts)) + "|"]
-    for line in looked_at:
-        shares = " | ".join(f"{line['time_shares'][part]:.1%}" for part in parts)
-        lines.append(f"| {line['case']}, {line['runner']} | {shares} |")
-    return lines
-
-
-def _shown(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
-
-
-def report(results: list[dict[str, Any]], device: torch.device, rates: dict[str, float], left_out: list[str]) -> str:
-    """The whole Markdown page."""
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{processor()}, {torch.get_num_threads()} threads"
-    )
-    rate = ", ".join(
-        f"{value / 1e9:,.0f} G{'B/s copied' if key == 'copy' else f'FLOP/s {key}'}" for key, value in rates.items()
-    )
-    notes = [f"{name}; PyTorch {torch.__version__}; {date.today()}. Measured: {rate}."]
-    if device.type == "cpu":
-        notes.append(f"Load of the machine over the last minutes: {', '.join(f'{x:.1f}' for x in os.getloadavg())}.")
-    for line in results:
-        if line["compile_seconds"] is not None:
-            paid = line["break_even_steps"]
-            after = f"has paid after {paid:,} iterations" if paid else "did not pay: no faster than eager"
-            notes.append(
-                f"Compiling ({line['case']}, {line['precision']}) took {line['compile_seconds']:.0f} s and {after}."
-            )
-    for line in results:
-        if line["gradient_error_same_choices"] is not None:
-            notes.append(
-                f"Choices of {line['runner']} ({line['case']}): float64 would take "
-                f"{', '.join(f'{count:,}' for count in line['flipped_choices'])} of {line['choices']:,} otherwise, "
-                f"whose two candidates differ by {line['widest_gap']:.0e} of their map's root mean square at most."
-            )
-    if not has_bf16(device):
-        notes.append("This device has no bf16 arithmetic; emulated, it would be 100 times slower, and is left out.")
-    notes += left_out
-    return "\n".join(["# Training speed", "", *notes, "", *table(results), *shares_table(results), ""])
-
-
-def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Bars: seconds per iteration of every line, and its floor."""
-    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
-
-    figure = Figure(figsize=(9, 1.2 + 0.3 * len(results)), layout="constrained")
-    axes = figure.subplots()
-    places = range(len(results))
-    colours = {"textbook": "tab:gray", "eager": "tab:blue", "compiled": "tab:orange", "cuda_graph": "tab:green"}
-    seconds = [line["seconds_per_iteration"] for line in results]
-    spread = [
-        [max(0, line["seconds_per_iteration"] - line["quartiles"][0]) for line in results],
-        [max(0, line["quartiles"][1] - line["seconds_per_iteration"]) for line in results],
-    ]
-    axes.barh(places, seconds, xerr=spread, color=[colours[line["runner"]] for line in results])
-    floors = [(place, line["share_of_floor"] * line["seconds_per_iteration"])
-              for place, line in zip(places, results, strict=True) if line["share_of_floor"]]  # fmt: skip
-    if floors:
-        axes.scatter([floor for _, floor in floors], [place for place, _ in floors], color="black", marker="|", s=90,
-                     label="floor", zorder=3)  # fmt: skip
-        axes.legend(loc="lower right")
-    axes.set_yticks(places, [f"{line['case']}: {line['runner']} {line['precision']}" for line in results])
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("seconds per iteration (median, quartiles)")
-    figure.savefig(path, dpi=120)
-
-
-def processor() -> str:
-    """The CPU's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 # ----------------------------------------------------------------------------------------------------------- command
 
 
-def run(options: argparse.Namespace) -> None:
-    """Measures, and writes table, plot and JSON.
+def run(options: argparse.Namespace) -> str:
+    """Measures, and writes table, plot and JSON; returns the last words.
 
     Raises:
         UserError: settings, device or a variant that don't work, or a file that cannot be written.
     """
+    if not options.minutes > 0:
+        raise UserError(f"--minutes must be above 0, but is {options.minutes:g}")
     device = choose_device(options.device)
     base = [
         f"data.root={HERE / 'data' / 'emoji'}",
@@ -382,8 +272,8 @@ def run(options: argparse.Namespace) -> None:
         complete(results, rates)
         publish(options, results, device, rates, left_out)  # a long measurement that is stopped leaves something
     rater.close()
-    print(publish(options, results, device, rates, left_out))
-    print(f"also written to {options.out}/benchmark.md and benchmark.png")
+    say(publish(options, results, device, rates, left_out))
+    return f"also written to {options.out}/benchmark.md and benchmark.png"
 
 
 def publish(
@@ -398,60 +288,40 @@ def publish(
     Raises:
         UserError: a file cannot be written.
     """
-    page = report(results, device, rates, left_out)
+    text = page(results, device, rates, left_out)
     content = {
         "rates": rates, "torch": torch.__version__, "date": str(date.today()), "left_out": left_out, "results": results,
     }  # fmt: skip
     try:
-        (options.out / "benchmark.md").write_text(page, encoding="utf-8")
+        (options.out / "benchmark.md").write_text(text, encoding="utf-8")
         plot(results, options.out / "benchmark.png")
         if options.json:
             options.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {error.filename or options.out} ({error.strerror})") from None
-    return page
-
-
-# ----------------------------------------------------------------------------------------------------------- command
+    return text
 
 
 def main(arguments: list[str] | None = None) -> int:
     examples = list(itertools.takewhile(str.strip, __doc__.split("\n\n", 1)[1].splitlines()))
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__.splitlines()[0],
         epilog="examples:\n" + "\n".join(f"  {line}" for line in examples),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number> (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="small sizes without compiling, under a minute")
-    parser.add_argument("--full", action="store_true", help="every size, as far as time and memory allow")
-    parser.add_argument(
-        "--minutes", type=float, metavar="N", default=15.0, help="leave out what would take longer (%(default)g)"
-    )
-    parser.add_argument(
-        "--rounds", type=int, metavar="N", help="iterations of each variant (5; 3 with --quick or --full)"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON")
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", default=Path("runs/benchmark"),
-        help="where benchmark.md and benchmark.png go (%(default)s)",
-    )  # fmt: skip
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, as for training.py")
-    options = parser.parse_args(arguments)
-    if options.rounds is not None and options.rounds < 1:
-        print(f"error: --rounds must be 1 or more, but is {options.rounds}", file=sys.stderr)
-        return 2
-    if not options.minutes > 0:
-        print(f"error: --minutes must be above 0, but is {options.minutes:g}", file=sys.stderr)
-        return 2
-    try:
-        run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    add = parser.add_argument
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:<number> (%(default)s)")
+    add("--quick", action="store_true", help="small sizes without compiling, under a minute")
+    add("--full", action="store_true", help="every size, as far as time and memory allow")
+    add("--minutes", type=float, metavar="N", default=15.0, help="leave out what would take longer (%(default)g)")
+    add("--rounds", type=whole_number("rounds", 1, 10_000), metavar="N",
+        help="iterations of each variant (5; 3 with --quick or --full)")  # fmt: skip
+    add("--json", type=Path, metavar="FILE", help="also write the results as JSON")
+    add("--out", type=Path, metavar="FOLDER", default=Path("runs/benchmark"),
+        help="where benchmark.md and benchmark.png go (%(default)s)")  # fmt: skip
+    add("overrides", nargs="*", metavar="section.key=value", help="settings, as for training.py")
+    return run_command(lambda: run(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

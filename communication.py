@@ -6,7 +6,6 @@ torchrun --nproc-per-node=2 communication.py image.size=32 training.batch_size=6
 Takes the settings of training.py. Run with `python` it tells the bytes and the estimate alone.
 """
 
-import argparse
 import os
 import statistics
 import sys
@@ -21,6 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from augmentation import DiffAugment
+from command_line import OneLineParser
 from configuration import Config, UserError, load_config
 from devices import choose_device, describe_device, prepare_device
 from distributed import VOTES, World, join_processes, report, report_lost
@@ -142,12 +142,12 @@ def median_time(work: Callable[[], object], device: torch.device, world: World, 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Measure what the processes of torchrun exchange in a training step.")
+    parser = OneLineParser(description="Measure what the processes of torchrun exchange in a training step.")
     default = Path(__file__).with_name("config.yaml")
     parser.add_argument("--config", metavar="FILE", default=default, help="YAML file with settings (config.yaml)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         config = load_config(options.config, options.overrides)
         device = choose_device(config.runtime.device)
         prepare_device(device)

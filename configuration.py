@@ -256,7 +256,9 @@ def _read_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and section and name):
-        raise UserError(f"override '{cut(text)}' must look like section.key=value, for example training.steps=1000")
+        fix = f"a file of settings is given as --config {cut(text)}" if text.endswith((".yaml", ".yml")) else ""
+        fix = fix or "for example training.steps=1000"
+        raise UserError(f"override '{cut(text)}' must look like section.key=value; {fix}")
     setting = next((setting for setting in fields(SECTIONS.get(section, Config)) if setting.name == name), None)
     if setting is not None and setting.type is str:
         return {section: {name: value}}  # a text is taken as it stands: a path may hold '#', ': ' or a leading '['

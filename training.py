@@ -23,7 +23,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported
 import torch
 from torch import Tensor, nn
 
-from command_line import silence_output
+from command_line import OneLineParser, silence_output
 from configuration import Config, UserError, config_to_dict, config_to_yaml, load_config
 from devices import choose_device, describe_device, prepare_device
 from distributed import ALONE, World, join_processes, report, report_lost
@@ -286,7 +286,7 @@ def dry_run_report(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description="Train a VAE decoder, the GRU that predicts updates to its weights, and a WGAN-GP critic.",
         epilog="examples:\n"
         "  python training.py --config config_quick.yaml\n"
@@ -296,6 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
         "  torchrun --nproc-per-node=8 training.py        one process on each of 8 GPUs\n\n"
         "config.yaml explains every setting.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     default = Path(__file__).with_name("config.yaml")
     parser.add_argument("--config", metavar="FILE", default=default, help="YAML file with settings (config.yaml)")
@@ -305,8 +306,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--profile", action="store_true", help="leave a torch.profiler trace of a few steps")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         config = load_config(options.config, options.overrides)
         with join_processes(config.runtime, choose_device(config.runtime.device)) as world:
             if options.dry_run:

@@ -236,47 +236,55 @@ _UNITS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    # Only the preview needs files; the networks above don't.
-    from configuration import UserError
-    from image_files import decode_image
-    from video_files import write_video
+    # Only the preview needs a command's means and files; the networks above don't.
+    from command_line import OneLineParser, run_command, whole_number
 
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description="Preview the synthetic video's motions on a picture.",
         epilog="examples:\n"
         "  python video_synth.py data/emoji/objects/1f511.webp key.mp4\n"
         "  python video_synth.py photo.jpg clip.webp --size 256 --frames 48 --shift 0.2 --zoom 0 --noise 0\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("picture", help="any picture file; its centre is cut to a square")
-    parser.add_argument("clip", help="the file to write: .mp4, .webp, .gif, .png (APNG), or a new folder for frames")
-    parser.add_argument("--size", type=int, default=128, help="side of the clip in pixels (%(default)s)")
-    parser.add_argument("--frames", type=int, default=32, help="frames in one closed path (%(default)s)")
-    parser.add_argument("--fps", type=float, default=16, help="frames per second (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="which paths (%(default)s)")
+    add = parser.add_argument
+    add("picture", help="any picture file; its centre is cut to a square")
+    add("clip", help="the file to write: .mp4, .webp, .gif, .png (APNG), or a new folder for frames")
+    add("--size", type=whole_number("size", 4, 4096), default=128, help="side of the clip in pixels (%(default)s)")
+    add("--frames", type=whole_number("frames", 1, 100_000), default=32, help="frames in one closed path (%(default)s)")
+    add("--fps", type=float, default=16, help="frames per second (%(default)s)")
+    add("--seed", type=whole_number("seed", 0, 2**53), default=0, help="which paths (%(default)s)")
     for strength in fields(MotionStrengths):
         unit = _UNITS[strength.name]
-        parser.add_argument(f"--{strength.name}", type=float, default=strength.default, help=f"{unit} (%(default)s)")
-    options = parser.parse_args(arguments)
+        add(f"--{strength.name}", type=float, default=strength.default, help=f"{unit} (%(default)s)")
+    return run_command(lambda: preview(parser.parse_args(arguments)))
+
+
+def preview(options: argparse.Namespace) -> str:
+    """Writes the clip, and returns a line about it.
+
+    Raises:
+        UserError: options out of their range, a picture that can't be read, a file that can't be written.
+    """
+    from configuration import UserError
+    from image_files import BrokenImageError, decode_image
+    from video_files import write_video
+
+    chosen = {strength.name: getattr(options, strength.name) for strength in fields(MotionStrengths)}
+    for name, value in chosen.items():
+        if not 0 <= value < (1 if name == "zoom" else math.inf):
+            raise UserError(f"--{name} must be 0 or more{', below 1' * (name == 'zoom')}, but is {value:g}")
+    if not Path(options.picture).is_file():
+        raise UserError(f"{options.picture}: no such file; give a picture to preview")
     try:
-        for name, lowest in (("size", 4), ("frames", 1)):
-            if getattr(options, name) < lowest:
-                raise UserError(f"--{name} must be {lowest} or more, but is {getattr(options, name)}")
-        strengths = MotionStrengths(
-            **{strength.name: getattr(options, strength.name) for strength in fields(MotionStrengths)}
-        )
-        if not (0 <= strengths.zoom < 1 and all(getattr(strengths, one.name) >= 0 for one in fields(strengths))):
-            raise UserError("motion strengths must be 0 or more, and --zoom below 1")
-        if not Path(options.picture).is_file():
-            raise UserError(f"{options.picture}: no such file; give a picture to preview")
         picture = decode_image(options.picture, options.size, 3)[None].float() / 255
-        video = synthesize_video(picture, options.frames, strengths, torch.Generator().manual_seed(options.seed))
-        write_video(options.clip, video[0], fps=options.fps)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {options.clip}: {options.frames} frames, {options.size} x {options.size} pixels, {options.fps:g} fps")
-    return 0
+    except BrokenImageError as error:
+        raise UserError(f"cannot read the image {options.picture}: {error.reason}") from None
+    random = torch.Generator().manual_seed(options.seed)
+    video = synthesize_video(picture, options.frames, MotionStrengths(**chosen), random)
+    write_video(options.clip, video[0], fps=options.fps)
+    size = f"{options.size} x {options.size} pixels"
+    return f"wrote {options.clip}: {options.frames} frames, {size}, {options.fps:g} a second"
 
 
 if __name__ == "__main__":

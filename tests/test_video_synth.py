@@ -192,9 +192,10 @@ def test_preview_writes_a_clip_of_any_picture(tmp_path, picture_folder) -> None:
     ("arguments", "words"),
     [
         (["nowhere.png", "clip.mp4"], ["nowhere.png"]),
+        ([__file__, "clip.mp4"], ["cannot read the image", "test_video_synth.py"]),
         (["{picture}", "clip.xyz"], ["clip.xyz", ".mp4"]),
         (["{picture}", "clip.mp4", "--zoom", "1.5"], ["--zoom", "below 1"]),
-        (["{picture}", "clip.mp4", "--frames", "0"], ["--frames", "1 or more"]),
+        (["{picture}", "clip.mp4", "--frames", "0"], ["--frames", "1 to"]),
     ],
 )
 def test_preview_answers_bad_input_in_one_line(arguments, words, tmp_path, picture_folder, monkeypatch, capsys) -> None:
