@@ -29,7 +29,7 @@ from torch import Tensor
 
 from checkpoints import Checkpoints
 from configuration import Config, UserError, config_to_yaml
-from loss_curves import plot_losses
+from loss_curves import plot_losses, read_metrics
 from pictures import labelled_frames, labelled_grid, save_picture, told_in_one_line, written_whole
 from video_files import write_video
 
@@ -183,8 +183,7 @@ class RunDirectory:
         path = self.path / "loss_curves.png"
 
         def write() -> None:
-            lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            plot_losses([json.loads(line) for line in lines], path)
+            plot_losses({self.path.name: read_metrics(self.path)}, path)
             gc.collect()  # a figure is a knot of references: tens of megabytes gathered before Python untied it
 
         self._attempt("loss_curves.png", write)

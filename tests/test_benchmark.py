@@ -217,7 +217,7 @@ def test_quick_writes_table_plot_and_json(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--rounds=0"], ["--rounds", "1 or more"]),
+        (["--rounds=0"], ["--rounds", "1 to"]),
         (["--minutes=0"], ["--minutes", "above 0"]),
         (["--device=cuda:99"], ["cuda:99"]),
         (["--quick", "image.size=33"], ["image.size"]),

@@ -220,7 +220,7 @@ def run(folder: Path, pictures: Path, *overrides: str) -> dict[str, Any]:
     Colours.seen = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quality_check, "load_features", Colours)
-        patch.setattr(run_directory, "plot_losses", lambda records, path: path.touch())
+        patch.setattr(run_directory, "plot_losses", lambda runs, path: path.touch())
         patch.setattr(run_directory, "write_video", lambda path, frames, fps: path.write_text(f"{fps}"))
         assert training.train(load_config(None, small(folder, pictures, *BASE, *overrides))) == 0
     (lock,) = folder.rglob("run.lock")
