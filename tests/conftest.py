@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 
 import training
-from checkpoints import load_checkpoint
+from checkpoints import Checkpoints, load_checkpoint
+from configuration import load_config
 from run_directory import RunDirectory
+from sampling import Sampler, load_sampler
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,6 +39,9 @@ SMALL = [
 VARIED = ["data.mirror=true", "training.diffaugment=[color,translation,cutout]", "loss.lambda_video=1",
           "loss.judged_frame=random"]  # fmt: skip
 """Overrides that switch on everything that draws random numbers."""
+
+T = 4
+"""Frames of a period of `drawing_run`."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -122,6 +127,35 @@ def untimed_metrics(run: Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl without what depends on the machine's speed and memory."""
     timed = ("speed/", "memory/", "seconds")
     return [{key: value for key, value in line.items() if not key.startswith(timed)} for line in metrics_of(run)]
+
+
+@pytest.fixture(scope="session")
+def drawing_run(tmp_path_factory: pytest.TempPathFactory, picture_folder: Path) -> Path:
+    """A run of 2 steps whose predictor was then given random weights, as its pictures must differ to be compared."""
+    folder = tmp_path_factory.mktemp("drawing") / "runs"
+    overrides = small(folder, picture_folder, "training.steps=2", "output.sample_every=1", f"video.frames={T}",
+                      "weight_predictor.layers=[decoder.*]", "weight_predictor.bound=0.5", "video.height=8",
+                      "video.width=8", name="quick")  # fmt: skip
+    assert training.train(load_config(None, overrides)) == 0
+    path = folder / "quick" / "checkpoints"
+    saved = load_checkpoint(path / "latest.pt")
+    random = torch.Generator().manual_seed(0)
+    weights = saved["generator_ema"]
+    weights["predictor.to_update.weight"] = torch.randn(weights["predictor.to_update.weight"].shape, generator=random)
+    for name in ("vae.decoder.stage1.weight", "vae.decoder.stage2.weight", "vae.decoder.projection.weight"):
+        weights[name] = 3 * weights[name]  # pictures of some contrast
+    Checkpoints(path, keep=3).save(saved)
+    return folder / "quick"
+
+
+@pytest.fixture
+def sampler(drawing_run: Path) -> Sampler:
+    return load_sampler(drawing_run, "cpu")
+
+
+def frames_of(iterator) -> torch.Tensor:
+    """All frames of a video: (N, frames, C, H, W)."""
+    return torch.stack(list(iterator), dim=1)
 
 
 class Done(NamedTuple):
