@@ -1,9 +1,11 @@
-"""Small pictures, small settings, and commands run as a user runs them."""
+"""Small pictures, settings, networks and runs; commands as a user runs them; and several processes."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -12,10 +14,15 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from PIL import Image
+from processes import Ended, Launch, run_process
+from torch.distributed import TCPStore
 
 import training
 from checkpoints import Checkpoints, load_checkpoint
-from configuration import load_config
+from configuration import Config, load_config
+from generator_path import Generator, build_generator
+from model_definitions import Discriminator, build_discriminator
+from random_draws import Draws
 from run_directory import RunDirectory
 from sampling import Sampler, load_sampler
 
@@ -129,6 +136,15 @@ def untimed_metrics(run: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in line.items() if not key.startswith(timed)} for line in metrics_of(run)]
 
 
+def networks_and_draws(*overrides: str) -> tuple[Config, Generator, Discriminator, Draws]:
+    """Small networks of a seed, whose predictor moves the decoder, and the random numbers of their steps."""
+    config = load_config(None, [*SMALL, *overrides])
+    torch.manual_seed(0)
+    generator, discriminator = build_generator(config), build_discriminator(config)
+    torch.nn.init.normal_(generator.predictor.to_update.weight, std=0.2)
+    return config, generator, discriminator, Draws(config, torch.device("cpu"))
+
+
 @pytest.fixture(scope="session")
 def drawing_run(tmp_path_factory: pytest.TempPathFactory, picture_folder: Path) -> Path:
     """A run of 2 steps whose predictor was then given random weights, as its pictures must differ to be compared."""
@@ -198,3 +214,48 @@ def start_command(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / script), *rest]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
     return subprocess.Popen(command, text=True, **(pipes | options))
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Any:
+    """Forks processes from one that has torch loaded already, and has computed nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["conftest"])
+        context.Process(target=int).start()
+        yield context
+
+
+@pytest.fixture(scope="module")
+def store() -> TCPStore:
+    """As torchrun's own: it outlives the processes of a launch, and the next ones find what these have left in it."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+@pytest.fixture
+def launch(nursery: Any, store: TCPStore, tmp_path: Path) -> Launch:
+    """`launch(size, work, *arguments)` runs `work` in as many processes, and tells how they ended."""
+
+    def launch(
+        size: int, work: Callable[..., int], *arguments: Any, timeout: float = 60, first_only: bool = False
+    ) -> list[Ended]:
+        processes = [
+            nursery.Process(target=run_process, args=(rank, size, store.port, tmp_path, work, arguments))
+            for rank in range(size)
+        ]
+        ends = time.monotonic() + timeout
+        for process in processes:
+            process.start()
+        for process in processes[:1] if first_only else processes:
+            process.join(max(0.0, ends - time.monotonic()))
+        late = [rank for rank, process in enumerate(processes) if process.is_alive() and not (rank and first_only)]
+        for process in processes:
+            process.kill()  # a stopped one too
+            process.join()
+        texts = [[(tmp_path / f"{name}.{rank}").read_text() for name in ("output", "errors")] for rank in range(size)]
+        assert not late, f"processes {late} did not end within {timeout} s: {texts}"
+        return [Ended(process.exitcode, *text) for process, text in zip(processes, texts, strict=True)]
+
+    return launch

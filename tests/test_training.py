@@ -12,21 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, Done, metrics_of, pictures_drawn, run_command, small, start_command
+from conftest import ROOT, Done, metrics_of, pictures_drawn, run_command, small, start_command
 from PIL import Image
 
 import resume
 import step_runners
 import training
-from augmentation import DiffAugment
 from checkpoints import load_checkpoint
 from configuration import Config, UserError, config_from_dict, load_config
 from generator_path import build_generator
 from image_data import open_images
 from model_definitions import build_discriminator
-from objectives import critic_objective, generator_objective
-from random_draws import Draws, base_fakes, stable_seed
-from step_runners import EagerSteps
+from objectives import generator_objective
 from training_state import TrainingState
 from video_files import read_video
 
@@ -46,7 +43,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, picture_folder: Path)
     return folder / "run"
 
 
-# ---------------------------------------------------------------------------------------------------- what a run does
+# ------------------------------------------------------------------------------------------------------ what a run does
 
 
 def test_a_small_run_learns(finished_run: Path) -> None:
@@ -188,91 +185,13 @@ def test_every_way_of_training_runs(overrides: list[str], tmp_path: Path, pictur
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "latest.pt")["step"] == 2
 
 
-# ------------------------------------------------------------------------------------------------------ the two steps
-
-
-def objects(*overrides: str):
-    config = load_config(None, [*SMALL, *overrides])
-    torch.manual_seed(0)
-    generator, discriminator = build_generator(config), build_discriminator(config)
-    torch.nn.init.normal_(generator.predictor.to_update.weight, std=0.2)
-    return config, generator, discriminator, Draws(config, torch.device("cpu"))
-
-
-def test_draws_depend_on_seed_step_and_repeat_alone() -> None:
-    _, generator, _, draws = objects()
-    first = draws.critic(generator, 7, 1)
-    draws.critic(generator, 8, 0)
-    again = draws.critic(generator, 7, 1)
-    assert torch.equal(first.z, again.z)
-    assert torch.equal(first.motion.phases, again.motion.phases)
-    for other in (draws.critic(generator, 7, 0), draws.critic(generator, 8, 1), draws.generator(generator, 7)):
-        assert not torch.equal(first.z, other.z)
-    assert stable_seed(0, 1, "critic", 2) != stable_seed(0, 12, "critic")
-    assert stable_seed(0, 1, "critic", 2) == 5730188251129072798  # on any machine
-
-
-def test_a_shared_update_is_of_one_time_for_all_pictures() -> None:
-    for sharing, kinds in (("shared", 1), ("per_sample", 4)):
-        _, generator, _, draws = objects(
-            f"weight_predictor.sharing={sharing}",
-            "loss.judged_frame=random",
-            "video.frames=1000",
-            "loss.own_frames=1000",
-        )
-        numbers = draws.generator(generator, 1)
-        assert len(numbers.frame.unique()) == len(numbers.video_times.unique(dim=0)) == kinds
-
-
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_the_critic_sees_that_share_of_base_pictures(share: float) -> None:
-    config, generator, discriminator, draws = objects(f"loss.base_fake_share={share}")
-    numbers = draws.critic(generator, 1, 0)
-    loss = critic_objective(generator, discriminator, torch.rand(4, 3, 16, 16), numbers, DiffAugment([]), config)
-    n_base = base_fakes(config)
-    assert n_base == 4 * share
-    base = discriminator(generator.vae.decode(numbers.z))
-    assert torch.allclose(loss.score_fake[:n_base], base[:n_base], atol=1e-5)
-    updated = (loss.score_fake[n_base:] - base[n_base:]).abs()
-    assert len(updated) == 4 - n_base
-    assert (updated > 1e-5).all()
-
-
-def test_the_critic_step_leaves_the_generator_alone_and_the_other_way_round() -> None:
-    config, generator, discriminator, draws = objects()
-    x_real = torch.rand(4, 3, 16, 16)
-    critic = critic_objective(generator, discriminator, x_real, draws.critic(generator, 1, 0), DiffAugment([]), config)
-    assert not any(g is not None for g in torch.autograd.grad(
-        critic.total, list(generator.parameters()), allow_unused=True, retain_graph=True))  # fmt: skip
-    loss, _ = generator_objective(
-        generator, discriminator, x_real, draws.generator(generator, 1), DiffAugment([]), config
-    )
-    assert all(g is not None for g in torch.autograd.grad(loss.total, list(generator.parameters()), retain_graph=True))
-    state = TrainingState(config, torch.device("cpu"))
-    before = {name: value.clone() for name, value in state.discriminator.state_dict().items()}
-    EagerSteps(state, DiffAugment([])).generator_step(x_real, draws.generator(state.generator, 1))
-    for name, value in state.discriminator.state_dict().items():
-        assert torch.equal(value, before[name])
-
-
-def test_generator_loss_reaches_the_gru_and_every_vae_layer() -> None:
-    config, generator, discriminator, draws = objects("loss.lambda_video=1")
-    loss, _ = generator_objective(
-        generator, discriminator, torch.rand(4, 3, 16, 16), draws.generator(generator, 1), DiffAugment([]), config
-    )
-    assert loss.video > 0
-    names = dict(generator.named_parameters())
-    for name, gradient in zip(names, torch.autograd.grad(loss.total, list(names.values())), strict=True):
-        assert gradient.abs().max() > 0, name
-
-
 def test_epochs_become_steps() -> None:
     config = load_config(None, ["training.epochs=3", "training.batch_size=10", "training.n_critic=2"])
     assert training.total_steps(config, 50) == 8  # 150 pictures at 20 a step, rounded up
     assert training.total_steps(config, 1) == 1
 
 
-# -------------------------------------------------------------------------------------------------------- the command
+# ---------------------------------------------------------------------------------------------------------- the command
 
 
 def test_help_shows_examples(tmp_path: Path) -> None:
