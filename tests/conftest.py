@@ -19,12 +19,13 @@ from torch.distributed import TCPStore
 
 import training
 from checkpoints import Checkpoints, load_checkpoint
-from configuration import Config, load_config
+from configuration import Config, UserError, load_config
 from generator_path import Generator, build_generator
 from model_definitions import Discriminator, build_discriminator
 from random_draws import Draws
 from run_directory import RunDirectory
 from sampling import Sampler, load_sampler
+from step_runners import EagerSteps
 
 ROOT = Path(__file__).parent.parent
 
@@ -103,6 +104,32 @@ def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(folder: Path, pictures: Path, *overrides: str, name: str = "run") -> list[str]:
     """Overrides for a small run that writes to `folder / name`."""
     return [*SMALL, f"data.root={pictures}", f"output.root={folder}", f"output.name={name}", *overrides]
+
+
+def train(*overrides: str, accept_changes: bool = False) -> int:
+    """Trains in this process with these settings; the exit status."""
+    return training.train(load_config(None, overrides), accept_changes)
+
+
+def refused(*overrides: str) -> str:
+    """The one line with which `train` refuses these settings, or gives up."""
+    with pytest.raises(UserError) as error:
+        train(*overrides)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def before_step(monkeypatch: pytest.MonkeyPatch, step: int, do: Callable[[], Any]) -> None:
+    """Calls `do` just before the generator's part of step `step`, once."""
+    original = EagerSteps.generator_step
+
+    def generator_step(self: EagerSteps, *arguments: Any) -> Any:
+        if self.state.step + 1 == step:
+            monkeypatch.setattr(EagerSteps, "generator_step", original)
+            do()
+        return original(self, *arguments)
+
+    monkeypatch.setattr(EagerSteps, "generator_step", generator_step)
 
 
 def metrics_of(run: Path) -> list[dict[str, float]]:
@@ -195,6 +222,16 @@ def run_training(
         return Done(status, *capsys.readouterr())
 
     return run
+
+
+def assert_one_line(done: Done, words: list[str]) -> None:
+    """That a command ended with status 2 and one line of error, which holds the words."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
 
 
 def run_command(*arguments: str, folder: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Done, metrics_of, pictures_drawn, run_command, small, start_command
+from conftest import (
+    ROOT,
+    Done,
+    assert_one_line,
+    final,
+    metrics_of,
+    pictures_drawn,
+    run_command,
+    small,
+    start_command,
+    train,
+)
 from PIL import Image
 
 import resume
@@ -191,6 +202,21 @@ def test_epochs_become_steps() -> None:
     assert training.total_steps(config, 1) == 1
 
 
+def test_clipping_shortens_the_gradient_and_says_how_often(tmp_path: Path, picture_folder: Path) -> None:
+    arguments = small(tmp_path, picture_folder, "training.steps=4", "output.log_every=4", "training.clip_vae=1e-3",
+                      "training.clip_discriminator=1e9")  # fmt: skip
+    assert train(*arguments) == 0
+    (line,) = metrics_of(tmp_path / "run")
+    assert line["gradient_norm/vae"] > 1e-3
+    assert line["clipped_share/vae"] == 1
+    assert line["clipped_share/discriminator"] == 0
+    assert "clipped_share/predictor" not in line
+    moments = final(tmp_path / "run")["optimizers"]["generator"]["state"]
+    vae_tensors = len(final(tmp_path / "run")["optimizers"]["generator"]["param_groups"][0]["params"])
+    squares = sum(moments[index]["exp_avg"].square().sum() for index in range(vae_tensors))
+    assert squares.sqrt() == pytest.approx(1e-3, rel=1e-2)  # β₁ = 0: the first moment is the last gradient
+
+
 # ---------------------------------------------------------------------------------------------------------- the command
 
 
@@ -239,6 +265,16 @@ def test_dry_run_into_a_closed_pipe_is_quiet(tmp_path: Path, picture_folder: Pat
     assert process.wait() == 0
 
 
+def test_a_closed_pipe_stops_no_training(tmp_path: Path, picture_folder: Path) -> None:
+    arguments = small(tmp_path, picture_folder, "training.steps=3", "output.log_every=1")
+    process = start_command("training.py", *arguments)
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait() == 0, errors
+    assert "Traceback" not in errors
+    assert final(tmp_path / "run")["step"] == 3
+
+
 def test_plain_lines_where_output_is_no_terminal(tmp_path: Path, picture_folder: Path) -> None:
     arguments = small(tmp_path, picture_folder, "training.steps=4", "output.log_every=2")
     done = run_command("training.py", *arguments, folder=tmp_path)
@@ -263,17 +299,6 @@ def test_ctrl_c_saves_and_exits_with_130(tmp_path: Path, picture_folder: Path) -
     step = load_checkpoint(tmp_path / "run" / "checkpoints" / "latest.pt")["step"]
     assert step >= 3
     assert (tmp_path / "run" / "samples" / f"step_{step:06d}.png").exists()
-
-
-def test_a_folder_that_holds_something_else_is_never_touched(
-    run_training: Callable[..., Done], tmp_path: Path, picture_folder: Path
-) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "precious").write_text("old")
-    (tmp_path / "run-2").mkdir()
-    done = run_training(*small(tmp_path, picture_folder, "training.steps=1"))
-    assert_one_line(done, ["something else than a run", "output.name=run-3"])
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
 
 
 @pytest.mark.parametrize(("log_every", "sample_every", "checkpoint_every"), [(20, 50, 2), (20, 1, 2), (1, 50, 2)])
@@ -373,15 +398,6 @@ def test_broken_pictures_in_a_stream_are_listed_too(
     assert (tmp_path / "run" / "skipped.txt").read_text().count("07.png") == 1
     refused = run_training(*small(tmp_path, pictures, "data.memory_gb=0", "training.steps=6", name="other"))
     assert_one_line(refused, ["07.png"])
-
-
-def assert_one_line(done: Done, words: list[str]) -> None:
-    assert done.returncode == 2, done.stdout + done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("error: ")
-    for word in words:
-        assert word in lines[0]
 
 
 def test_the_default_settings_start_on_the_embedded_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
