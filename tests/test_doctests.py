@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 WITH_EXAMPLES = [path.stem for path in sorted(ROOT.glob("*.py")) if ">>> " in path.read_text(encoding="utf-8")]
-NEED_A_RUN = {"sampling"}  # tests/test_generate.py has one to run them on
+NEED_A_RUN = {"sampling"}  # tests/test_sampling.py has one to run them on
 
 
 def test_there_are_examples() -> None:

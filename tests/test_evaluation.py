@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, metrics_of, same, small, untimed_metrics
+from conftest import ROOT, metrics_of, same, small, train, untimed_metrics
 
 import evaluate
-import training
 from checkpoints import load_checkpoint
 from configuration import UserError, load_config
 from evaluation import (
@@ -32,10 +31,6 @@ from sampling import Sampler, load_sampler
 
 IN_LOOP = ("output.evaluate_every=2", "output.evaluate_images=10", "output.best_metric=quality/kid", "data.holdout=0.4",
            "output.checkpoint_every=100", "output.sample_every=100", "output.log_every=1")  # fmt: skip
-
-
-def train(*overrides: str) -> int:
-    return training.train(load_config(None, overrides))
 
 
 @pytest.fixture(scope="module")

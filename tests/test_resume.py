@@ -1,38 +1,24 @@
 """Stopped, killed, resumed: the run is the undisturbed one bit for bit, or it is refused with the reason."""
 
-import itertools
 import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, VARIED, final, metrics_of, same, small, start_command, untimed_metrics
+from conftest import VARIED, before_step, final, metrics_of, refused, same, small, train, untimed_metrics
 
-import checkpoints
 import step_runners
-import training
 from checkpoints import load_checkpoint
 from configuration import UserError, config_to_dict, load_config
 from objectives import generator_objective
 from resume import FREE, SHAPES, Difference
 from run_directory import RunDirectory
-from step_runners import EagerSteps
-from training_log import StopRequest
 
 ODD = ["output.log_every=4", "output.checkpoint_every=2", "output.sample_every=3", "output.keep_checkpoints=10"]
 """Intervals that don't fall together."""
-
-
-def train(*overrides: str, accept_changes: bool = False) -> int:
-    return training.train(load_config(None, overrides), accept_changes)
 
 
 def forget_after(run: Path, step: int) -> None:
@@ -47,19 +33,6 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = si
     before_step(monkeypatch, step, lambda: os.kill(os.getpid(), number))
 
 
-def before_step(monkeypatch: pytest.MonkeyPatch, step: int, do: Callable[[], Any]) -> None:
-    """Calls `do` just before the generator's part of step `step`, once."""
-    original = EagerSteps.generator_step
-
-    def generator_step(self: EagerSteps, *arguments: Any) -> Any:
-        if self.state.step + 1 == step:
-            monkeypatch.setattr(EagerSteps, "generator_step", original)
-            do()
-        return original(self, *arguments)
-
-    monkeypatch.setattr(EagerSteps, "generator_step", generator_step)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, picture_folder: Path) -> Path:
     """Nine steps in one go."""
@@ -68,7 +41,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, picture_folder: Path) 
     return folder / "run"
 
 
-# -------------------------------------------------------------------------------------------------------- bit for bit
+# ---------------------------------------------------------------------------------------------------------- bit for bit
 
 
 @pytest.mark.parametrize("stops", [(1,), (4, 5), (8,), tuple(range(1, 9))])
@@ -215,14 +188,7 @@ def test_tensorboard_has_every_step_once(tmp_path: Path, picture_folder: Path) -
     assert [event.value for event in events.Scalars("critic/gap")] == pytest.approx(values)
 
 
-# ------------------------------------------------------------------------------------------------------------ settings
-
-
-def refused(*overrides: str) -> str:
-    with pytest.raises(UserError) as error:
-        train(*overrides)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+# ------------------------------------------------------------------------------------------------------------- settings
 
 
 @pytest.fixture
@@ -299,7 +265,7 @@ def test_every_setting_has_an_effect_on_resuming() -> None:
     assert {*settings, *sections} >= FREE | SHAPES  # no name that isn't there
 
 
-# ------------------------------------------------------------------------------------------------------------ stopping
+# ------------------------------------------------------------------------------------------------------------- stopping
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
@@ -311,22 +277,6 @@ def test_other_signals_save_too(
     assert final(tmp_path / "run")["step"] == 2
 
 
-def test_a_second_ctrl_c_leaves_at_once() -> None:
-    code = (
-        "import os, signal, time; from training_log import StopRequest\n"
-        "with StopRequest() as stop:\n"
-        "    os.kill(os.getpid(), signal.SIGINT); time.sleep(0.1)\n"
-        "    print('asked', stop.requested, flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGINT); time.sleep(30)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == -signal.SIGINT
-    assert done.stdout == "asked True\n"
-    assert "press Ctrl-C again to leave at once" in done.stderr
-
-
 def test_a_run_stops_when_its_minutes_are_over_and_goes_on(tmp_path: Path, picture_folder: Path, capsys) -> None:
     arguments = small(tmp_path, picture_folder, "training.steps=5")
     assert train(*arguments, "training.max_minutes=1e-6") == 0
@@ -334,17 +284,6 @@ def test_a_run_stops_when_its_minutes_are_over_and_goes_on(tmp_path: Path, pictu
     assert final(tmp_path / "run")["step"] == 1
     assert train(*arguments) == 0
     assert final(tmp_path / "run")["step"] == 5
-
-
-def test_time_is_asked_for_in_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    stop = StopRequest(max_minutes=2)
-    now[0] += 119
-    assert not stop.requested
-    now[0] += 1
-    assert stop.requested
-    assert stop.exit_status == 0
 
 
 def test_the_best_checkpoint_is_kept_across_sessions(tmp_path: Path, picture_folder: Path) -> None:
@@ -358,169 +297,3 @@ def test_the_best_checkpoint_is_kept_across_sessions(tmp_path: Path, picture_fol
     assert best["best"] == {"metric": "critic/gap", "value": min(values.values()), "step": best["step"]}
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["best.pt", "latest.pt", "step_000008.pt"]
-
-
-# ------------------------------------------------------------------------------------------------------ a hostile disk
-
-
-def failing_save(monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
-    save, calls = torch.save, itertools.count(1)
-
-    def full(content: Any, target: Any) -> None:
-        if next(calls) <= failures:
-            raise OSError(28, "No space left on device")
-        save(content, target)
-
-    monkeypatch.setattr(checkpoints.torch, "save", full)
-
-
-def test_a_full_disk_is_tried_again(tmp_path: Path, picture_folder: Path, monkeypatch, capsys) -> None:
-    failing_save(monkeypatch, 2)
-    assert train(*small(tmp_path, picture_folder, "training.steps=6", "output.checkpoint_every=2")) == 0
-    shown = capsys.readouterr().out
-    assert shown.count("No space left on device; no checkpoint was written yet; training goes on") == 2
-    assert final(tmp_path / "run")["step"] == 6
-
-
-def test_a_disk_that_stays_full_ends_the_run_with_one_line(
-    tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = small(tmp_path, picture_folder, "output.checkpoint_every=2")
-    assert train(*arguments, "training.steps=2") == 0
-    failing_save(monkeypatch, 1000)
-    text = refused(*arguments, "training.steps=100")
-    assert "training stopped at step 8" in text
-    assert "No space left" in text
-    assert "latest.pt is whole" in text
-    assert final(tmp_path / "run")["step"] == 2
-
-
-def test_a_last_checkpoint_that_fails_is_an_error(
-    tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failing_save(monkeypatch, 1000)
-    assert "training stopped at step 1" in refused(*small(tmp_path, picture_folder, "training.steps=1"))
-
-
-def test_a_run_folder_that_disappears_ends_the_run_with_one_line(
-    tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before_step(monkeypatch, 4, lambda: (tmp_path / "run").rename(tmp_path / "moved"))
-    text = refused(*small(tmp_path, picture_folder, "training.steps=50", "output.checkpoint_every=2",
-                          "output.log_every=1", "output.sample_every=1", "output.tensorboard=true"))  # fmt: skip
-    assert "training stopped at step 4" in text
-    assert "moved or deleted" in text
-    assert not (tmp_path / "run").exists()
-    assert load_checkpoint(tmp_path / "moved" / "checkpoints" / "latest.pt")["step"] == 2
-
-
-@pytest.mark.pictures
-def test_samples_clips_curves_and_tensorboard_that_cannot_be_written_stop_nothing(
-    tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    names = ("samples", "clips", "loss_curves.png", "tensorboard")
-
-    def spoil() -> None:
-        for name in names:
-            path = tmp_path / "run" / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-            path.mkdir() if name.endswith(".png") else path.write_text("no folder")
-
-    before_step(monkeypatch, 3, spoil)
-    overrides = ["training.steps=5", "output.sample_every=1", "output.log_every=1", "output.tensorboard=true"]
-    assert train(*small(tmp_path, picture_folder, *overrides)) == 0
-    shown = capsys.readouterr().err
-    for name in names:
-        assert len(re.findall(rf"^warning: .*; training goes on without {name}/?$", shown, re.MULTILINE)) == 1, shown
-    assert "Traceback" not in shown
-    assert final(tmp_path / "run")["step"] == 5
-    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
-
-
-def test_metrics_that_could_not_be_written_are_written_later(
-    tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    write, calls = os.write, itertools.count(1)
-
-    def full(descriptor: int, data: bytes) -> int:
-        if data.startswith(b'{"step"') and next(calls) in (2, 5):  # the second time it is the last line
-            return write(descriptor, data[:100])  # half a line fits
-        return write(descriptor, data)
-
-    monkeypatch.setattr(os, "write", full)
-    assert train(*small(tmp_path, picture_folder, "training.steps=5", "output.log_every=1")) == 0
-    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4]
-    shown = capsys.readouterr().err
-    assert shown.count("training goes on without metrics.jsonl") == 2
-    assert "can be written again" in shown
-
-
-@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="needs to mount a tmpfs")
-def test_a_small_disk_that_fills_during_a_save_loses_nothing(tmp_path: Path, picture_folder: Path, capsys) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("no right to mount here")
-    try:
-        arguments = small(disk, picture_folder, "output.checkpoint_every=1", "output.keep_checkpoints=100",
-                          "video.height=4", "video.width=4")  # fmt: skip
-        text = refused(*arguments, "training.steps=100")
-        assert "No space left on device" in text
-        assert "is whole" in text
-        saved = sorted((disk / "run" / "checkpoints").glob("step_*.pt"))
-        assert len(saved) > 1
-        for path in saved:
-            load_checkpoint(path)
-        newest = int(saved[-1].stem[5:])
-        for path in saved[:-1]:  # make room: the same command goes on
-            path.unlink()
-        assert train(*arguments, f"training.steps={newest + 1}") == 0
-        assert f"resuming {disk / 'run'} after step {newest}" in capsys.readouterr().out
-    finally:
-        subprocess.run(["umount", disk], check=True)
-
-
-# ------------------------------------------------------------------------------------------------- two runs, one folder
-
-
-def test_a_second_run_into_one_folder_is_refused_until_the_first_is_dead(tmp_path: Path, picture_folder: Path) -> None:
-    arguments = small(tmp_path, picture_folder, "training.steps=1000000", "output.log_every=1", "data.memory_gb=0")
-    first = start_command("training.py", *arguments, stderr=None)
-    for line in first.stdout:
-        if line.startswith("step 2/"):
-            break
-    text = refused(*arguments)
-    assert text.startswith(f"output.name: process {first.pid} on")
-    assert "output.name=run-2" in text
-    first.kill()  # its data loading workers live on for some seconds: they don't hold the lock
-    first.wait()
-    first.stdout.close()
-    assert train(*arguments, "training.max_minutes=1e-6") == 0
-
-
-def test_a_closed_pipe_stops_no_training(tmp_path: Path, picture_folder: Path) -> None:
-    arguments = small(tmp_path, picture_folder, "training.steps=3", "output.log_every=1")
-    process = start_command("training.py", *arguments)
-    process.stdout.close()
-    errors = process.stderr.read()
-    assert process.wait() == 0, errors
-    assert "Traceback" not in errors
-    assert final(tmp_path / "run")["step"] == 3
-
-
-# ------------------------------------------------------------------------------------------------------------ clipping
-
-
-def test_clipping_shortens_the_gradient_and_says_how_often(tmp_path: Path, picture_folder: Path) -> None:
-    arguments = small(tmp_path, picture_folder, "training.steps=4", "output.log_every=4", "training.clip_vae=1e-3",
-                      "training.clip_discriminator=1e9")  # fmt: skip
-    assert train(*arguments) == 0
-    (line,) = metrics_of(tmp_path / "run")
-    assert line["gradient_norm/vae"] > 1e-3
-    assert line["clipped_share/vae"] == 1
-    assert line["clipped_share/discriminator"] == 0
-    assert "clipped_share/predictor" not in line
-    moments = final(tmp_path / "run")["optimizers"]["generator"]["state"]
-    vae_tensors = len(final(tmp_path / "run")["optimizers"]["generator"]["param_groups"][0]["params"])
-    squares = sum(moments[index]["exp_avg"].square().sum() for index in range(vae_tensors))
-    assert squares.sqrt() == pytest.approx(1e-3, rel=1e-2)  # β₁ = 0: the first moment is the last gradient

@@ -1,13 +1,17 @@
-"""The log: averages over an interval, the first bad step by name, and time that is not counted."""
+"""The log: averages, the first bad step by name, time that is not counted; and when a run is to stop."""
 
 import math
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
+from conftest import ROOT
 
 from configuration import UserError, load_config
-from training_log import Log, duration
+from training_log import Log, StopRequest, duration
 
 SHOWN = ("critic/gap", "generator/reconstruction", "generator/kl", "update/relative_size")  # what a line needs
 
@@ -68,3 +72,30 @@ def test_pauses_are_not_training_time(log: Log) -> None:
 
 def test_durations_read_like_a_clock() -> None:
     assert [duration(seconds) for seconds in (5, 93, 4000)] == ["0:05", "1:33", "1:06:40"]
+
+
+def test_a_second_ctrl_c_leaves_at_once() -> None:
+    code = (
+        "import os, signal, time; from training_log import StopRequest\n"
+        "with StopRequest() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGINT); time.sleep(0.1)\n"
+        "    print('asked', stop.requested, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT); time.sleep(30)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == -signal.SIGINT
+    assert done.stdout == "asked True\n"
+    assert "press Ctrl-C again to leave at once" in done.stderr
+
+
+def test_time_is_asked_for_in_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    stop = StopRequest(max_minutes=2)
+    now[0] += 119
+    assert not stop.requested
+    now[0] += 1
+    assert stop.requested
+    assert stop.exit_status == 0
