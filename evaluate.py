@@ -29,6 +29,7 @@ from checkpoints import load_checkpoint
 from configuration import UserError
 from evaluation import (
     GENERATORS,
+    MOVED,
     Reliability,
     UpdatePart,
     as_bytes,
@@ -156,7 +157,7 @@ def evaluate(
     critic = load_critic(sampler, saved)
     update, mean_update = update_statistics(sampler, evaluation_seeds(min(images, UPDATE_IMAGES)))
     count = images + len(real.new)  # those that critics judge come last
-    drawn: dict[str, list[Tensor]] = {name: [] for name in GENERATORS}
+    drawn: dict[str, list[Tensor]] = {name: [] for name in (*GENERATORS, "moved")}
     seeds = evaluation_seeds(count)
     batches = zip(seed_batches(seeds), draw_generators(sampler, seeds, mean_update), strict=True)
     for _, batch in _progress(batches, "drawing", len(list(seed_batches(seeds)))):
@@ -185,10 +186,12 @@ def evaluate(
             "nearest_training_distance": nearest[name][0].median().item(),
             "critic_gap": (scores(critic, real.new).mean() - scores(critic, fresh).mean()).item(),
         }
-        if critic_steps:
+        if critic_steps and name in GENERATORS:
             gap, train_gap = fresh_critic_gap(sampler.config, real.known, pictures[:images], real.new, fresh,
                                               steps=critic_steps, device=sampler.device)  # fmt: skip
             generators[name] |= {"fresh_critic_gap": gap, "fresh_critic_train_gap": train_gap}
+
+    moved = generators.pop("moved")
 
     real_row = {"nearest_training_distance": _nearest_of_new(held_out, known, real).median().item()}
     kid_size = min(len(held_out), len(compared)) // 2
@@ -209,6 +212,7 @@ def evaluate(
         "real_images": len(compared),
         "held_out_images": len(real.new),
         "generators": generators,
+        "moved": moved,
         "held_out": real_row,
         "update": {part.name: part._asdict() for part in update},
         "update_between_image_share": update[-1].between_image_share,
@@ -223,12 +227,13 @@ def evaluate(
     distance, index = nearest["updated"]
     suspicious = distance.argsort()[:10]
     picture = EvaluationPicture(
-        samples={GENERATORS[name]: pictures[:16] for name, pictures in generated.items()},
+        samples={(GENERATORS | {"moved": MOVED})[name]: pictures[:16] for name, pictures in generated.items()},
         nearest=(generated["updated"][:images][suspicious], real.known[index[suspicious]], distance[suspicious]),
         reconstructed=(real.new[:10], reconstructed[:10]),
         reliability=believed,
         update=update,
-        kid={GENERATORS[name]: (row["kid"], row["kid_std"]) for name, row in generators.items()},
+        kid={GENERATORS[name]: (row["kid"], row["kid_std"]) for name, row in generators.items()}
+        | {MOVED: (moved["kid"], moved["kid_std"])},
         title=f"{sampler.path}, step {sampler.step:,}, {features.name}",
     )
     return Evaluation(figures, update, believed, picture, real.notes)
@@ -281,7 +286,7 @@ def tables(evaluation: Evaluation) -> Iterator[str]:
         "critic's gap | fresh critic's gap |"
     )
     yield "|---|---|---|---|---|---|---|---|"
-    for name, row in figures["generators"].items():
+    for name, row in [*figures["generators"].items(), ("moved", figures["moved"])]:
         cells = [
             f"{row['kid']:.4f} ± {row['kid_std']:.4f}",
             f"{row['frechet']:.2f}",
@@ -291,7 +296,7 @@ def tables(evaluation: Evaluation) -> Iterator[str]:
             f"{row['critic_gap']:.2f}",
             f"{row['fresh_critic_gap']:.2f}" if "fresh_critic_gap" in row else "–",
         ]
-        yield f"| {GENERATORS[name]} | {' | '.join(cells)} |"
+        yield f"| {GENERATORS.get(name, MOVED)} | {' | '.join(cells)} |"
     row = figures["held_out"]
     kid = f"{row['kid']:.4f} ± {row['kid_std']:.4f}" if "kid" in row else "–"
     yield f"| held-out real pictures | {kid} | – | – | – | {row['nearest_training_distance']:.2f} | – | – |"
@@ -299,7 +304,7 @@ def tables(evaluation: Evaluation) -> Iterator[str]:
     yield (
         "Smaller is nearer to real, but for precision and recall. Gaps: mean score of held-out real pictures minus "
         "that of fresh generated ones. Nearest: median distance of features; far below the held-out row's, pictures "
-        "are copied."
+        f"are copied. *{MOVED}*: what θ + Δ is to draw where loss.lambda_video is not 0."
     )
     yield ""
     yield "| updated tensor | weights | Δ / rms θ | at the bound | constant | between images | between motions |"

@@ -5,6 +5,9 @@ critics' verdicts, calibration. All random numbers come from fixed seeds of its 
     updated         θ + Δ                   each picture with the update predicted for it
     mean_update     θ + mean Δ              one constant update for all: as good, if the prediction tells nothing
     other_update    θ + another image's Δ   the update of the picture before: as good, if it doesn't matter whose it is
+
+and beside them `moved`, no generator: the base picture moved by the synthesizer, which θ + Δ follows where λ_video is
+not 0. Between θ and it lies what moving a picture does; between it and θ + Δ, what the weights don't draw.
 """
 
 import hashlib
@@ -35,6 +38,7 @@ GENERATORS = {
     "mean_update": "θ + mean Δ",
     "other_update": "θ + another image's Δ",
 }
+MOVED = "θ, moved exactly"
 FIRST_SEED = 2_000_000
 CALIBRATED = 512
 """Real pictures, at most, and as many generated ones, that the critic's probability is fitted to."""
@@ -64,7 +68,7 @@ def draw_generators(
     """Batches of pictures (B, C, H, W) in [0, 1], by generator; the same z and motion for all of them.
 
     Args:
-        mean_update: (total_size,) in units of each tensor's RMS; None: only `base` and `updated`.
+        mean_update: (total_size,) in units of each tensor's RMS; None: only `base` and `updated`. With it `moved` too.
     """
     generator = sampler.generator
     for batch in seed_batches(seeds):
@@ -74,6 +78,8 @@ def draw_generators(
         if mean_update is not None:
             drawn["mean_update"] = generator.draw_updated(output.features, mean_update[None])
             drawn["other_update"] = generator.draw_updated(output.features, output.relative_update.roll(1, 0))
+            end = torch.full_like(subjects.z[:, :1], generator.synthesizer.frames)  # the time whose update draws
+            drawn["moved"] = generator.synthesizer(output.x_base, subjects.motion, end, full_size=True)[:, 0]
         yield drawn
 
 

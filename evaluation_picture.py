@@ -33,11 +33,13 @@ def save_evaluation_picture(picture: EvaluationPicture, path: str | Path) -> Non
     """
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
-    figure = Figure(figsize=(15, 15.5), layout="constrained")
+    figure = Figure(figsize=(15, 15), layout="constrained")
     figure.suptitle(picture.title, fontsize=12)
-    top, middle, bottom = figure.subfigures(3, 1, squeeze=False, height_ratios=[4.1, 5.2, 4.6]).flat
-    top.get_layout_engine().set(wspace=0.03)  # between the four grids
-    for (label, pictures), axis in zip(picture.samples.items(), top.subplots(1, 4).flat, strict=True):
+    top, middle, bottom = figure.subfigures(3, 1, squeeze=False, height_ratios=[3.5, 5.2, 4.6]).flat
+    top.get_layout_engine().set(wspace=0.03)  # between the grids
+    for (label, pictures), axis in zip(
+        picture.samples.items(), top.subplots(1, len(picture.samples)).flat, strict=True
+    ):
         _show(axis, tiled(pictures, 4, 4, _scale(pictures)), label)
     near, rebuilt = middle.subplots(2, 1).flat
     generated, training, distances = picture.nearest
@@ -118,7 +120,7 @@ def _update(axis: Any, parts: list[UpdatePart]) -> None:
 
 
 def _kid(axis: Any, kid: dict[str, tuple[float, float]]) -> None:
-    labels = [label.replace("another image's", "another\nimage's") for label in kid]
+    labels = [label.replace("another image's", "another\nimage's").replace(", ", ",\n") for label in kid]
     means, spreads = zip(*kid.values(), strict=True)
     axis.bar(labels, means, yerr=spreads, capsize=4, color="C2")
     axis.set_title("kernel distance to real pictures (KID)\nwith the spread of its subsets", fontsize=10)

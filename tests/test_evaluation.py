@@ -133,6 +133,10 @@ def test_the_four_generators(sampler: Sampler) -> None:
             assert torch.allclose(drawn[name][k], generator.draw_updated(feature, update[None])[0], atol=1e-5), name
         assert torch.allclose(drawn["base"][k], output.x_base[k], atol=1e-5)
     assert (drawn["other_update"] - drawn["updated"]).abs().max() > 1e-3
+    # The path is closed: where the video ends, its first frame is met again.
+    first = generator.synthesizer(output.x_base, subjects.motion, full_size=True)[:, 0]
+    assert torch.allclose(drawn["moved"], first, atol=1e-4)
+    assert (drawn["moved"] - drawn["base"]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("count", [2, 63, 64, 65, 129, 1000])
@@ -242,6 +246,8 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     for row in figures["generators"].values():
         assert {"kid", "kid_std", "frechet", "precision", "recall", "fresh_critic_gap"} <= set(row)
         assert all(math.isfinite(value) for value in row.values())
+    assert {"kid", "frechet", "precision"} <= set(figures["moved"])
+    assert "| θ, moved exactly |" in text
     assert figures["features"] == "EfficientNet-Lite0 (ImageNet), 96 px input"
     assert 0 <= figures["probability_ece"] <= 1
     assert "update_between_image_share" in figures
