@@ -54,7 +54,8 @@ class Checkpoints:
                 # By way of memory: torch's own file writer tells a full disk as an internal error without its reason.
                 content = io.BytesIO()
                 torch.save({"format": CHECKPOINT_FORMAT, "checksum": checksum(state), **state}, content)
-                part.write_bytes(content.getbuffer())
+                # No copy either, and Python 3.12.1 may crash when it collects the view of getbuffer() after an error.
+                part.write_bytes(content.getvalue())
             self.link(state)
             _sync_folder(self.folder)
         for old in self._numbered()[self.keep :]:

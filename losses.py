@@ -72,8 +72,10 @@ def gradient_penalty(
             return discriminator(x).sum()
 
         # Scores of different pictures don't mix, so the gradient of their sum is each picture's own gradient.
-        input_gradient = getattr(discriminator, "input_gradient", None) or torch.func.grad(total_score)
-        gradient = input_gradient(x_hat)
+        if hasattr(discriminator, "input_gradient"):  # torch.compile of torch 2.11 cannot trace `method or other`
+            gradient = discriminator.input_gradient(x_hat)
+        else:
+            gradient = torch.func.grad(total_score)(x_hat)
         # The small number inside the root keeps its derivative finite where the gradient vanishes.
         norm = (gradient.square().sum(dim=(1, 2, 3)) + 1e-12).sqrt()
         return (norm - 1).square().mean()

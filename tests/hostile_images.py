@@ -136,7 +136,8 @@ def _bombs(corpus: _Corpus) -> None:
     corpus.write("bombs/16_bits.png", png(6_000, 6_000, bits=16), PICTURE)  # allowed: must stay affordable
     vp8l = b"\x2f" + struct.pack("<I", 16_382 | 16_382 << 14) + bytes(40)  # 16,383 × 16,383 pixels
     body = b"WEBPVP8L" + struct.pack("<I", len(vp8l)) + vp8l
-    corpus.write("bombs/canvas.webp", b"RIFF" + struct.pack("<I", len(body)) + body, "bomb|exceed")
+    canvas = b"RIFF" + struct.pack("<I", len(body)) + body
+    corpus.write("bombs/canvas.webp", canvas, "bomb|exceed|decoder object")  # the last by Pillow 11 and 12
     corpus.write("bombs/canvas.gif", b"GIF89a" + struct.pack("<HH", 65_535, 65_535) + bytes(99), ".")
     for suffix, kind in (("webp", "WEBP"), ("png", "PNG")):
         path = corpus.write(f"bombs/sparse.{suffix}", _encoded(_noise(), kind), "bytes exceed")
