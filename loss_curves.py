@@ -102,7 +102,7 @@ def loss_figure(runs: dict[str, Records]) -> "Figure":
             axis.legend(fontsize=8, frameon=False)
     if len(runs) > 1:
         lines = [Line2D([], [], color=f"C{number}") for number in range(len(runs))]
-        figure.legend(lines, list(runs), loc="outside upper center", ncols=min(4, len(runs)), frameon=False)
+        figure.legend(lines, list(runs), loc="outside upper center", ncols=min(6, len(runs)), frameon=False)
     return figure
 
 
