@@ -1,5 +1,6 @@
 """What `evaluate.py` has found, on one sheet: samples, nearest training pictures, reconstructions and diagrams."""
 
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,7 +121,7 @@ def _update(axis: Any, parts: list[UpdatePart]) -> None:
 
 
 def _kid(axis: Any, kid: dict[str, tuple[float, float]]) -> None:
-    labels = [label.replace("another image's", "another\nimage's").replace(", ", ",\n") for label in kid]
+    labels = [textwrap.fill(label, 9) for label in kid]
     means, spreads = zip(*kid.values(), strict=True)
     axis.bar(labels, means, yerr=spreads, capsize=4, color="C2")
     axis.set_title("kernel distance to real pictures (KID)\nwith the spread of its subsets", fontsize=10)
