@@ -186,6 +186,7 @@ def _row(row: dict[str, Any]) -> str:
         return f"| {row['arm']} | 0 |" + " – |" * 10
     difference, updated, base = row["difference"], row["updated"], row["base"]
     is_reference = row["arm"] == REFERENCE
+    known = not math.isnan(difference["relative"])  # a slow arm may have no evaluation so early
     cells = [
         row["arm"],
         str(len(row["seeds"])),
@@ -194,7 +195,7 @@ def _row(row: dict[str, Any]) -> str:
         "reference" if is_reference else _percent(difference["relative"]),
         "" if is_reference else _interval(difference["bootstrap"]),
         "" if is_reference else _interval(difference["t"]),
-        "" if is_reference else f"{difference['better_seeds']} of {len(row['seeds'])}",
+        "" if is_reference else f"{difference['better_seeds']} of {len(row['seeds'])}" if known else "–",
         _number(row["base_over_off"], ".2f"),
         f"{_number(updated['frechet'], '.1f')} / {_number(base['frechet'], '.1f')}",
         _number(updated["precision"], ".2f"),

@@ -20,7 +20,7 @@ from ablation_arms import (
     count_parameters,
     equal_parameter_channels,
 )
-from ablation_report import Course, bootstrap_difference, compare, t_interval
+from ablation_report import Course, _row, bootstrap_difference, compare, t_interval
 from configuration import UserError, config_to_dict, load_config
 
 # ----------------------------------------------------------------------------------------------------------------- arms
@@ -152,7 +152,10 @@ def test_arms_are_compared_at_equal_steps_and_at_equal_seconds() -> None:
     between = compare(courses, "full", {"seconds": 30})  # halfway between two evaluations of both
     assert between["updated"]["kid"] == pytest.approx(4.5)
     assert between["difference"]["relative"] == pytest.approx(4.5 / 3 - 1)
-    assert math.isnan(compare(courses, "full", {"seconds": 100})["difference"]["relative"])  # never trained so long
+    never = compare(courses, "full", {"seconds": 100})  # it was not trained so long
+    assert math.isnan(never["difference"]["relative"])
+    assert "0 of" not in _row(never)  # which would be a result
+    assert "1 of 1" in _row(steps)
     assert compare(courses, "wide", {"steps": 20})["seeds"] == []
 
 
