@@ -59,8 +59,10 @@ def read_options(arguments: list[str], text: str) -> argparse.Namespace:
         "--seconds", metavar="S", type=positive("seconds"),
         help="of training, CPU time of one thread, for the comparison at equal time (what N steps of `full` take)",
     )  # fmt: skip
-    parser.add_argument("--points", type=whole_number("points", 1, 1000),
-                        help="evaluations up to step N (5); with 1, arms slower than `full` have none at equal time")  # fmt: skip
+    parser.add_argument(
+        "--points", type=whole_number("points", 1, 1000),
+        help="evaluations up to step N (5); with 1, arms slower than `full` have none at equal time",
+    )  # fmt: skip
     parser.add_argument("--pictures", type=whole_number("pictures", 20, 10**6), help="drawn at an evaluation (1000)")
     parser.add_argument("--jobs", type=whole_number("jobs", 1, 1000), default=1, help="processes at a time (1)")
     parser.add_argument("--tune", action="store_true", help="choose each arm's learning rates first")
