@@ -44,7 +44,7 @@ _STYLES = ("-", "--", ":")
 
 
 def read_metrics(run: str | Path) -> Records:
-    """The records of a run's metrics.jsonl.
+    """The records of a run's metrics.jsonl; none before its first output.log_every steps.
 
     Raises:
         UserError: there is no such file, or it is damaged.
@@ -56,8 +56,6 @@ def read_metrics(run: str | Path) -> Records:
         raise UserError(f"{shown_path(path)}: {error.strerror}; give a run's folder, such as runs/quick") from None
     except ValueError:
         raise UserError(f"{shown_path(path)} is damaged: not every line of it is JSON") from None
-    if not records:
-        raise UserError(f"{shown_path(path)} is empty: the run has not come to output.log_every steps yet")
     return records
 
 
@@ -110,7 +108,7 @@ def compare(options: argparse.Namespace) -> str:
     """Draws the runs that the options name; returns a line about it.
 
     Raises:
-        UserError: a run without metrics, the same run twice, or a file that can't be written.
+        UserError: a run without metrics yet, the same run twice, or a file that can't be written.
     """
     if Path(options.out).suffix.lower() != ".png":
         raise UserError(f"--out must be a .png, but is {options.out}")
@@ -121,6 +119,8 @@ def compare(options: argparse.Namespace) -> str:
     if len(set(names)) < len(names):  # runs of two output.root
         names = [str(Path(run)) for run in options.runs]
     runs = {name: read_metrics(run) for name, run in zip(names, options.runs, strict=True)}
+    if empty := [name for name, records in runs.items() if not records]:
+        raise UserError(f"{shown_path(empty[0])}: metrics.jsonl is empty; it has a line after output.log_every steps")
     plot_losses(runs, Path(options.out))
     told = (f"{name} to step {records[-1]['step']:,}" for name, records in runs.items())
     return f"wrote {options.out}: {', '.join(told)}"

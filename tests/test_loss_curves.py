@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import small, train
 from PIL import Image
 
 import loss_curves
@@ -52,6 +53,18 @@ def test_several_runs_have_a_colour_each_and_metrics_a_style() -> None:
     assert other[:2] == ([1, 2], [5, 10])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]
     assert [line[:2] for line in lines(figure, "kernel distance")] == [([1, 2], [1, 2])]
+
+
+@pytest.mark.pictures("curves")
+def test_a_run_that_has_no_line_yet_draws_its_curves_without_a_warning(
+    tmp_path: Path, picture_folder: Path, capsys
+) -> None:
+    overrides = small(tmp_path, picture_folder, "training.steps=2", "output.sample_every=1", "output.log_every=50")
+    assert train(*overrides) == 0  # the curves are due at step 1, the first line of metrics at the end
+    told = capsys.readouterr()
+    assert "loss_curves.png" not in told.err
+    assert "goes on without" not in told.out
+    assert Image.open(tmp_path / "run" / "loss_curves.png").size[0] > 1000
 
 
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
