@@ -28,8 +28,8 @@ from tqdm import tqdm
 from checkpoints import load_checkpoint
 from configuration import UserError
 from evaluation import (
+    DRAWN,
     GENERATORS,
-    MOVED,
     Reliability,
     UpdatePart,
     as_bytes,
@@ -157,7 +157,7 @@ def evaluate(
     critic = load_critic(sampler, saved)
     update, mean_update = update_statistics(sampler, evaluation_seeds(min(images, UPDATE_IMAGES)))
     count = images + len(real.new)  # those that critics judge come last
-    drawn: dict[str, list[Tensor]] = {name: [] for name in (*GENERATORS, "moved")}
+    drawn: dict[str, list[Tensor]] = {name: [] for name in DRAWN}
     seeds = evaluation_seeds(count)
     batches = zip(seed_batches(seeds), draw_generators(sampler, seeds, mean_update), strict=True)
     for _, batch in _progress(batches, "drawing", len(list(seed_batches(seeds)))):
@@ -169,7 +169,7 @@ def evaluate(
     held_out = real_features(features, real.new, cache)
     spread = torch.arange(min(images, len(known))) * len(known) // min(images, len(known))
     compared = known[spread]  # evenly over the sorted set, as many as are drawn
-    generators: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, float]] = {}
     nearest: dict[str, tuple[Tensor, Tensor]] = {}
     for name, pictures in _progress(generated.items(), "comparing", len(generated)):
         found = picture_features(features, as_floats(pictures[:images]))
@@ -177,7 +177,7 @@ def evaluate(
         precision, recall = precision_recall(compared, found[: len(compared)])
         nearest[name] = torch.cdist(found.double(), known.double()).min(dim=1)
         fresh = pictures[images:]
-        generators[name] = {
+        rows[name] = {
             "kid": kid,
             "kid_std": kid_std,
             "frechet": frechet_distance(compared, found),
@@ -189,9 +189,7 @@ def evaluate(
         if critic_steps and name in GENERATORS:
             gap, train_gap = fresh_critic_gap(sampler.config, real.known, pictures[:images], real.new, fresh,
                                               steps=critic_steps, device=sampler.device)  # fmt: skip
-            generators[name] |= {"fresh_critic_gap": gap, "fresh_critic_train_gap": train_gap}
-
-    moved = generators.pop("moved")
+            rows[name] |= {"fresh_critic_gap": gap, "fresh_critic_train_gap": train_gap}
 
     real_row = {"nearest_training_distance": _nearest_of_new(held_out, known, real).median().item()}
     kid_size = min(len(held_out), len(compared)) // 2
@@ -211,8 +209,8 @@ def evaluate(
         "images": images,
         "real_images": len(compared),
         "held_out_images": len(real.new),
-        "generators": generators,
-        "moved": moved,
+        "generators": {name: rows[name] for name in GENERATORS},
+        "moved": rows["moved"],
         "held_out": real_row,
         "update": {part.name: part._asdict() for part in update},
         "update_between_image_share": update[-1].between_image_share,
@@ -227,13 +225,12 @@ def evaluate(
     distance, index = nearest["updated"]
     suspicious = distance.argsort()[:10]
     picture = EvaluationPicture(
-        samples={(GENERATORS | {"moved": MOVED})[name]: pictures[:16] for name, pictures in generated.items()},
+        samples={DRAWN[name]: pictures[:16] for name, pictures in generated.items()},
         nearest=(generated["updated"][:images][suspicious], real.known[index[suspicious]], distance[suspicious]),
         reconstructed=(real.new[:10], reconstructed[:10]),
         reliability=believed,
         update=update,
-        kid={GENERATORS[name]: (row["kid"], row["kid_std"]) for name, row in generators.items()}
-        | {MOVED: (moved["kid"], moved["kid_std"])},
+        kid={DRAWN[name]: (row["kid"], row["kid_std"]) for name, row in rows.items()},
         title=f"{sampler.path}, step {sampler.step:,}, {features.name}",
     )
     return Evaluation(figures, update, believed, picture, real.notes)
@@ -286,7 +283,7 @@ def tables(evaluation: Evaluation) -> Iterator[str]:
         "critic's gap | fresh critic's gap |"
     )
     yield "|---|---|---|---|---|---|---|---|"
-    for name, row in [*figures["generators"].items(), ("moved", figures["moved"])]:
+    for name, row in (figures["generators"] | {"moved": figures["moved"]}).items():
         cells = [
             f"{row['kid']:.4f} ± {row['kid_std']:.4f}",
             f"{row['frechet']:.2f}",
@@ -296,7 +293,7 @@ def tables(evaluation: Evaluation) -> Iterator[str]:
             f"{row['critic_gap']:.2f}",
             f"{row['fresh_critic_gap']:.2f}" if "fresh_critic_gap" in row else "–",
         ]
-        yield f"| {GENERATORS.get(name, MOVED)} | {' | '.join(cells)} |"
+        yield f"| {DRAWN[name]} | {' | '.join(cells)} |"
     row = figures["held_out"]
     kid = f"{row['kid']:.4f} ± {row['kid_std']:.4f}" if "kid" in row else "–"
     yield f"| held-out real pictures | {kid} | – | – | – | {row['nearest_training_distance']:.2f} | – | – |"
@@ -304,7 +301,7 @@ def tables(evaluation: Evaluation) -> Iterator[str]:
     yield (
         "Smaller is nearer to real, but for precision and recall. Gaps: mean score of held-out real pictures minus "
         "that of fresh generated ones. Nearest: median distance of features; far below the held-out row's, pictures "
-        f"are copied. *{MOVED}*: what θ + Δ is to draw where loss.lambda_video is not 0."
+        f"are copied. *{DRAWN['moved']}*: what θ + Δ is to draw where loss.lambda_video is not 0."
     )
     yield ""
     yield "| updated tensor | weights | Δ / rms θ | at the bound | constant | between images | between motions |"

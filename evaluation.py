@@ -38,7 +38,8 @@ GENERATORS = {
     "mean_update": "θ + mean Δ",
     "other_update": "θ + another image's Δ",
 }
-MOVED = "θ, moved exactly"
+DRAWN = GENERATORS | {"moved": "θ, moved exactly"}
+"""All that `draw_generators` draws -> what tables call it."""
 FIRST_SEED = 2_000_000
 CALIBRATED = 512
 """Real pictures, at most, and as many generated ones, that the critic's probability is fitted to."""
