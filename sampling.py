@@ -274,13 +274,17 @@ def weight_driven_frames(
         speed: how many predictions a frame goes on.
         warm_up: frames that the GRU watches before the first one that is yielded, 1 or more; None: as many as in
             training.
+
+    Raises:
+        ValueError: `warm_up` below 1, with the first frame.
     """
+    warm_up = generator.synthesizer.frames if warm_up is None else warm_up
+    if warm_up < 1:
+        raise ValueError(f"warm_up must be 1 or more, but is {warm_up}: what came before draws a frame")
     features = generator.features(z)
     x_base = generator.draw_base(features)
     roll_from = None if roll_after is None else speed * roll_after
-    predicted = _predicted(
-        generator, features, x_base, motion, warm_up=warm_up or generator.synthesizer.frames, roll_from=roll_from
-    )
+    predicted = _predicted(generator, features, x_base, motion, warm_up=warm_up, roll_from=roll_from)
     known: deque[tuple[Tensor, Tensor | None]] = deque(maxlen=4)  # the predictions up to number `newest`
     newest = -2
     for t in range(frames):

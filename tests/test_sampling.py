@@ -131,6 +131,13 @@ def test_the_frame_loop_needs_no_sampler(sampler: Sampler) -> None:
     assert frame.shape == (1, 3, 16, 16)
 
 
+@pytest.mark.parametrize("warm_up", [0, -1])
+def test_a_video_without_warm_up_is_refused_and_not_taken_for_the_default(sampler: Sampler, warm_up: int) -> None:
+    subjects = sampler.subjects([0])
+    with pytest.raises(ValueError, match=f"warm_up must be 1 or more, but is {warm_up}"):
+        next(weight_driven_frames(sampler.generator, subjects.z, subjects.motion, 1, warm_up=warm_up))
+
+
 def test_rolling_on_feeds_the_drawn_frames_back(sampler: Sampler) -> None:
     subjects, generator = sampler.subjects(range(2)), sampler.generator
     driven, rolled = (frames_of(sampler.weight_driven(subjects, 12, roll_after=k)) for k in (None, 5))
