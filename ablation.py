@@ -17,20 +17,15 @@ Left in the folder: table.md, results.json, over_time.png, rates.json, and a run
 import argparse
 import json
 import math
-import os
 import shlex
-import signal
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from ablation_arms import (
+    ARMS,
     METHOD,
     RATES,
     REFERENCE,
@@ -42,11 +37,13 @@ from ablation_arms import (
     rate_overrides,
 )
 from ablation_options import TUNING_SEED, read_options
+from ablation_record import RECORD, check_record, make_record, read_record
 from ablation_report import Course, compare, plot_over_time, write_table
 from ablation_worker import read_rows
 from command_line import run_command, say
 from configuration import Config, UserError, config_from_dict, config_to_dict, load_config
 from devices import choose_device, describe_device
+from job_processes import run_processes
 from pictures import told_in_one_line, written_whole
 from resume import differences
 
@@ -84,7 +81,10 @@ class Study:
         self.base = load_config(options.config, self.common)
         for arm in self.arms:
             self.config(arm, 0)  # mistakes show before anything is written
-        self.failures: dict[str, str] = {}
+        before = read_record(self.folder)
+        self.record = make_record(self.base, options, before)
+        check_record(before, self.base, self.record, self.folder)
+        self.failures: dict[str, str] = self.stored("failures.json")
         # Real pictures are the same for all arms, and so are their features.
         self.reals = self.folder / "reals.pt"
 
@@ -114,7 +114,7 @@ class Study:
         """An arm's learning rates: tuned ones where there are some, else those of its settings."""
         tuned = self.stored("rates.json")
         if arm.name == "off-amplified":
-            rates = self.rates(next(arm for arm in self.arms if arm.name == METHOD))
+            rates = self.rates(ARMS[METHOD])
             factor = self.stored("amplification.json").get("amplification", 1.0)
             return rates | {"lr_vae": min(1.0, rates["lr_vae"] * factor)}
         if arm.name in tuned:
@@ -154,7 +154,7 @@ class Study:
     def tuning_job(self, arm: Arm, number: int, rates: dict[str, float], steps: int) -> dict[str, Any]:
         name = f"tune-{arm.name}-{number:02d}"
         config = self.config(arm, TUNING_SEED, *rate_overrides(rates), name=name)
-        return self.job(arm, config, steps, every=10**12, pictures=max(10, self.options.pictures // 2))
+        return self.job(arm, config, [steps], every=10**12, pictures=max(10, self.options.pictures // 2))
 
     def tune_seconds(self) -> float:
         return self.options.tune_seconds or 2 * self.budget()
@@ -189,13 +189,15 @@ class Study:
         seconds = self.seconds()
         return self.options.seconds or self.options.steps * seconds.get(METHOD, seconds[REFERENCE])
 
-    def steps_of(self, arm: Arm) -> int:
-        """Steps that an arm needs for both comparisons."""
-        return max(self.options.steps, math.ceil(self.budget() / self.seconds()[arm.name]))
+    def stops_of(self, arm: Arm) -> list[int]:
+        """The steps after which an arm is compared: at equal steps, and at equal time (rounded up to a whole one)."""
+        in_time = max(1, math.ceil(self.budget() / self.seconds()[arm.name] - 1e-6))
+        return sorted({self.options.steps, in_time})
 
     # ------------------------------------------------------------------------------------------------------------- jobs
 
-    def job(self, arm: Arm, config: Config, steps: int, every: int, pictures: int) -> dict[str, Any]:
+    def job(self, arm: Arm, config: Config, stops: list[int], every: int, pictures: int) -> dict[str, Any]:
+        steps = stops[-1]
         config.training.steps, config.training.epochs = steps, None
         config.output.checkpoint_every = min(every, steps)
         return {
@@ -203,7 +205,7 @@ class Study:
             "name": config.output.name,
             "config": config_to_dict(config),
             "textbook": arm.is_textbook,
-            "steps": steps,
+            "stops": stops,
             "every": every,
             "pictures": pictures,
             "reals": str(self.reals),
@@ -211,7 +213,7 @@ class Study:
 
     def arm_job(self, arm: Arm, seed: int) -> dict[str, Any]:
         config = self.config(arm, seed, name=f"{arm.name}-seed{seed}")
-        return self.job(arm, config, self.steps_of(arm), self.every, self.options.pictures)
+        return self.job(arm, config, self.stops_of(arm), self.every, self.options.pictures)
 
     def rows(self, job: dict[str, Any]) -> list[dict[str, Any]]:
         """The evaluations that a job has left so far."""
@@ -236,7 +238,7 @@ class Study:
                     f"{self.folder / job['name']} was trained with other settings: {', '.join(map(str, changed))}; "
                     "put them back, name another folder with --out, or remove that run"
                 )
-        wanted = {*range(job["every"], job["steps"] + 1, job["every"]), job["steps"]}
+        wanted = {*range(job["every"], job["stops"][-1] + 1, job["every"]), *job["stops"]}
         return wanted <= {row["step"] for row in self.rows(job)}
 
     def run(self, jobs: list[dict[str, Any]], what: str, needed: bool = False) -> None:
@@ -267,10 +269,13 @@ class Study:
             if status:
                 lines = (self.folder / "logs" / f"{job['name']}.log").read_text(errors="replace").strip().splitlines()
                 reason = (lines or ["it said nothing"])[-1].removeprefix("error: ")
-                self.failures[job["name"]] = reason
                 say(f"  {job['name']} failed (status {status}): {reason}")
+                if not job["name"].startswith("tune-"):  # a rate that was too high is what tuning is there to find
+                    self.failures[job["name"]] = reason
+                    self.store("failures.json", self.failures)
                 return
-            self.failures.pop(job["name"], None)
+            if self.failures.pop(job["name"], None):
+                self.store("failures.json", self.failures)
             if job["task"] == "train" and (rows := self.rows(job)):
                 last = rows[-1]
                 updated, base = (1000 * last[side]["kid"] for side in ("updated", "base"))
@@ -304,13 +309,31 @@ class Study:
         say(f"amplification: θ + Δ moves {factor:.2f} times as far as θ in a step")
         self.run([self.arm_job(arm, seed) for arm in amplified for seed in self.seeds], "training off-amplified")
 
+    def leave_out_what_is_not_there(self) -> None:
+        """Only arms that were measured stay, for a report that trains nothing.
+
+        Raises:
+            UserError: the reference was not.
+        """
+        found = {arm.name: [read_rows(self.folder / f"{arm.name}-seed{seed}" / "evaluations.jsonl")
+                            for seed in self.seeds] for arm in self.arms}  # fmt: skip
+        counts = sorted({row["pictures"] for rows in found[REFERENCE] for row in rows})
+        if self.options.pictures not in counts:
+            there = f"there are some of {', '.join(map(str, counts))}" if counts else "the ablation comes first"
+            raise UserError(
+                f"--report: {self.folder} holds no evaluations of arm {REFERENCE} with --pictures "
+                f"{self.options.pictures}; {there}"
+            )
+        self.arms = [arm for arm in self.arms if any(found[arm.name])]
+
     def report(self) -> str:
         """Writes table, results and plot of what is there; returns the last words."""
         seconds, features = self.seconds(), _features_name()
-        courses = [
-            Course(arm.name, seed, seconds[arm.name], self.rows(self.arm_job(arm, seed)))
-            for arm in self.arms for seed in self.seeds
-        ]  # fmt: skip
+        jobs = {(arm.name, seed): self.arm_job(arm, seed) for arm in self.arms for seed in self.seeds}
+        for job in jobs.values():
+            self.finished(job)  # or it was trained with other settings than the table would say
+        names = {job["name"] for job in jobs.values()}
+        courses = [Course(*key, seconds[key[0]], self.rows(job)) for key, job in jobs.items()]
         tuned = self.stored("rates.json")
         places = {"at_steps": {"steps": self.options.steps}, "at_seconds": {"seconds": self.budget()}}
         results: dict[str, Any] = {
@@ -320,7 +343,7 @@ class Study:
             "features": features,
             "pictures": self.options.pictures,
             "amplification": self.stored("amplification.json").get("amplification"),
-            "failures": [f"{name}: {reason}" for name, reason in self.failures.items()],
+            "failures": [f"{name}: {why}" for name, why in self.failures.items() if name in names],
             "arms": {
                 arm.name: {
                     "meaning": arm.meaning,
@@ -341,44 +364,6 @@ class Study:
         return f"wrote {self.folder}/table.md, results.json and over_time.png"
 
 
-def run_processes(
-    commands: list[tuple[list[str], Path]], at_a_time: int, tell: Callable[[int, int, float], None]
-) -> None:
-    """Runs commands, each with one thread and its output in its own log; Ctrl-C stops them gently.
-
-    Args:
-        tell: called with a command's index, exit status and seconds when it has ended.
-    """
-    running: dict[int, subprocess.Popen] = {}
-    stopping = threading.Event()
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-
-    def run(index: int) -> tuple[int, int, float]:
-        if stopping.is_set():
-            return index, -1, 0.0
-        command, log = commands[index]
-        started = time.perf_counter()
-        with log.open("wb") as file:
-            # A group of its own: a Ctrl-C reaches it through us, once.
-            running[index] = subprocess.Popen(
-                command, stdout=file, stderr=file, env=environment, start_new_session=True
-            )
-            status = running[index].wait()
-        del running[index]
-        return index, status, time.perf_counter() - started
-
-    with ThreadPoolExecutor(at_a_time) as pool:
-        try:
-            for future in [pool.submit(run, index) for index in range(len(commands))]:
-                index, status, seconds = future.result()
-                tell(index, status, seconds)
-        except BaseException:
-            stopping.set()
-            for process in list(running.values()):
-                process.send_signal(signal.SIGTERM)  # training saves and ends
-            raise
-
-
 def _strict(content: Any) -> Any:
     """`content` with null for numbers that JSON doesn't have."""
     if isinstance(content, dict):
@@ -397,7 +382,10 @@ def _features_name() -> str:
 def ablate(arguments: list[str]) -> str:
     """Does what the arguments say, and returns the last words."""
     study = Study(read_options(arguments, __doc__ or ""))
-    if not study.options.report:
+    if study.options.report:
+        study.leave_out_what_is_not_there()
+    else:
+        study.store(RECORD, study.record)
         if not study.reals.exists():
             config = config_to_dict(study.config(study.arms[0], 0))
             study.run(
@@ -407,7 +395,7 @@ def ablate(arguments: list[str]) -> str:
             study.tune()
         study.train()
     words = study.report()
-    if study.failures:
+    if study.failures and not study.options.report:
         raise UserError(f"{len(study.failures)} runs failed ({', '.join(study.failures)}); {words}")
     return words
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ablation_arms import ARMS
+from ablation_record import read_record
 from command_line import OneLineParser, whole_number
 from configuration import UserError
 
@@ -49,8 +50,7 @@ def read_options(arguments: list[str], text: str) -> argparse.Namespace:
     parser = OneLineParser(
         "ablation.py", description=summary, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    config = HERE / "config_quick.yaml"
-    parser.add_argument("--config", metavar="FILE", default=str(config), help="the base settings (config_quick.yaml)")
+    parser.add_argument("--config", metavar="FILE", help="the base settings (config_quick.yaml)")
     parser.add_argument("--out", metavar="FOLDER", default="runs/ablation", help="where all goes (runs/ablation)")
     parser.add_argument("--arms", metavar="NAMES", help="such as off,constant,full (all of them)")
     parser.add_argument("--seeds", metavar="LIST", type=seed_list, help="such as 0,1,2 (that)")
@@ -61,7 +61,7 @@ def read_options(arguments: list[str], text: str) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--points", type=whole_number("points", 1, 1000),
-        help="evaluations up to step N (5); with 1, arms slower than `full` have none at equal time",
+        help="evaluations up to step N (5), beside those at equal steps and time",
     )  # fmt: skip
     parser.add_argument("--pictures", type=whole_number("pictures", 20, 10**6), help="drawn at an evaluation (1000)")
     parser.add_argument("--jobs", type=whole_number("jobs", 1, 1000), default=1, help="processes at a time (1)")
@@ -70,11 +70,17 @@ def read_options(arguments: list[str], text: str) -> argparse.Namespace:
                         help="of training for each arm's choice (twice the seconds of the comparison)")  # fmt: skip
     parser.add_argument("--candidates", type=whole_number("candidates", 1, 1000), help="rates tried for an arm (12)")
     parser.add_argument("--quick", action="store_true", help="tiny networks and few steps: tries the command itself")
-    parser.add_argument("--report", action="store_true", help="only write table and plot of the runs that are there")
+    parser.add_argument("--report", action="store_true",
+                        help="only write table and plot of the runs that are there, with their options")  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of all arms")
     # Settings may stand anywhere: argparse itself takes those in one place alone.
     settings = [text for text in arguments if re.match(r"[a-z_]+\.[a-z_]+=", text)]
     options = parser.parse_args([text for text in arguments if text not in settings] + settings)
+    if options.report:
+        for name, value in read_record(Path(options.out)).get("options", {}).items():
+            if not getattr(options, name):
+                setattr(options, name, value)
+    options.config = options.config or str(HERE / "config_quick.yaml")
     quick = {"arms": "off,constant,full,off-amplified,textbook", "seeds": [0, 1], "steps": 20, "points": 2,
              "pictures": 40, "candidates": 3}  # fmt: skip
     usual = {"arms": ",".join(ARMS), "seeds": [0, 1, 2], "steps": 1500, "points": 5, "pictures": 1000,

@@ -16,7 +16,8 @@ SMALL_NUMBERS = """\
 Intervals: 95 %. *Bootstrap* resamples seeds and parts of the pictures, both arms alike. With 3 seeds it knows but 10
 different choices of them, and is too narrow: of 3 normal numbers it covers the mean 15 times in 20 (tried), not 19.
 *t* is of the logarithm of each seed's ratio, with one degree of freedom less than seeds: honest for so few where
-the ratios are near log-normal, and wide. Several arms are compared with one: of 20 true zeros one excludes 0 by chance.
+the ratios are near log-normal, and wide. The mean ratio beside it is geometric, its centre. Several arms are compared
+with one: of 20 true zeros one excludes 0 by chance.
 KID and Fréchet distance are on {features}: not the "FID" of papers."""
 
 
@@ -44,10 +45,10 @@ class Course(NamedTuple):
         return np.array([np.interp(step, steps, column) for column in values.T])
 
     def at_seconds(self, seconds: float, side: str, key: str) -> Any:
-        """The same after so many seconds of training."""
+        """The same after so many seconds of training: of the evaluation less than a step away, where there is one."""
         steps = seconds / self.seconds_per_step
-        last = self.rows[-1]["step"] if self.rows else 0
-        return self.at(last if 0 < steps - last < 1 else steps, side, key)  # whole steps: up to one is missing
+        nearest = min((row["step"] for row in self.rows), key=lambda step: abs(step - steps), default=math.inf)
+        return self.at(nearest if abs(nearest - steps) < 1 else steps, side, key)
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics
@@ -78,21 +79,23 @@ def bootstrap_difference(
     return float(arm.mean() / reference.mean() - 1), float(low), float(high)
 
 
-def t_interval(arm: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the relative difference by Student's t on the logarithms of the seeds' ratios.
+def t_difference(arm: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
+    """The relative difference as the geometric mean of the seeds' ratios, and its 95 % interval by Student's t.
 
     Args:
         arm, reference: (seeds, parts), as in `bootstrap_difference`.
 
     Returns:
-        Low, high; NaN with fewer than 2 seeds or a mean that is not above 0.
+        Difference, low, high, of which the latter two are NaN with one seed; NaN for all where a mean is not above 0.
     """
     mine, theirs = arm.mean(axis=1), reference.mean(axis=1)
-    if len(mine) < 2 or not (np.all(mine > 0) and np.all(theirs > 0)):
-        return math.nan, math.nan
+    if not (np.all(mine > 0) and np.all(theirs > 0)) or not arm.size:
+        return math.nan, math.nan, math.nan
     logs = np.log(mine / theirs)
-    reach = _t_quantile(len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
-    return float(np.exp(logs.mean() - reach) - 1), float(np.exp(logs.mean() + reach) - 1)
+    spread = logs.std(ddof=1) / math.sqrt(len(logs)) if len(logs) > 1 else math.nan
+    reach = _t_quantile(max(1, len(logs) - 1)) * spread
+    difference, low, high = (float(np.expm1(logs.mean() + away)) for away in (0, -reach, reach))
+    return difference, low, high
 
 
 def _t_quantile(freedom: int) -> float:
@@ -111,17 +114,22 @@ def compare(courses: list[Course], arm: str, where: dict[str, float], side: str 
         where: {"steps": n} or {"seconds": s}.
     """
 
-    def values(name: str, of: str, key: str) -> list[Any]:
-        mine = {course.seed: course for course in courses if course.arm == name}
-        pick = [mine[seed] for seed in seeds]
-        if "steps" in where:
-            return [course.at(where["steps"], of, key) for course in pick]
-        return [course.at_seconds(where["seconds"], of, key) for course in pick]
+    def value(name: str, seed: int, of: str, key: str) -> Any:
+        for course in courses:
+            if (course.arm, course.seed) == (name, seed):
+                return course.at(where["steps"], of, key) if "steps" in where else course.at_seconds(
+                    where["seconds"], of, key)  # fmt: skip
+        return math.nan
 
-    have = {
-        name: {course.seed for course in courses if course.arm == name and course.rows} for name in (arm, REFERENCE)
-    }
-    seeds = sorted(have[arm] & have[REFERENCE])
+    def measured(name: str, seed: int) -> bool:
+        return math.isfinite(value(name, seed, "updated", "kid"))
+
+    def values(name: str, of: str, key: str) -> list[Any]:
+        return [value(name, seed, of, key) for seed in seeds]
+
+    everywhere = {course.seed for course in courses if course.arm == REFERENCE}
+    # Whoever stopped the ablation early has whole comparisons of the first seeds.
+    seeds = sorted(seed for seed in everywhere if all(measured(name, seed) for name in (arm, REFERENCE)))
     result: dict[str, Any] = {"arm": arm, "seeds": seeds, **where}
     if not seeds:
         return result
@@ -130,10 +138,12 @@ def compare(courses: list[Course], arm: str, where: dict[str, float], side: str 
         result[of]["kid_by_seed"] = [float(value) for value in values(arm, of, "kid")]
     parts, reference = np.array(values(arm, side, "kid_parts")), np.array(values(REFERENCE, side, "kid_parts"))
     difference, *interval = bootstrap_difference(parts, reference)
+    centre, *t_interval = t_difference(parts, reference)
     result["difference"] = {
         "relative": difference,
         "bootstrap": interval,
-        "t": list(t_interval(parts, reference)),
+        "mean_ratio": centre,
+        "t": t_interval,
         "better_seeds": int((parts.mean(1) < reference.mean(1)).sum()),
     }
     off = float(np.mean(values(REFERENCE, "base", "kid")))
@@ -152,9 +162,9 @@ def write_table(path: Path, results: dict[str, Any]) -> None:
         what = f"{where['steps']:,} steps" if "steps" in where else f"{where['seconds']:,.0f} s of training"
         lines += [
             f"### At {title}: {what}", "",
-            "| arm | seeds | KID × 1000 of θ + Δ | of θ | KID against `off` | bootstrap | t | better | θ / `off` "
-            "| Fréchet of θ + Δ / θ | precision | recall |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|",
+            "| arm | seeds | KID × 1000 of θ + Δ | of θ | mean KID against `off` | bootstrap | mean ratio to `off` | t "
+            "| better | θ / `off` | Fréchet of θ + Δ / θ | precision | recall |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         lines += [_row(row) for row in results[key]["arms"]]
         lines.append("")
@@ -183,10 +193,9 @@ _RATES = ("lr_vae", "lr_discriminator", "lr_predictor")
 
 def _row(row: dict[str, Any]) -> str:
     if "updated" not in row:
-        return f"| {row['arm']} | 0 |" + " – |" * 10
+        return f"| {row['arm']} | 0 |" + " – |" * 11
     difference, updated, base = row["difference"], row["updated"], row["base"]
     is_reference = row["arm"] == REFERENCE
-    known = not math.isnan(difference["relative"])  # a slow arm may have no evaluation so early
     cells = [
         row["arm"],
         str(len(row["seeds"])),
@@ -194,8 +203,9 @@ def _row(row: dict[str, Any]) -> str:
         _number(1000 * base["kid"], ".1f"),
         "reference" if is_reference else _percent(difference["relative"]),
         "" if is_reference else _interval(difference["bootstrap"]),
+        "" if is_reference else _percent(difference["mean_ratio"]),
         "" if is_reference else _interval(difference["t"]),
-        "" if is_reference else f"{difference['better_seeds']} of {len(row['seeds'])}" if known else "–",
+        "" if is_reference else f"{difference['better_seeds']} of {len(row['seeds'])}",
         _number(row["base_over_off"], ".2f"),
         f"{_number(updated['frechet'], '.1f')} / {_number(base['frechet'], '.1f')}",
         _number(updated["precision"], ".2f"),

@@ -43,16 +43,25 @@ TEXTBOOK_FORMAT = "textbook"
 
 
 def train(job: dict[str, Any]) -> int:
-    """Trains an arm to `steps` iterations and measures it every `every`; goes on where it was stopped.
+    """Trains an arm to the last of `stops`, and measures it there and every `every`; goes on where it was stopped.
 
     Returns:
         The exit status of training: not 0 if it was stopped.
+
+    Raises:
+        UserError: as `training.train`, where a loss is not finite, say; until then the run was sound, and is measured.
     """
     config = config_from_dict(job["config"], "the ablation")
     folder = Path(config.output.root) / config.output.name
-    status = train_textbook(config, folder) if job["textbook"] else training.train(config)
-    if status:
-        return status
+    try:
+        for stop in job["stops"]:  # at the last step of a run there is always a checkpoint
+            config.training.steps = stop
+            status = train_textbook(config, folder) if job["textbook"] else training.train(config)
+            if status:
+                return status
+    except UserError:
+        measure(config, folder, job)
+        raise
     measure(config, folder, job)
     return 0
 
@@ -99,7 +108,7 @@ def train_textbook(config: Config, folder: Path) -> int:
 
 
 def measure(config: Config, folder: Path, job: dict[str, Any]) -> None:
-    """Writes a line of `evaluations.jsonl` for every checkpoint at a multiple of `every`, and for the last."""
+    """Writes a line of `evaluations.jsonl` for every checkpoint at a multiple of `every`, and at each of `stops`."""
     path = folder / "evaluations.jsonl"
     done = [row for row in read_rows(path) if row["pictures"] == job["pictures"]]
     known = {row["step"] for row in done}
@@ -107,7 +116,7 @@ def measure(config: Config, folder: Path, job: dict[str, Any]) -> None:
     due = [
         checkpoint
         for checkpoint in sorted((folder / "checkpoints").glob("step_*.pt"))
-        if (step := int(checkpoint.stem[5:])) not in known and (step % job["every"] == 0 or step == job["steps"])
+        if (step := int(checkpoint.stem[5:])) not in known and (step % job["every"] == 0 or step in job["stops"])
     ]
     if not due:
         return
@@ -142,7 +151,7 @@ def quality_of(sampler: Sampler, real: Tensor, features: Any, job: dict[str, Any
 
 def distances(real: Tensor, fake: Tensor) -> dict[str, Any]:
     """All measures between features of real and drawn pictures; `kid_parts` are KIDs of disjoint parts of both."""
-    precision, recall = precision_recall(real[_spread(len(real), len(fake))], fake)
+    precision, recall = precision_recall(real[_spread(len(real), len(fake))], fake[: len(real)])
     size = min(len(real), len(fake)) // PARTS
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))  # real pictures come sorted by class
     pairs = zip(real[order].split(size), fake.split(size), range(PARTS), strict=False)

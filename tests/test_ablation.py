@@ -1,7 +1,9 @@
 """The ablation: arms, fair tuning, equal time, statistics with known answers, and a command that goes on."""
 
+import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from ablation_arms import (
     count_parameters,
     equal_parameter_channels,
 )
-from ablation_report import Course, _row, bootstrap_difference, compare, t_interval
+from ablation_report import Course, _row, bootstrap_difference, compare, t_difference
 from configuration import UserError, config_to_dict, load_config
 
 # ----------------------------------------------------------------------------------------------------------------- arms
@@ -121,11 +123,16 @@ def test_the_bootstrap_interval_covers_as_often_as_it_says() -> None:
     assert 0.88 <= covered / 200 <= 0.99
 
 
-def test_t_interval_by_hand() -> None:
+def test_t_difference_by_hand() -> None:
     arm, reference = np.array([[1.0], [2.0], [4.0]]), np.array([[2.0], [2.0], [2.0]])
-    low, high = t_interval(arm, reference)  # logs -ln 2, 0, ln 2: mean 0, s = ln 2, t(0.975, 2) = 4.3027
+    found = t_difference(arm, reference)  # logs -ln 2, 0, ln 2: mean 0, s = ln 2, t(0.975, 2) = 4.3027
     reach = 4.30265 * math.log(2) / math.sqrt(3)
-    assert (low, high) == pytest.approx((math.exp(-reach) - 1, math.exp(reach) - 1), rel=1e-4)
+    assert found == pytest.approx((0, math.exp(-reach) - 1, math.exp(reach) - 1), rel=1e-4, abs=1e-12)
+    difference, low, high = t_difference(arm[2:], reference[2:])  # one seed has a ratio, but no spread
+    assert difference == pytest.approx(1)
+    assert math.isnan(low)
+    assert math.isnan(high)
+    assert all(math.isnan(value) for value in t_difference(-arm, reference))
 
 
 def course(arm: str, seed: int, kids: dict[int, float], seconds: float = 1.0) -> Course:
@@ -153,10 +160,36 @@ def test_arms_are_compared_at_equal_steps_and_at_equal_seconds() -> None:
     assert between["updated"]["kid"] == pytest.approx(4.5)
     assert between["difference"]["relative"] == pytest.approx(4.5 / 3 - 1)
     never = compare(courses, "full", {"seconds": 100})  # it was not trained so long
-    assert math.isnan(never["difference"]["relative"])
+    assert never["seeds"] == []
     assert "0 of" not in _row(never)  # which would be a result
     assert "1 of 1" in _row(steps)
     assert compare(courses, "wide", {"steps": 20})["seeds"] == []
+
+
+def test_a_seed_that_was_not_trained_so_far_leaves_the_others_a_comparison() -> None:
+    courses = [course("off", seed, {400: 2.0, 800: 1.0}) for seed in (0, 1)]
+    courses += [course("full", 0, {400: 3.0, 800: 2.0}), course("full", 1, {400: 4.0})]
+    found = compare(courses, "full", {"steps": 800})
+    assert found["seeds"] == [0]
+    assert found["difference"]["relative"] == pytest.approx(1)
+    assert compare(courses, "full", {"steps": 400})["seeds"] == [0, 1]
+
+
+@pytest.mark.parametrize("seconds_per_step", [0.4291323856929842, 0.3251626399999985, 1 / 3])
+def test_the_only_evaluation_is_found_at_its_own_time(seconds_per_step: float) -> None:
+    one = course("full", 0, {400: 3.0}, seconds=seconds_per_step)
+    for seconds in (400 * seconds_per_step, 399.5 * seconds_per_step):  # rounding, and a step that is not yet whole
+        assert one.at_seconds(seconds, "updated", "kid") == 3.0
+    assert math.isnan(one.at_seconds(398 * seconds_per_step, "updated", "kid"))
+
+
+def test_precision_and_recall_take_as_many_drawn_as_real_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(ablation_worker, "precision_recall", lambda *both: seen.append(both) or (0.5, 0.5))
+    features = torch.rand(60, 8, generator=torch.Generator().manual_seed(0))
+    ablation_worker.distances(features[:20], features[20:])
+    ablation_worker.distances(features[20:], features[:20])
+    assert [tuple(map(len, both)) for both in seen] == [(20, 20), (20, 20)]
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -209,7 +242,9 @@ def test_the_whole_command_and_going_on(
     assert off["difference"]["relative"] == 0
     assert off["base"] == off["updated"]
     assert textbook["updated"]["kid"] != off["updated"]["kid"] > 0
-    assert results["at_seconds"]["arms"][1]["difference"]["relative"] is None  # before the first evaluation
+    assert [row["step"] for row in results["courses"][1]["rows"]] == [1, 2]  # one step is more than the seconds given
+    in_time = results["at_seconds"]["arms"][1]["updated"]["kid"]
+    assert in_time == results["courses"][1]["rows"][0]["updated"]["kid"] != textbook["updated"]["kid"]
     table = (folder / "table.md").read_text()
     assert "| textbook | 1 |" in table
     assert "nan" not in table
@@ -229,10 +264,64 @@ def test_the_whole_command_and_going_on(
     assert in_process == ["textbook-seed0"]
     assert (folder / "textbook-seed0" / "evaluations.jsonl").read_text() == rows
 
-    # Other settings are another study.
+    # A report remembers the options, trains nothing, and leaves out what is not there.
+    in_process.clear()
+    before = json.loads((folder / "results.json").read_text())
+    assert ablation.main(["--report", "--out", str(folder)]) == 0
+    assert in_process == []
+    report = json.loads((folder / "results.json").read_text())
+    assert {**report, "date": "", "command": ""} == {**before, "date": "", "command": ""}
+    table = (folder / "table.md").read_text()
     capsys.readouterr()
-    assert ablation.main([*two, "loss.beta=2"]) == 2
-    assert "loss.beta 1.0 -> 2.0" in capsys.readouterr().err
+    assert ablation.main(["--report", "--out", str(folder), "--pictures", "30"]) == 2
+    assert "no evaluations of arm off with --pictures 30; there are some of 24" in capsys.readouterr().err
+    assert (folder / "table.md").read_text() == table
+
+    # Other settings or pictures are another study, and touch nothing.
+    other = tmp_path / "others"
+    shutil.copytree(picture_folder, other)
+    next(other.rglob("*.png")).rename(other / "renamed.png")
+    for change, words in (
+        (["loss.beta=2"], "loss.beta 1.0 -> 2.0"),
+        (["runtime.precision=bf16"], "runtime.precision fp32 -> bf16"),
+        (["--seeds", "7", f"data.root={other}"], "data.root holds pictures of other names"),
+    ):
+        assert ablation.main([*two, *change]) == 2
+        assert f"{folder} holds an ablation with other settings: {words}" in capsys.readouterr().err
+        assert in_process == []
+    (folder / "study.json").write_text("{")
+    assert ablation.main(two) == 2
+    assert "study.json is damaged" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_is_measured_until_then_and_not_forgotten(
+    in_process: list[str], tmp_path: Path, picture_folder: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = tmp_path / "study"
+    arguments = [
+        *("--quick", "--out", str(folder), "--steps", "3", "--points", "3", "--pictures", "24", "--seeds", "0"),
+        *("--arms", "off,textbook", f"data.root={picture_folder}", "output.log_every=3"),
+    ]
+    step = ablation_worker.Textbook.generator_step
+    losses = iter([1.0, 1.0, math.nan])
+
+    def diverging(*arguments):
+        return step(*arguments) | {"reconstruction": next(losses)}
+
+    with monkeypatch.context() as broken:
+        clock = itertools.count()  # every arm takes one second a step, without taking one
+        broken.setattr(ablation_worker, "_clock", lambda device: next(clock))
+        broken.setattr(ablation_worker, "_iteration", lambda *of: lambda step: None)
+        broken.setattr(ablation_worker.Textbook, "generator_step", diverging)
+        assert ablation.main(arguments) == 2
+    assert "1 runs failed (textbook-seed0)" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (folder / "textbook-seed0" / "evaluations.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert ablation.main(["--report", "--out", str(folder)]) == 0  # in a later process
+    assert "Failed: textbook-seed0" in (folder / "table.md").read_text()
+    assert ablation.main(arguments) == 0  # whatever it was is over
+    assert "Failed" not in (folder / "table.md").read_text()
 
 
 @pytest.mark.parametrize(
