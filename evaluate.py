@@ -45,7 +45,7 @@ from evaluation import (
 )
 from evaluation_picture import EvaluationPicture, save_evaluation_picture
 from image_data import TrainingImages, open_images
-from image_files import BrokenImageError
+from image_files import BrokenImageError, shown_path
 from model_definitions import Discriminator, build_discriminator
 from pictures import written_whole
 from quality import (
@@ -57,24 +57,32 @@ from quality import (
     picture_features,
     precision_recall,
 )
+from random_draws import stable_seed
 from run_directory import RunDirectory
 from sampling import Sampler, load_sampler
 
 MOST_REAL = 5000
-"""Training pictures among which nearest ones are searched."""
+"""Real pictures that are looked at: those that generated ones are compared with, and the nearest are searched among."""
 UPDATE_IMAGES = 256
 """Images whose updates are taken apart: the accumulated moments need no more."""
 JUDGED = 500
-"""Generated pictures that critics are asked about; they were not among those that KID or a fresh critic saw."""
+"""Generated pictures that critics are asked about; they were not among those that KID or a fresh critic saw. Of new
+real ones as many, at most."""
+TRAINING = "training pictures"
+"""What known pictures are called where the run was trained on them."""
 
 
 class RealPictures(NamedTuple):
     """Real pictures, uint8 (N, C, H, W)."""
 
     known: Tensor
-    """Trained on (or, of another folder, all that are looked at)."""
+    """Trained on; of another folder, those that are not in `new`."""
     new: Tensor
-    """Never trained on, nor fitted to; of a run that holds none out, the first of `known`."""
+    """Never trained on, nor fitted to; of a run that holds none out, some of `known`."""
+    new_index: Tensor | None
+    """int64: the index in `known` of each new picture; None where they are not among those."""
+    known_are: str
+    """What `known` is called: `TRAINING`, or the pictures of another folder."""
     notes: list[str]
     """What a reader must know about them."""
 
@@ -96,16 +104,28 @@ def real_pictures(sampler: Sampler, saved: dict[str, Any], folder: str | None) -
         images = opened(0)
     if images.count < 10:
         raise UserError(f"--data: {data.root} holds {images.count} pictures; at least 10 are needed to compare with")
-    known = as_bytes(images.fixed_sample(min(images.count, MOST_REAL)))
+    looked_at = as_bytes(images.fixed_sample(min(images.count, MOST_REAL)))
+    # They are sorted by class: the first ones would be those of a few classes only.
+    random = torch.Generator().manual_seed(stable_seed("new pictures"))
+    order = torch.randperm(len(looked_at), generator=random)
     notes = [f"real pictures: {images.description}"]
     if not own:
-        notes.append(f"{data.root} is not the set of pictures that the run was begun with: all of them count as new")
-        return RealPictures(known, known[:JUDGED], notes)
+        root = shown_path(data.root)
+        count = min(JUDGED, len(order) // 2)
+        notes.append(
+            f"{root} is not the set of pictures that the run was trained on: distances are to its pictures, {count} of "
+            "which, chosen at random, are kept apart as held-out ones"
+        )
+        known = looked_at[order[count:].sort().values]
+        return RealPictures(known, looked_at[order[:count]], None, f"pictures of {root}", notes)
     if not images.held_out_count or len(new := images.held_out_halves()[1]) < 2:
-        notes.append("the run holds no pictures out (data.holdout): what is said of held-out ones is of training ones")
-        return RealPictures(known, known[:JUDGED], notes)
+        notes.append(
+            "the run holds no pictures out, or too few (data.holdout): what is said of held-out ones is of "
+            f"{len(order[:JUDGED])} training ones, chosen at random"
+        )
+        return RealPictures(looked_at, looked_at[order[:JUDGED]], order[:JUDGED], TRAINING, notes)
     notes.append(f"held-out pictures: {len(new)}; the other half is what the critic's probability was fitted to")
-    return RealPictures(known, new[:JUDGED], notes)
+    return RealPictures(looked_at, new[:JUDGED], None, TRAINING, notes)
 
 
 def load_critic(sampler: Sampler, saved: dict[str, Any]) -> Discriminator:
@@ -183,7 +203,7 @@ def evaluate(
             "frechet": frechet_distance(compared, found),
             "precision": precision,
             "recall": recall,
-            "nearest_training_distance": nearest[name][0].median().item(),
+            "nearest_distance": nearest[name][0].median().item(),
             "critic_gap": (scores(critic, real.new).mean() - scores(critic, fresh).mean()).item(),
         }
         if critic_steps and name in GENERATORS:
@@ -191,7 +211,7 @@ def evaluate(
                                               steps=critic_steps, device=sampler.device)  # fmt: skip
             rows[name] |= {"fresh_critic_gap": gap, "fresh_critic_train_gap": train_gap}
 
-    real_row = {"nearest_training_distance": _nearest_of_new(held_out, known, real).median().item()}
+    real_row = {"nearest_distance": _nearest_of_new(held_out, known, real.new_index).median().item()}
     kid_size = min(len(held_out), len(compared)) // 2
     if kid_size >= 2:
         real_row["kid"], real_row["kid_std"] = kernel_distance(compared, held_out, subset_size=kid_size)
@@ -209,6 +229,7 @@ def evaluate(
         "images": images,
         "real_images": len(compared),
         "held_out_images": len(real.new),
+        "nearest_among": real.known_are,
         "generators": {name: rows[name] for name in GENERATORS},
         "moved": rows["moved"],
         "held_out": real_row,
@@ -227,6 +248,7 @@ def evaluate(
     picture = EvaluationPicture(
         samples={DRAWN[name]: pictures[:16] for name, pictures in generated.items()},
         nearest=(generated["updated"][:images][suspicious], real.known[index[suspicious]], distance[suspicious]),
+        nearest_among=real.known_are,
         reconstructed=(real.new[:10], reconstructed[:10]),
         reliability=believed,
         update=update,
@@ -236,11 +258,14 @@ def evaluate(
     return Evaluation(figures, update, believed, picture, real.notes)
 
 
-def _nearest_of_new(held_out: Tensor, known: Tensor, real: RealPictures) -> Tensor:
-    """How far new real pictures are from the nearest known one; a picture that is among those doesn't count itself."""
-    distance = torch.cdist(held_out.double(), known.double())
-    if len(real.new) <= len(real.known) and torch.equal(real.new, real.known[: len(real.new)]):
-        distance.fill_diagonal_(math.inf)
+def _nearest_of_new(new: Tensor, known: Tensor, new_index: Tensor | None) -> Tensor:
+    """How far new real pictures are from the nearest known one, by their features (N, D) and (M, D).
+
+    A picture that is among the known ones, at `new_index`, doesn't count itself.
+    """
+    distance = torch.cdist(new.double(), known.double())
+    if new_index is not None:
+        distance[torch.arange(len(new)), new_index] = math.inf
     return distance.min(dim=1).values
 
 
@@ -273,13 +298,15 @@ def _progress(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
 def tables(evaluation: Evaluation) -> Iterator[str]:
     """The figures in Markdown, line by line."""
     figures = evaluation.figures
+    among = figures["nearest_among"]
+    column = among.replace("|", "\\|")  # a folder's name may hold what ends a cell
     distance = "FID" if figures["frechet_is_fid"] else "Fréchet distance"
     yield f"# {figures['checkpoint']}, step {figures['step']:,}"
     yield ""
     yield f"{figures['images']:,} generated, {figures['real_images']:,} real pictures; features: {figures['features']}."
     yield ""
     yield (
-        f"| drawn with | KID ± spread | {distance} | precision | recall | to nearest training picture | "
+        f"| drawn with | KID ± spread | {distance} | precision | recall | to the nearest of the {column} | "
         "critic's gap | fresh critic's gap |"
     )
     yield "|---|---|---|---|---|---|---|---|"
@@ -289,19 +316,24 @@ def tables(evaluation: Evaluation) -> Iterator[str]:
             f"{row['frechet']:.2f}",
             f"{row['precision']:.3f}",
             f"{row['recall']:.3f}",
-            f"{row['nearest_training_distance']:.2f}",
+            f"{row['nearest_distance']:.2f}",
             f"{row['critic_gap']:.2f}",
             f"{row['fresh_critic_gap']:.2f}" if "fresh_critic_gap" in row else "–",
         ]
         yield f"| {DRAWN[name]} | {' | '.join(cells)} |"
     row = figures["held_out"]
     kid = f"{row['kid']:.4f} ± {row['kid_std']:.4f}" if "kid" in row else "–"
-    yield f"| held-out real pictures | {kid} | – | – | – | {row['nearest_training_distance']:.2f} | – | – |"
+    yield f"| held-out real pictures | {kid} | – | – | – | {row['nearest_distance']:.2f} | – | – |"
     yield ""
+    copied = (
+        "far below the held-out row's, pictures are copied"
+        if among == TRAINING
+        else "those are not the training pictures, so it does not tell whether the run copies"
+    )
     yield (
         "Smaller is nearer to real, but for precision and recall. Gaps: mean score of held-out real pictures minus "
-        "that of fresh generated ones. Nearest: median distance of features; far below the held-out row's, pictures "
-        f"are copied. *{DRAWN['moved']}*: what θ + Δ is to draw where loss.lambda_video is not 0."
+        f"that of fresh generated ones. Nearest: median distance of features to the nearest of the {among}; {copied}. "
+        f"*{DRAWN['moved']}*: what θ + Δ is to draw where loss.lambda_video is not 0."
     )
     yield ""
     yield "| updated tensor | weights | Δ / rms θ | at the bound | constant | between images | between motions |"

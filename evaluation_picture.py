@@ -1,4 +1,4 @@
-"""What `evaluate.py` has found, on one sheet: samples, nearest training pictures, reconstructions and diagrams."""
+"""What `evaluate.py` has found, on one sheet: samples, nearest real pictures, reconstructions and diagrams."""
 
 import textwrap
 from pathlib import Path
@@ -16,7 +16,9 @@ class EvaluationPicture(NamedTuple):
     samples: dict[str, Tensor]
     """Label -> 16 pictures; the same places are the same latents."""
     nearest: tuple[Tensor, Tensor, Tensor]
-    """Generated pictures, the training picture nearest to each, and their distances (N,)."""
+    """Generated pictures, the real picture nearest to each, and their distances (N,)."""
+    nearest_among: str
+    """What those real pictures are called, such as "training pictures"."""
     reconstructed: tuple[Tensor, Tensor]
     """Held-out pictures and their reconstructions."""
     reliability: Reliability
@@ -43,13 +45,17 @@ def save_evaluation_picture(picture: EvaluationPicture, path: str | Path) -> Non
     ):
         _show(axis, tiled(pictures, 4, 4, _scale(pictures)), label)
     near, rebuilt = middle.subplots(2, 1).flat
-    generated, training, distances = picture.nearest
+    generated, real, distances = picture.nearest
     count = len(generated)
     _show(
         near,
-        _pairs(generated, training),
-        f"of all θ + Δ, those nearest to a training picture (above), and that picture (below); distances "
-        f"{distances[0]:.1f} to {distances[count - 1]:.1f}",
+        _pairs(generated, real),
+        textwrap.fill(
+            f"of all θ + Δ, those nearest to one of the {picture.nearest_among} (above), and that one (below); "
+            f"distances {distances[0]:.1f} to {distances[count - 1]:.1f}",
+            160,
+            break_on_hyphens=False,
+        ),
     )
     _show(rebuilt, _pairs(*picture.reconstructed), "held-out pictures (above) and their reconstructions (below)")
     believed, sizes, kid = bottom.subplots(1, 3).flat
@@ -74,7 +80,7 @@ def _pairs(above: Tensor, below: Tensor) -> Any:
 
 def _show(axis: Any, pixels: Any, title: str) -> None:
     axis.imshow(enlarge(pixels, 1), interpolation="none")
-    axis.set_title(title, fontsize=11)
+    axis.set_title(title, fontsize=11, parse_math=False)  # a folder's name may hold $
     axis.axis("off")
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, metrics_of, same, small, train, untimed_metrics
+from PIL import Image
 
 import evaluate
+import evaluation_picture
 from checkpoints import load_checkpoint
 from configuration import UserError, load_config
 from evaluation import (
@@ -239,6 +241,8 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     for words in ("| θ + another image's Δ |", "| held-out real pictures |", "| decoder.stage1.weight |",
                   "EfficientNet-Lite0", "expected calibration error", "held-out pictures: 5"):  # fmt: skip
         assert words in text
+    assert "| to the nearest of the training pictures |" in text
+    assert "far below the held-out row's, pictures are copied" in text
     assert "FID" not in text  # a distance of other features isn't
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     figures = json.loads((tmp_path / "a.json").read_text())
@@ -248,6 +252,8 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert all(math.isfinite(value) for value in row.values())
     assert {"kid", "frechet", "precision"} <= set(figures["moved"])
     assert "| θ, moved exactly |" in text
+    assert figures["nearest_among"] == "training pictures"
+    assert {"nearest_distance"} <= set(figures["held_out"])
     assert figures["features"] == "EfficientNet-Lite0 (ImageNet), 96 px input"
     assert 0 <= figures["probability_ece"] <= 1
     assert "update_between_image_share" in figures
@@ -265,6 +271,82 @@ class Brightness(PictureFeatures):
     def of_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         self.seen += len(pixels)
         return pixels.mean(dim=(1, 2, 3))[:, None]
+
+
+@pytest.fixture
+def other_folder(tmp_path: Path) -> Path:
+    """Ten grey pictures that no run was trained on; its name holds what Markdown and matplotlib take for their own."""
+    folder = tmp_path / "other | $a_$"
+    folder.mkdir()
+    for index in range(10):
+        Image.new("RGB", (20, 20), (20 * index,) * 3).save(folder / f"{index}.png")
+    return folder
+
+
+def test_without_held_out_pictures_those_judged_are_spread_over_the_training_ones(drawing_run: Path, monkeypatch):
+    monkeypatch.setattr(evaluate, "JUDGED", 8)
+    sampler, saved = load_sampler(drawing_run, "cpu"), load_checkpoint(drawing_run / "checkpoints" / "latest.pt")
+    real = evaluate.real_pictures(sampler, saved, None)
+    assert (len(real.known), len(real.new), real.known_are) == (24, 8, "training pictures")
+    assert torch.equal(real.new, real.known[real.new_index])
+    assert len(set(real.new_index.tolist())) == 8
+    assert {index // 12 for index in real.new_index.tolist()} == {0, 1}  # both classes of twelve
+    assert torch.equal(real.new_index, evaluate.real_pictures(sampler, saved, None).new_index)
+    assert "8 training ones" in real.notes[-1]
+    monkeypatch.setattr(evaluate, "JUDGED", 500)
+    assert len(evaluate.real_pictures(sampler, saved, None).new) == 24
+
+
+def test_a_new_picture_among_the_known_ones_does_not_count_itself() -> None:
+    known = torch.tensor([[0.0], [1.0], [3.0], [7.0], [7.0]])
+    index = torch.tensor([2, 0, 3])
+    found = evaluate._nearest_of_new(known[index], known, index)
+    assert found.tolist() == [2, 1, 0]  # the last has a twin, which counts
+    assert evaluate._nearest_of_new(known[index], known, None).tolist() == [0, 0, 0]
+    assert evaluate._nearest_of_new(torch.tensor([[5.5]]), known, None).tolist() == [1.5]
+
+
+def test_another_folders_pictures_are_known_or_new(run: Path, other_folder: Path, monkeypatch) -> None:
+    sampler, saved = load_sampler(run, "cpu"), load_checkpoint(run / "checkpoints" / "latest.pt")
+    greys = [20 * index for index in range(10)]
+    for judged, wanted in ((500, 5), (3, 3)):
+        monkeypatch.setattr(evaluate, "JUDGED", judged)
+        real = evaluate.real_pictures(sampler, saved, str(other_folder))
+        known, new = (pictures[:, 0, 0, 0].tolist() for pictures in (real.known, real.new))
+        assert len(new) == wanted
+        assert sorted(known + new) == greys
+        assert known == sorted(known)  # what is compared is spread over the sorted set
+        assert sorted(new) not in (greys[:wanted], greys[-wanted:])
+        assert real.new_index is None
+        assert torch.equal(real.new, evaluate.real_pictures(sampler, saved, str(other_folder)).new)
+        assert f"{wanted} of which, chosen at random, are kept apart" in real.notes[-1]
+    own = evaluate.real_pictures(sampler, saved, str(sampler.config.data.root))  # named, but the run's own
+    assert (len(own.known), own.known_are, own.new_index) == (14, "training pictures", None)
+
+
+def test_another_folders_pictures_are_not_called_training_pictures(
+    run: Path, other_folder: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    titles, show = [], evaluation_picture._show
+    monkeypatch.setattr(evaluation_picture, "_show", lambda *args: (titles.append(args[2]), show(*args)))
+    monkeypatch.setattr(evaluate, "load_features", lambda *_: Brightness())
+    monkeypatch.setattr(evaluate, "frechet_distance", lambda real, fake: 0.0)
+    arguments = ["--data", str(other_folder), "--images", "12", "--critic-steps", "1", "--device", "cpu"]
+    written = ["--json", str(tmp_path / "a.json"), "--picture", str(tmp_path / "a.png")]
+    assert evaluate.main([str(run), *arguments, *written]) == 0
+    text = capsys.readouterr().out
+    table = text.partition("| updated tensor |")[0]
+    cell = f"to the nearest of the pictures of {other_folder}".replace("|", r"\|")
+    assert f" | {cell} | " in table
+    assert "are copied" not in text
+    assert "nearest of the training pictures" not in text
+    figures = json.loads((tmp_path / "a.json").read_text())
+    assert figures["nearest_among"] == f"pictures of {other_folder}"
+    assert (figures["real_images"], figures["held_out_images"]) == (5, 5)
+    assert figures["held_out"]["nearest_distance"] > 0
+    assert "kid" in figures["held_out"]
+    (nearest,) = (title for title in titles if "nearest" in title)
+    assert f"nearest to one of the pictures of {other_folder}" in " ".join(nearest.split())
 
 
 def test_real_features_are_kept_and_never_stale(tmp_path: Path) -> None:
