@@ -233,6 +233,7 @@ def plot_over_time(path: Path, courses: list[Course], features: str) -> None:
     """KID over seconds of training: a line for each arm, its seeds' mean, in a band from the least to the largest."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -268,6 +269,9 @@ def plot_over_time(path: Path, courses: list[Course], features: str) -> None:
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("seconds of training (CPU time of one thread)")
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))  # a range is rarely a whole decade
+        axis.yaxis.set_major_formatter("{x:,g}")
+        axis.yaxis.set_minor_formatter("")
         axis.grid(alpha=0.25, which="both")
     axes[0].set_ylabel(f"KID × 1000 on {features.partition(' (')[0]}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
