@@ -11,7 +11,8 @@ noise. They are compared after equal steps, and after equal time: every arm's se
 arms taking turns, as CPU time of one thread, so that other work on the machine counts little. Cheaper arms then train
 for more steps. The same command again goes on where it was stopped.
 
-Left in the folder: table.md, results.json, over_time.png, rates.json, and a run's usual folder for each arm and seed.
+Left in the folder: table.md, results.json, over_time.png, rates.json, study.json (what it belongs to), and
+a run's usual folder for each arm and seed.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from ablation_arms import (
     rate_overrides,
 )
 from ablation_options import TUNING_SEED, read_options
-from ablation_record import RECORD, check_record, make_record, read_record
+from ablation_record import RECORD, check_record, make_record, read_record, read_stored
 from ablation_report import Course, compare, plot_over_time, write_table
 from ablation_worker import read_rows
 from command_line import run_command, say
@@ -81,9 +82,7 @@ class Study:
         self.base = load_config(options.config, self.common)
         for arm in self.arms:
             self.config(arm, 0)  # mistakes show before anything is written
-        before = read_record(self.folder)
-        self.record = make_record(self.base, options, before)
-        check_record(before, self.base, self.record, self.folder)
+        check_record(read_record(self.folder), self.base, self.folder)
         self.failures: dict[str, str] = self.stored("failures.json")
         # Real pictures are the same for all arms, and so are their features.
         self.reals = self.folder / "reals.pt"
@@ -100,11 +99,7 @@ class Study:
 
     def stored(self, name: str) -> dict[str, Any]:
         """What an earlier part of this command has left in a file; empty if it isn't there."""
-        path = self.folder / name
-        try:
-            return json.loads(path.read_text()) if path.exists() else {}
-        except ValueError:
-            raise UserError(f"{path} is damaged; remove it, and it will be made again") from None
+        return read_stored(self.folder / name)
 
     def store(self, name: str, content: Any) -> None:
         with told_in_one_line(self.folder / name), written_whole(self.folder / name) as part:
@@ -217,17 +212,18 @@ class Study:
 
     def rows(self, job: dict[str, Any]) -> list[dict[str, Any]]:
         """The evaluations that a job has left so far."""
-        found = read_rows(self.folder / job["name"] / "evaluations.jsonl")
-        return [row for row in found if row["pictures"] == job["pictures"]]
+        return [row for row in self.all_rows(job["name"]) if row["pictures"] == job["pictures"]]
 
-    def finished(self, job: dict[str, Any]) -> bool:
-        """Whether there is nothing left to do.
+    def all_rows(self, name: str) -> list[dict[str, Any]]:
+        """The evaluations of a run, whatever the number of pictures."""
+        return read_rows(self.folder / name / "evaluations.jsonl")
+
+    def check_run(self, job: dict[str, Any]) -> None:
+        """Refuses a run that is there and was one of other settings.
 
         Raises:
-            UserError: the run that is there was one of other settings.
+            UserError: it was.
         """
-        if job["task"] != "train":
-            return False
         before = self.folder / "jobs" / f"{job['name']}.json"
         if (self.folder / job["name"]).exists() and before.exists():
             config = config_from_dict(job["config"], job["name"])
@@ -238,6 +234,12 @@ class Study:
                     f"{self.folder / job['name']} was trained with other settings: {', '.join(map(str, changed))}; "
                     "put them back, name another folder with --out, or remove that run"
                 )
+
+    def finished(self, job: dict[str, Any]) -> bool:
+        """Whether there is nothing left to do; raises as `check_run`."""
+        if job["task"] != "train":
+            return False
+        self.check_run(job)
         wanted = {*range(job["every"], job["stops"][-1] + 1, job["every"]), *job["stops"]}
         return wanted <= {row["step"] for row in self.rows(job)}
 
@@ -315,24 +317,29 @@ class Study:
         Raises:
             UserError: the reference was not.
         """
-        found = {arm.name: [read_rows(self.folder / f"{arm.name}-seed{seed}" / "evaluations.jsonl")
-                            for seed in self.seeds] for arm in self.arms}  # fmt: skip
-        counts = sorted({row["pictures"] for rows in found[REFERENCE] for row in rows})
-        if self.options.pictures not in counts:
-            there = f"there are some of {', '.join(map(str, counts))}" if counts else "the ablation comes first"
+        counts = {
+            arm.name: {row["pictures"] for seed in self.seeds for row in self.all_rows(f"{arm.name}-seed{seed}")}
+            for arm in self.arms
+        }
+        if self.options.pictures not in (known := sorted(counts[REFERENCE])):
+            there = f"there are some of {', '.join(map(str, known))}" if known else "the ablation comes first"
             raise UserError(
                 f"--report: {self.folder} holds no evaluations of arm {REFERENCE} with --pictures "
                 f"{self.options.pictures}; {there}"
             )
-        self.arms = [arm for arm in self.arms if any(found[arm.name])]
+        self.arms = [arm for arm in self.arms if self.options.pictures in counts[arm.name]]
+
+    def failed(self) -> dict[str, str]:
+        """The runs of this command's arms and seeds that have failed, now or before, and why."""
+        names = [f"{arm.name}-seed{seed}" for arm in self.arms for seed in self.seeds]
+        return {name: self.failures[name] for name in names if name in self.failures}
 
     def report(self) -> str:
         """Writes table, results and plot of what is there; returns the last words."""
         seconds, features = self.seconds(), _features_name()
         jobs = {(arm.name, seed): self.arm_job(arm, seed) for arm in self.arms for seed in self.seeds}
         for job in jobs.values():
-            self.finished(job)  # or it was trained with other settings than the table would say
-        names = {job["name"] for job in jobs.values()}
+            self.check_run(job)
         courses = [Course(*key, seconds[key[0]], self.rows(job)) for key, job in jobs.items()]
         tuned = self.stored("rates.json")
         places = {"at_steps": {"steps": self.options.steps}, "at_seconds": {"seconds": self.budget()}}
@@ -343,7 +350,7 @@ class Study:
             "features": features,
             "pictures": self.options.pictures,
             "amplification": self.stored("amplification.json").get("amplification"),
-            "failures": [f"{name}: {why}" for name, why in self.failures.items() if name in names],
+            "failures": [f"{name}: {why}" for name, why in self.failed().items()],
             "arms": {
                 arm.name: {
                     "meaning": arm.meaning,
@@ -385,7 +392,7 @@ def ablate(arguments: list[str]) -> str:
     if study.options.report:
         study.leave_out_what_is_not_there()
     else:
-        study.store(RECORD, study.record)
+        study.store(RECORD, make_record(study.base, study.options, read_record(study.folder), study.folder))
         if not study.reals.exists():
             config = config_to_dict(study.config(study.arms[0], 0))
             study.run(
@@ -395,8 +402,8 @@ def ablate(arguments: list[str]) -> str:
             study.tune()
         study.train()
     words = study.report()
-    if study.failures and not study.options.report:
-        raise UserError(f"{len(study.failures)} runs failed ({', '.join(study.failures)}); {words}")
+    if (failed := study.failed()) and not study.options.report:
+        raise UserError(f"{len(failed)} runs failed ({', '.join(failed)}); {words}")
     return words
 
 

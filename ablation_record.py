@@ -5,14 +5,13 @@ for the next command. Only the same settings and pictures may find them there.
 """
 
 import argparse
-import hashlib
 import json
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from configuration import Config, UserError, config_to_dict
-from image_files import absolute, find_images
+from image_files import absolute, find_images, names_digest
 from resume import differences
 
 RECORD = "study.json"
@@ -25,40 +24,45 @@ NOT_ASKED = ("data.root", "data.memory_gb", "data.workers", "training.seed", "tr
 """Settings that change no number, or that the ablation sets; which pictures `data.root` holds is compared instead."""
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """What an ablation in this folder has written of itself; empty if nothing.
+def read_stored(path: Path, remedy: str = "remove it, and it will be made again") -> dict[str, Any]:
+    """What an ablation has left in a JSON file; empty if it isn't there.
 
     Raises:
         UserError: it is damaged.
     """
-    path = folder / RECORD
     try:
         return json.loads(path.read_text()) if path.exists() else {}
     except ValueError:
-        raise UserError(f"{path} is damaged; name another folder with --out") from None
+        raise UserError(f"{path} is damaged; {remedy}") from None
 
 
-def make_record(base: Config, options: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
+    """What an ablation in this folder has written of itself; as `read_stored`."""
+    return read_stored(folder / RECORD, "name another folder with --out")
+
+
+def make_record(base: Config, options: argparse.Namespace, before: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The record of an ablation with these settings and options; arms and seeds of the one before stay in it.
 
     Raises:
-        UserError: `data.root` holds no pictures.
+        UserError: `data.root` holds no pictures, or other ones than the folder's ablation was made with.
     """
     root = absolute(base.data.root)
-    names = "\0".join(path.removeprefix(str(root)) for path in find_images(root))
+    pictures = names_digest(path.removeprefix(str(root)) for path in find_images(root))
+    if pictures != before.get("pictures", pictures):
+        raise _other(folder, ["data.root holds pictures of other names"])
     kept = {name: getattr(options, name) for name in REMEMBERED}
     earlier = before.get("options", {})
     kept["seeds"] = sorted({*kept["seeds"], *earlier.get("seeds", [])})
     kept["arms"] = ",".join(dict.fromkeys([*earlier.get("arms", kept["arms"]).split(","), *kept["arms"].split(",")]))
-    pictures = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
     return {"config": config_to_dict(base), "pictures": pictures, "options": kept}
 
 
-def check_record(before: dict[str, Any], base: Config, now: dict[str, Any], folder: Path) -> None:
+def check_record(before: dict[str, Any], base: Config, folder: Path) -> None:
     """Refuses to mix two ablations.
 
     Raises:
-        UserError: the folder's has other settings or pictures.
+        UserError: the folder's has other settings.
     """
     if not before:
         return
@@ -67,11 +71,13 @@ def check_record(before: dict[str, Any], base: Config, now: dict[str, Any], fold
         for one in differences(before, base, str(folder / RECORD))
         if not any(fnmatch(one.key, pattern) for pattern in NOT_ASKED)
     ]
-    if before["pictures"] != now["pictures"]:
-        changed.append("data.root holds pictures of other names")
     if changed:
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise UserError(
-            f"{folder} holds an ablation with other settings: {', '.join(changed[:3])}{more}; "
-            "put them back, or name another folder with --out"
-        )
+        raise _other(folder, changed)
+
+
+def _other(folder: Path, changed: list[str]) -> UserError:
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return UserError(
+        f"{folder} holds an ablation with other settings: {', '.join(changed[:3])}{more}; "
+        "put them back, or name another folder with --out"
+    )

@@ -114,22 +114,20 @@ def compare(courses: list[Course], arm: str, where: dict[str, float], side: str 
         where: {"steps": n} or {"seconds": s}.
     """
 
-    def value(name: str, seed: int, of: str, key: str) -> Any:
-        for course in courses:
-            if (course.arm, course.seed) == (name, seed):
-                return course.at(where["steps"], of, key) if "steps" in where else course.at_seconds(
-                    where["seconds"], of, key)  # fmt: skip
-        return math.nan
+    def value(course: Course, of: str, key: str) -> Any:
+        if "steps" in where:
+            return course.at(where["steps"], of, key)
+        return course.at_seconds(where["seconds"], of, key)
 
-    def measured(name: str, seed: int) -> bool:
-        return math.isfinite(value(name, seed, "updated", "kid"))
+    # Whoever stopped the ablation early has whole comparisons of the first seeds.
+    measured = {
+        (course.arm, course.seed): course for course in courses if math.isfinite(value(course, "updated", "kid"))
+    }
+    seeds = sorted(seed for name, seed in measured if name == arm and (REFERENCE, seed) in measured)
 
     def values(name: str, of: str, key: str) -> list[Any]:
-        return [value(name, seed, of, key) for seed in seeds]
+        return [value(measured[name, seed], of, key) for seed in seeds]
 
-    everywhere = {course.seed for course in courses if course.arm == REFERENCE}
-    # Whoever stopped the ablation early has whole comparisons of the first seeds.
-    seeds = sorted(seed for seed in everywhere if all(measured(name, seed) for name in (arm, REFERENCE)))
     result: dict[str, Any] = {"arm": arm, "seeds": seeds, **where}
     if not seeds:
         return result

@@ -33,6 +33,7 @@ from image_files import (
     class_name,
     decode_image,
     find_images,
+    names_digest,
     shown_path,
 )
 
@@ -86,7 +87,7 @@ class TrainingImages:
         names = [folder.samples[index][0].removeprefix(folder.root) for index in kept]
         if self.held_out_count:
             names += ["held out", *(path.removeprefix(folder.root) for path, _ in self._held_out.samples)]
-        self.fingerprint = hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()
+        self.fingerprint = names_digest(names)
 
     @property
     def skipped(self) -> list[tuple[Path, str]]:

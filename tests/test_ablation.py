@@ -289,6 +289,9 @@ def test_the_whole_command_and_going_on(
         assert ablation.main([*two, *change]) == 2
         assert f"{folder} holds an ablation with other settings: {words}" in capsys.readouterr().err
         assert in_process == []
+    picture_folder.rename(tmp_path / "elsewhere")
+    assert ablation.main(["--report", "--out", str(folder)]) == 0  # it draws nothing, and needs no pictures
+    (tmp_path / "elsewhere").rename(picture_folder)
     (folder / "study.json").write_text("{")
     assert ablation.main(two) == 2
     assert "study.json is damaged" in capsys.readouterr().err
@@ -320,6 +323,8 @@ def test_a_run_that_fails_is_measured_until_then_and_not_forgotten(
     assert [row["step"] for row in rows] == [1, 2]
     assert ablation.main(["--report", "--out", str(folder)]) == 0  # in a later process
     assert "Failed: textbook-seed0" in (folder / "table.md").read_text()
+    others = [*arguments[:-3], "off,constant", *arguments[-2:]]
+    assert ablation.main(others) == 0  # what failed before is none of theirs
     assert ablation.main(arguments) == 0  # whatever it was is over
     assert "Failed" not in (folder / "table.md").read_text()
 
