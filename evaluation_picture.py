@@ -37,7 +37,7 @@ def save_evaluation_picture(picture: EvaluationPicture, path: str | Path) -> Non
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
     figure = Figure(figsize=(15, 15), layout="constrained")
-    figure.suptitle(picture.title, fontsize=12)
+    figure.suptitle(picture.title, fontsize=12, parse_math=False)
     top, middle, bottom = figure.subfigures(3, 1, squeeze=False, height_ratios=[3.5, 5.2, 4.6]).flat
     top.get_layout_engine().set(wspace=0.03)  # between the grids
     for (label, pictures), axis in zip(

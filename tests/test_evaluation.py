@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -333,7 +334,7 @@ def test_another_folders_pictures_are_not_called_training_pictures(
     monkeypatch.setattr(evaluate, "frechet_distance", lambda real, fake: 0.0)
     arguments = ["--data", str(other_folder), "--images", "12", "--critic-steps", "1", "--device", "cpu"]
     written = ["--json", str(tmp_path / "a.json"), "--picture", str(tmp_path / "a.png")]
-    assert evaluate.main([str(run), *arguments, *written]) == 0
+    assert evaluate.main([str(shutil.copytree(run, tmp_path / "$a_$")), *arguments, *written]) == 0
     text = capsys.readouterr().out
     table = text.partition("| updated tensor |")[0]
     cell = f"to the nearest of the pictures of {other_folder}".replace("|", r"\|")
