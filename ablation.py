@@ -392,12 +392,13 @@ def ablate(arguments: list[str]) -> str:
     if study.options.report:
         study.leave_out_what_is_not_there()
     else:
-        study.store(RECORD, make_record(study.base, study.options, read_record(study.folder), study.folder))
+        record = make_record(study.base, study.options, read_record(study.folder), study.folder)
         if not study.reals.exists():
             config = config_to_dict(study.config(study.arms[0], 0))
             study.run(
                 [{"task": "reals", "name": "reals", "config": config, "reals": str(study.reals)}], "", needed=True
             )
+        study.store(RECORD, record)  # now the pictures can be read: until then the folder belongs to nobody
         if study.options.tune:
             study.tune()
         study.train()

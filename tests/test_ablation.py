@@ -297,6 +297,20 @@ def test_the_whole_command_and_going_on(
     assert "study.json is damaged" in capsys.readouterr().err
 
 
+def test_a_folder_whose_pictures_could_not_be_read_is_free_for_mended_ones(
+    in_process: list[str], tmp_path: Path, picture_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = shutil.copytree(picture_folder, tmp_path / "pictures")
+    broken = next(pictures.rglob("*.png")).with_name("broken.png")
+    broken.write_text("no picture")
+    arguments = ["--quick", "--out", str(tmp_path / "study"), "--steps", "1", "--points", "1", "--pictures", "24",
+                 "--seeds", "0", "--arms", "off", f"data.root={pictures}"]  # fmt: skip
+    assert ablation.main(arguments) == 2
+    assert "broken.png" in capsys.readouterr().err
+    broken.unlink()
+    assert ablation.main(arguments) == 0
+
+
 def test_a_run_that_fails_is_measured_until_then_and_not_forgotten(
     in_process: list[str], tmp_path: Path, picture_folder: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
