@@ -1,8 +1,8 @@
-"""Checkpoints: written whole or not at all, checked when read, the last few kept.
+"""Checkpoints: written whole or not at all, checked when read, the last few kept; and what a changed setting means.
 
-A file holds one dict of plain dicts, lists, numbers, texts and tensors, so `torch.load(..., weights_only=True)` reads
-it, and no code in it ever runs. With it goes the SHA-256 of its content: a flipped bit in a weight would otherwise
-load without a word.
+A file holds one dict of plain dicts, lists, numbers, strings and tensors, so `torch.load(..., weights_only=True)` reads
+it, and no code in it ever runs. It also holds the SHA-256 of its content: a flipped bit in a weight would otherwise
+load unnoticed.
 """
 
 import hashlib
@@ -12,25 +12,26 @@ import shutil
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from configuration import UserError
-from pictures import told_in_one_line, written_whole
+from configuration import Config, UserError, config_from_dict, config_to_dict, resume_effect
+from util import atomic_write, os_errors_as_user_errors
 
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 
 
 class Checkpoints:
     """The folder `checkpoints/` of a run.
 
     step_000100.pt   the last `keep` of them
-    latest.pt        the newest of these under a name that doesn't change
-    best.pt          the one with the smallest value of a metric, where one was named
+    latest.pt        the newest of these
+    best.pt          the one with the smallest value of `output.best_metric`, if that is set
 
-    `latest.pt` and `best.pt` are hard links where the file system has them: they take no room.
+    `latest.pt` and `best.pt` are hard links where the file system has them: they take no extra space.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -46,43 +47,42 @@ class Checkpoints:
             UserError: it cannot be written (disk full, no permission, folder gone); what was there is whole.
         """
         path = self.folder / f"step_{state['step']:06d}.pt"
-        if not self.folder.is_dir():  # not made anew: who moved or deleted it would get half a run
+        if not self.folder.is_dir():  # moved or deleted by the user: making it again would leave half a run
             raise UserError(f"cannot write {path}: the folder is gone; was it moved or deleted?")
-        state = _on_cpu(state)
-        with told_in_one_line(path):
-            with written_whole(path) as part:
-                # By way of memory: torch's own file writer tells a full disk as an internal error without its reason.
+        state = tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), state)
+        with os_errors_as_user_errors(path):
+            with atomic_write(path) as part:
+                # Through memory: torch's own file writer reports a full disk as an internal error without its reason.
                 content = io.BytesIO()
                 torch.save({"format": CHECKPOINT_FORMAT, "checksum": checksum(state), **state}, content)
-                # No copy either, and Python 3.12.1 may crash when it collects the view of getbuffer() after an error.
-                part.write_bytes(content.getvalue())
+                part.write_bytes(content.getvalue())  # getbuffer() made Python 3.12.1 crash after an error
             self.link(state)
             _sync_folder(self.folder)
         for old in self._numbered()[self.keep :]:
-            with suppress(OSError):  # what cannot be deleted now will be next time
+            with suppress(OSError):  # what cannot be deleted now is deleted next time
                 old.unlink()
         return path
 
     def newest(self) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
-        """The newest whole checkpoint: its content (or None), its path, and a line for each damaged file passed by.
+        """The newest whole checkpoint: its content (or None), its path, and a line for each damaged file skipped.
 
-        Damaged files are renamed to `*.damaged`, so that they neither count among those kept nor are met again.
+        Damaged files are renamed to `*.damaged`, so that they are not counted among those kept, nor read again.
 
         Raises:
             UserError: there are checkpoints, but none is whole; or one is of another version.
         """
         damaged: list[str] = []
-        found = self._numbered()
+        candidates = self._numbered()
         for name in ("latest.pt", "best.pt"):  # the same files, unless somebody has deleted the numbered ones
             path = self.folder / name
-            if path.exists() and not any(path.samefile(other) for other in found):
-                found.append(path)
-        for path in found:
+            if path.exists() and not any(path.samefile(other) for other in candidates):
+                candidates.append(path)
+        for path in candidates:
             try:
                 return load_checkpoint(path), path, damaged
             except DamagedCheckpointError as error:
                 damaged.append(str(error))
-                with told_in_one_line(path):
+                with os_errors_as_user_errors(path):
                     path.replace(path.with_name(path.name + ".damaged"))
         if damaged:
             raise UserError(
@@ -93,8 +93,8 @@ class Checkpoints:
 
     def _numbered(self) -> list[Path]:
         """step_*.pt, the newest first."""
-        found = {int(path.stem[5:]): path for path in self.folder.glob("step_*.pt") if path.stem[5:].isdecimal()}
-        return [found[step] for step in sorted(found, reverse=True)]
+        by_step = {int(path.stem[5:]): path for path in self.folder.glob("step_*.pt") if path.stem[5:].isdecimal()}
+        return [by_step[step] for step in sorted(by_step, reverse=True)]
 
     def link(self, state: dict[str, Any]) -> None:
         """Makes the checkpoint of `state` latest.pt, and best.pt if `state` says that it is the best."""
@@ -116,11 +116,11 @@ class Checkpoints:
 
 
 class DamagedCheckpointError(UserError):
-    """A file that should be a checkpoint and cannot be read as one, or not as the one that was written."""
+    """A file that is no checkpoint, or not the one that was written."""
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint as plain tensors (on the CPU), numbers and texts, and checks that it is what was written.
+    """Reads a checkpoint as plain tensors (on the CPU), numbers and strings, and checks that it is what was written.
 
     Code hidden in the file never runs.
 
@@ -129,7 +129,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         UserError: it is missing, cannot be read, or is of another version.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # of odd pickles: the error below says all
+        with warnings.catch_warnings(action="ignore"):  # about odd pickles: the error below says enough
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; a run keeps its newest in checkpoints/latest.pt") from None
@@ -137,7 +137,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except MemoryError:
         raise
-    except Exception as error:  # torch reports damage through many types: zipfile, pickle, runtime, EOF, ...
+    except Exception as error:  # torch reports damage as errors of zipfile, pickle, runtime, EOF and more
         reason = " ".join(str(error).split())[:120]
         raise DamagedCheckpointError(f"{path}: damaged, or no checkpoint of this project ({reason})") from None
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):
@@ -152,7 +152,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     written = state.pop("checksum", None)
     try:
         intact = checksum(state) == written
-    except Exception:  # damaged sizes and strides make tensors that cannot be read, in as many ways
+    except Exception:  # damaged sizes and strides make tensors that cannot be read
         intact = False
     if not intact:
         raise DamagedCheckpointError(f"{path}: damaged, its content is not what was written (SHA-256 differs)")
@@ -160,7 +160,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def checksum(content: Any) -> str:
-    """SHA-256 over dicts, lists, tuples, numbers, texts and tensors: keys, values, shapes, types and their order."""
+    """SHA-256 over dicts, lists, tuples, numbers, strings and tensors: keys, values, shapes, types and their order."""
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -184,17 +184,6 @@ def checksum(content: Any) -> str:
     return digest.hexdigest()
 
 
-def _on_cpu(value: Any) -> Any:
-    """The same nest of dicts, lists and tuples with its tensors on the CPU."""
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    if isinstance(value, dict):
-        return {key: _on_cpu(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_on_cpu(inner) for inner in value)
-    return value
-
-
 def _sync_folder(folder: Path) -> None:
     """Makes the new names in `folder` last through a power cut, where the system can."""
     with suppress(OSError):  # Windows opens no folders; some network drives don't sync them
@@ -203,3 +192,54 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------- settings of a resumed run
+
+
+class Difference(NamedTuple):
+    """A setting whose value has changed since the checkpoint was written."""
+
+    key: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        before, now = ("null" if value is None else str(value) for value in (self.before, self.now))
+        return f"{self.key} {before} -> {now}"
+
+
+def differences(saved: dict[str, Any], config: Config, source: str) -> list[Difference]:
+    """The settings that differ between a checkpoint's `config` and today's, in the order of config.yaml.
+
+    Raises:
+        UserError: the saved settings are not settings of this version.
+    """
+    before, now = config_to_dict(config_from_dict(saved["config"], source)), config_to_dict(config)
+    return [
+        Difference(f"{section}.{key}", before[section][key], value)
+        for section, settings in now.items()
+        for key, value in settings.items()
+        if value != before[section][key]
+    ]
+
+
+def check_settings(changed: list[Difference], run: str, accept_changes: bool) -> None:
+    """Refuses settings under which the run would no longer be the one that was begun.
+
+    Raises:
+        UserError: a change of the networks' shapes; or, unless `accept_changes`, one that changes what is learned.
+    """
+    new_run = "put it back, or start a new run with another output.name"
+    by_effect: dict[str, list[str]] = {"architecture": [], "learning": [], "free": []}
+    for change in changed:
+        by_effect[resume_effect(change.key)].append(str(change))
+    if shapes := by_effect["architecture"]:
+        raise UserError(
+            f"cannot resume {run}: {', '.join(shapes)}: the saved weights don't fit other networks; {new_run}"
+        )
+    if (learning := by_effect["learning"]) and not accept_changes:
+        raise UserError(
+            f"cannot resume {run}: {', '.join(learning)}: this changes what is learned; {new_run}, "
+            "or go on with it on purpose with --accept-changes"
+        )

@@ -1,34 +1,29 @@
-"""Settings: their names, types, ranges and meaning, read from YAML and the command line.
+"""Settings: their names, defaults, ranges and meaning, read from YAML and the command line.
 
-`config.yaml` explains every key to a reader; the dataclasses here are what the code sees. A value passes through
-three layers (the defaults below, one YAML file, `section.key=value` overrides), a later layer winning, and is checked
-at each: an unknown key, a wrong type, a value out of range or two settings that contradict each other raise
-`UserError` with one line that names the key, the value and the fix.
+The dataclasses below are the one place that describes a setting; `config.yaml` is written from them. A value passes
+through three layers (these defaults, one YAML file, `section.key=value` overrides), a later one winning. A wrong key,
+type or value and settings that contradict each other raise `UserError`: one line with the key, the value and the fix.
 """
 
 import difflib
+import math
+import re
+import types
 import typing
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import Field, asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from setting_values import allowed, checked, cut, kind_of, setting_of, shown
-from yaml_text import MAX_BYTES, check_yaml
 
 
 class UserError(Exception):
-    """A mistake in what the user gave, told in one line: the file or key, the value, and the fix.
-
-    Commands print it as `error: ...` on standard error and exit with status 2, without a traceback.
-    """
+    """A mistake of the user's, in one line: file or key, value, and fix. Commands print it and exit with status 2."""
 
     def __str__(self) -> str:
-        return one_line(super().__str__())  # whatever it quotes: keys, paths and patterns may hold line breaks
+        return one_line(super().__str__())  # keys, paths and patterns that it quotes may hold line breaks
 
 
 def one_line(text: object) -> str:
@@ -36,135 +31,154 @@ def one_line(text: object) -> str:
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in str(text))
 
 
+def setting(default: Any, range: str, help: str, on_resume: str = "learning") -> Any:
+    """A dataclass field that describes one setting, in the words of config.yaml.
+
+    Args:
+        range: `crop | pad`, `0 to 1`, `0 or more`, `more than 0` or `more than 0, at most 1`; of a list, each item's.
+            The field's metadata holds it as `choices`, or as the numbers `low`, `high` (included) and `above` (not).
+        help: its meaning and unit, in one line.
+        on_resume: what a new value means to a resumed run; see `resume_effect`.
+    """
+    if " | " in range:
+        limits: dict[str, Any] = {"choices": tuple(range.split(" | "))}
+    else:
+        numbers = [float(base) ** float(power or 1) for base, power in re.findall(r"([\d.]+)(?:\^(\d+))?", range)]
+        limits = dict(zip(["above" if range.startswith("more than") else "low", "high"], numbers, strict=False))
+    start: dict[str, Any] = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**start, metadata={"range": range, "help": help, "on_resume": on_resume} | limits)
+
+
+# What a resumed run makes of a new value: all are fine, or none fits the saved networks. Others need a confirmation.
+free = partial(setting, on_resume="free")
+network = partial(setting, on_resume="architecture")
+
+
+# fmt: off
 @dataclass
 class DataConfig:
-    root: str = "data/emoji"
-    fit: str = setting_of("crop", choices=("crop", "pad"))
-    background: str = "white"
-    mirror: bool = False
-    holdout: float = setting_of(0.0, low=0, high=0.9)
-    on_broken: str = setting_of("error", choices=("error", "skip"))
-    memory_gb: float = setting_of(4.0, low=0)
-    workers: int = setting_of(2, low=0, high=256)
-
+    root: str = free("data/emoji", "", "folder of images: class folders (any depth below a class), or a flat folder")
+    fit: str = setting("crop", "crop | pad", "how an image becomes square: crop its centre, or pad it with background")
+    background: str = setting("white", "", "colour behind transparent images and padding: a name or '#rrggbb'")
+    mirror: bool = setting(False, "", "flip images left to right at random")
+    holdout: float = setting(0.0, "0 to 0.9", "fraction of images kept apart for evaluation and never trained on")
+    on_broken: str = free("error", "error | skip", "a broken image file: stop and name it, or skip and list it")
+    memory_gb: float = free(4.0, "0 or more", "GB of decoded images kept in memory; a larger set streams from disk")
+    workers: int = free(2, "0 to 256", "processes that read images when they stream")
 
 @dataclass
 class ImageConfig:
-    size: int = setting_of(128, low=16, high=256)
-    channels: int = setting_of(3, low=1, high=3)
-
+    size: int = network(128, "16 to 256", "height and width in pixels, a power of two")
+    channels: int = network(3, "1 to 3", "3 colour, 1 grey")
 
 @dataclass
 class VAEConfig:
-    latent_dim: int = setting_of(128, low=1, high=65536)
-    channels: list[int] = setting_of([32, 64, 128, 256], low=1, high=8192)
-
+    latent_dim: int = network(128, "1 to 65536", "length of z")
+    channels: list[int] = network([32, 64, 128, 256], "1 to 8192",
+        "width of each encoder stage; each halves the image, the decoder mirrors them")
 
 @dataclass
-class DiscriminatorConfig:
-    channels: list[int] = setting_of([32, 64, 128, 256], low=1, high=8192)
-
+class CriticConfig:
+    channels: list[int] = network([32, 64, 128, 256], "1 to 8192", "width of each stage; each halves the image")
 
 @dataclass
 class WeightPredictorConfig:
-    update: str = setting_of("predicted", choices=("predicted", "constant", "off"))
-    watches: str = setting_of("own", choices=("own", "other", "still"))
-    train_gru: bool = True
-    layers: list[str] = field(default_factory=lambda: ["decoder.*"])
-    update_size: Any = "auto"
-    head: str = setting_of("low_rank", choices=("full", "low_rank", "per_channel"))
-    rank: int = setting_of(4, low=1, high=1024)
-    hidden_size: int = setting_of(128, low=1, high=65536)
-    num_layers: int = setting_of(2, low=1, high=16)
-    bound: float = setting_of(3.0, above=0, high=100)
-    sharing: str = setting_of("per_sample", choices=("per_sample", "shared"))
-
+    update: str = network("predicted", "predicted | constant | off", "by the GRU; one learned vector for all; none")
+    input_video: str = setting("own", "own | other | static",
+        "what the GRU encodes: the image's own video, another's, or one frame repeated")
+    train_gru: bool = network(True, "", "false keeps the GRU's initial weights and trains only what follows it")
+    layers: list[str] = network(["decoder.*"], "", "decoder tensors to update, as shell patterns (stage1 is last)")
+    update_size: Any = network("auto", "", "WEIGHT_UPDATE_SIZE, numbers per update: auto, or a number that is checked")
+    head: str = network("low_rank", "full | low_rank | per_channel", "all weights, two thin factors, one per channel")
+    rank: int = network(4, "1 to 1024", "of the factors, for head low_rank")
+    hidden_size: int = network(128, "1 to 65536", "of the GRU")
+    num_layers: int = network(2, "1 to 16", "of the GRU")
+    bound: float = setting(3.0, "more than 0, at most 100", "α: largest update of a weight, over its tensor's RMS")
+    sharing: str = setting("per_sample", "per_sample | shared", "an update for each image, or the batch's mean for all")
 
 @dataclass
 class VideoConfig:
-    frames: int = setting_of(8, low=1, high=1024)
-    height: int | None = setting_of(None, low=4, high=256)
-    width: int | None = setting_of(None, low=4, high=256)
-    shift: float = setting_of(0.1, low=0, high=1)
-    zoom: float = setting_of(0.1, low=0, high=0.9)
-    rotation: float = setting_of(10.0, low=0, high=180)
-    brightness: float = setting_of(0.2, low=0, high=1)
-    contrast: float = setting_of(0.1, low=0, high=1)
-    noise: float = setting_of(0.02, low=0, high=1)
-    detach: bool = True
-
+    frames: int = setting(8, "1 to 1024", "T, frames of one synthetic video")
+    height: int | None = network(None, "4 to 256", "of the GRU's frames, pixels; null: the image's, but 64 at most")
+    width: int | None = network(None, "4 to 256", "likewise")
+    shift: float = setting(0.1, "0 to 1", "largest shift, as a fraction of the image's side")
+    zoom: float = setting(0.1, "0 to 0.9", "largest relative change of size")
+    rotation: float = setting(10.0, "0 to 180", "largest rotation, degrees")
+    brightness: float = setting(0.2, "0 to 1", "largest relative change of the values")
+    contrast: float = setting(0.1, "0 to 1", "largest relative change of the distance from the mean")
+    noise: float = setting(0.02, "0 to 1", "standard deviation of the added noise, for values in [0, 1]")
+    detach: bool = setting(True, "", "keep gradients from flowing through the video into the base image")
 
 @dataclass
 class LossConfig:
-    lambda_gp: float = setting_of(10.0, low=0)
-    epsilon_drift: float = setting_of(0.001, low=0)
-    base_fake_share: float = setting_of(0.5, low=0, high=1)
-    lambda_adv: float = setting_of(1.0, low=0)
-    lambda_base: float = setting_of(1.0, low=0)
-    lambda_vae: float = setting_of(0.1, low=0)
-    beta: float = setting_of(1.0, low=0)
-    lambda_update: float = setting_of(1.0, low=0)
-    lambda_video: float = setting_of(1.0, low=0)
-    video_frames: int = setting_of(4, low=1, high=1024)
-    own_frames: int = setting_of(8, low=0, high=1024)
-    own_share: float = setting_of(0.25, low=0, high=1)
-    judged_frame: str = setting_of("last", choices=("last", "random"))
-
+    lambda_gp: float = setting(10.0, "0 or more", "λ_gp, weight of the critic's gradient penalty")
+    epsilon_drift: float = setting(0.001, "0 or more", "ε_drift, weight of mean D(x_real)², which keeps scores near 0")
+    base_fake_fraction: float = setting(0.5, "0 to 1", "fraction of base images, decode(z; θ), in the critic's fakes")
+    lambda_adv: float = setting(1.0, "0 or more", "λ_adv, weight of the critic's score of decode(z; θ + Δ)")
+    lambda_base: float = setting(1.0, "0 or more", "λ_base, weight of the critic's score of base images")
+    lambda_vae: float = setting(0.1, "0 or more", "weight of the VAE's own loss on real images, reconstruction + β KL")
+    beta: float = setting(1.0, "0 or more", "β, weight of KL beside the summed squared error of reconstruction")
+    lambda_update: float = setting(1.0, "0 or more", "λ_Δ, weight of the update's mean square relative size")
+    lambda_video: float = setting(1.0, "0 or more", "λ_video, weight of mean_t ‖decode(z; θ + Δ_t) - video_t‖²; 0: off")
+    video_frames: int = setting(4, "1 to 1024", "frames per image that the video loss decodes in a step")
+    rollout_frames: int = setting(8, "0 to 1024", "frames after the video that the GRU encodes for the video loss")
+    rollout_fraction: float = setting(0.25, "0 to 1",
+        "fraction of images whose frames after the video are their own decoded ones (a rollout)")
+    adversarial_frame: str = setting("last", "last | random", "the frame whose update decodes what the critic scores")
 
 @dataclass
 class TrainingConfig:
-    steps: int | None = setting_of(30_000, low=1, high=2**62)
-    epochs: float | None = setting_of(None, above=0, high=2**30)
-    max_minutes: float | None = setting_of(None, above=0)
-    batch_size: int = setting_of(16, low=1, high=65536)
-    n_critic: int = setting_of(5, low=1, high=100)
-    lr_vae: float = setting_of(5e-4, above=0, high=1)
-    lr_predictor: float = setting_of(5e-4, above=0, high=1)
-    lr_discriminator: float = setting_of(3e-4, above=0, high=1)
-    adam_betas: list[float] = setting_of([0.0, 0.9], low=0, high=0.99999)
-    adam_betas_predictor: list[float] = setting_of([0.9, 0.99], low=0, high=0.99999)
-    clip_vae: float | None = setting_of(None, above=0)
-    clip_predictor: float | None = setting_of(None, above=0)
-    clip_discriminator: float | None = setting_of(None, above=0)
-    ema_decay: float = setting_of(0.999, low=0, high=0.99999)
-    diffaugment: list[str] = setting_of([], choices=("color", "translation", "cutout"))
-    seed: int = setting_of(0, low=0, high=2**62)
-
+    steps: int | None = free(30_000, "1 to 2^62", "iterations of n_critic critic and one generator step; null: epochs")
+    epochs: float | None = free(None, "more than 0, at most 2^30", "passes over the images, instead of steps")
+    max_minutes: float | None = free(None, "more than 0", "minutes until it saves and stops; the same command resumes")
+    batch_size: int = setting(16, "1 to 65536", "images per critic step and per generator step")
+    n_critic: int = setting(5, "1 to 100", "critic steps per generator step")
+    lr_vae: float = setting(5e-4, "more than 0, at most 1", "Adam's learning rate of the VAE, θ")
+    lr_predictor: float = setting(5e-4, "more than 0, at most 1", "of the weight predictor and its update head")
+    lr_critic: float = setting(3e-4, "more than 0, at most 1", "of the critic")
+    adam_betas: list[float] = setting([0.0, 0.9], "0 to 0.99999", "Adam's two decay rates, for the VAE and the critic")
+    adam_betas_predictor: list[float] = setting([0.9, 0.99], "0 to 0.99999", "likewise for the weight predictor")
+    clip_vae: float | None = setting(None, "more than 0", "scale longer gradients of the VAE to this norm; null: off")
+    clip_predictor: float | None = setting(None, "more than 0", "likewise of the weight predictor and its update head")
+    clip_critic: float | None = setting(None, "more than 0", "likewise of the critic")
+    ema_decay: float = setting(0.999, "0 to 0.99999", "decay per step of the averaged networks that decode samples")
+    diffaugment: list[str] = setting([], "color | translation | cutout", "random changes to real and generated images")
+    seed: int = setting(0, "0 to 2^62", "of everything random")
 
 @dataclass
 class RuntimeConfig:
-    device: str = "auto"
-    step: str = setting_of("auto", choices=("auto", "eager", "compiled", "cuda_graph"))
-    precision: str = setting_of("fp32", choices=("fp32", "bf16"))
-    timeout_minutes: float = setting_of(10.0, above=0, high=1440)
-
+    device: str = free("auto", "", "auto, cpu, cuda, or cuda:<number>; auto takes a GPU where there is one")
+    step: str = free("auto", "auto | eager | compiled | cuda_graph", "how steps run; auto chooses and logs which")
+    precision: str = free("fp32", "fp32 | bf16", "bf16: mixed precision outside the gradient penalty, where supported")
+    timeout_minutes: float = free(10.0, "more than 0, at most 1440", "how long one process may keep others waiting")
 
 @dataclass
 class OutputConfig:
-    root: str = "runs"
-    name: str = "default"
-    log_every: int = setting_of(50, low=1)
-    sample_every: int = setting_of(1000, low=1)
-    checkpoint_every: int = setting_of(1000, low=1)
-    keep_checkpoints: int = setting_of(3, low=1)
-    evaluate_every: int | None = setting_of(None, low=1)
-    evaluate_images: int = setting_of(500, low=10, high=100_000)
-    best_metric: str | None = setting_of(
-        None, choices=("generator/reconstruction", "generator/video", "critic/gap", "quality/kid")
-    )
-    samples: int = setting_of(8, low=1, high=256)
-    fps: float = setting_of(8.0, low=0.1, high=90)
-    tensorboard: bool = True
+    root: str = free("runs", "", "folder of all runs")
+    name: str = free("default", "", "this run's folder in it; a run that exists already is resumed")
+    log_every: int = free(50, "1 or more", "steps between two lines of metrics")
+    sample_every: int = free(1000, "1 or more", "steps between two sets of sample images, clips and curves")
+    checkpoint_every: int = free(1000, "1 or more", "steps between two checkpoints")
+    keep_checkpoints: int = free(3, "1 or more", "how many of the newest are kept")
+    evaluate_every: int | None = free(None, "1 or more", "steps between measures of image quality (KID); null: none")
+    evaluate_images: int = free(500, "10 to 100000", "real and generated images that each of them compares")
+    best_metric: str | None = free(None, "generator/reconstruction | generator/video | critic/gap | quality/kid",
+        "also keep best.pt, smallest in this metric; null: none")
+    samples: int = free(8, "1 to 256", "fixed samples that are decoded each time")
+    fps: float = free(8.0, "0.1 to 90", "of the clips, frames per second")
+    tensorboard: bool = free(True, "", "also write the metrics and samples for TensorBoard")
+
+# fmt: on
 
 
 @dataclass
 class Config:
-    """Every setting of a run; `config.yaml` says what each means."""
+    """Every setting of a run; `config.yaml` lists what each means."""
 
     data: DataConfig = field(default_factory=DataConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
-    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     weight_predictor: WeightPredictorConfig = field(default_factory=WeightPredictorConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -176,27 +190,43 @@ class Config:
 SECTIONS: dict[str, type] = {section.name: section.default_factory for section in fields(Config)}  # type: ignore[misc]
 """Section name -> its dataclass, in the order of `config.yaml`."""
 
+_FIELDS: dict[str, dict[str, Field]] = {name: {one.name: one for one in fields(cls)} for name, cls in SECTIONS.items()}
+
+RENAMED = {"discriminator": "critic", "weight_predictor.watches": "weight_predictor.input_video",
+           "loss.base_fake_share": "loss.base_fake_fraction", "loss.own_frames": "loss.rollout_frames",
+           "loss.own_share": "loss.rollout_fraction", "loss.judged_frame": "loss.adversarial_frame",
+           "training.lr_discriminator": "training.lr_critic",
+           "training.clip_discriminator": "training.clip_critic"}  # fmt: skip
+"""Earlier names of sections and settings -> today's."""
+
+
+def resume_effect(name: str) -> str:
+    """What a new value of a setting, `section.key`, means to a run that is resumed.
+
+    `free`: it changes where, how fast or how long to train, but no weight. `architecture`: the saved networks fit no
+    other value. `learning`: it changes what is learned, so the user has to confirm it.
+    """
+    section, _, key = name.partition(".")
+    return _FIELDS[section][key].metadata["on_resume"]
+
 
 def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
     """Reads the settings: the defaults, then `file` (YAML), then `overrides` (`section.key=value`, YAML values).
 
-    Later layers win. `training.steps` and `training.epochs` exclude each other, so a layer that sets one of them
-    drops what an earlier layer said of the other.
+    `training.steps` and `training.epochs` exclude each other: a layer that sets one drops an earlier layer's other.
 
     Raises:
-        UserError: the file is missing or is no YAML mapping, a key is unknown or given twice, a value has the wrong
-            type or is out of range, or settings contradict each other.
+        UserError: a file that is missing or no YAML mapping, a wrong key or value, settings that contradict each other.
     """
     layers = [] if file is None else [(str(file), _read_yaml(Path(file)))]
-    together: dict[str, dict[str, Any]] = {}
-    for text in overrides:
-        for section, settings in _read_override(text).items():
-            together.setdefault(section, {}).update(settings)  # the last of several wins, as shells' users expect
-    return _merge([*layers, ("command line", together)])
+    command_line: dict[str, dict[str, Any]] = {}
+    for section, key, value in map(_read_override, overrides):
+        command_line.setdefault(section, {})[key] = value  # of several the last wins, as in other commands
+    return _merge([*layers, ("command line", command_line)])
 
 
 def config_from_dict(settings: dict[str, Any], source: str) -> Config:
-    """Rebuilds the settings that `config_to_dict` made; `source` names them in errors (a checkpoint's path, say)."""
+    """Rebuilds the settings that `config_to_dict` made; `source`, such as a checkpoint's path, names them in errors."""
     return _merge([(source, settings)])
 
 
@@ -206,192 +236,230 @@ def config_to_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def config_to_yaml(config: Config) -> str:
-    """The resolved settings as YAML text, in the order of `config.yaml`."""
-    return yaml.dump(config_to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    """The resolved settings as YAML text, one line each, in the order of `config.yaml`."""
+    return yaml.dump(config_to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
+
+
+def config_template() -> str:
+    """The text of `config.yaml`: every setting with its default, its meaning and its range."""
+    lines = [
+        "# Every setting with its meaning, unit and range, as `python training.py --print-config` writes them.",
+        "# Any of them can be given on the command line:  python training.py training.steps=50000 output.name=my-run",
+    ]
+    settings = iter([one for section in _FIELDS.values() for one in section.values()])
+    for line in config_to_yaml(Config()).splitlines():
+        if line.startswith(" "):
+            setting = next(settings)
+            limits = "true | false" if setting.type is bool else setting.metadata["range"]
+            lines.append(f"{line:<26}  # {setting.metadata['help']}" + (limits and f" · {limits}"))
+        else:
+            lines += ["", line]
+    return "\n".join(lines) + "\n"
+
+
+# -------------------------------------------------------------------------------------------------------------- YAML
+
+MAX_BYTES = 2**20  # of a settings file; config.yaml has about 8,000
+
+_SCALARS = {  # what stands without quotes -> its type; all else is a text, a date too
+    "null": "~|null|Null|NULL|",
+    "bool": "yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF",
+    "int": "[-+]?(?:0|[1-9][0-9_]*)",
+    "float": r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?",
+    # In YAML 1.1, 017 is 15, 0x1F is 31 and 12:30:00 is 45000, which nobody means.
+    "refused": "[-+]?(?:0[0-9_]+|0x[0-9a-fA-F_]+|0b[01_]+|[0-9][0-9_]*(?::[0-5]?[0-9])+(?:[.][0-9_]*)?)",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's reader in pure Python, which no nesting crashes, for as much of YAML as settings need."""
+
+    yaml_implicit_resolvers: typing.ClassVar = {
+        None: [(f"tag:yaml.org,2002:{kind}", re.compile(rf"(?:{text})\Z")) for kind, text in _SCALARS.items()]
+    }
+    depth = nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        event = self.peek_event()
+        self.depth, self.nodes = self.depth + 1, self.nodes + 1
+        text = getattr(event, "value", "")
+        plain = text and event.implicit[0]  # without quotes
+        if event.anchor or (plain and text == "<<"):
+            problem = "anchors, aliases and merge keys (&, *, <<) are not supported; write the value out"
+        elif getattr(event, "tag", None):
+            problem = f"the tag {event.tag[:60]} is not supported; write the plain value"
+        elif self.depth > 16 or self.nodes > 10_000 or len(text.encode()) > 4096:  # half a surrogate pair raises
+            problem = "more than 16 levels, 10,000 values or 4,096 bytes in one; is it a settings file?"
+        elif plain and re.fullmatch(_SCALARS["refused"], text):
+            problem = f"{text[:60]} would be read as another number; write a decimal number, or '…' for a text"
+        else:
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys: dict[str, yaml.Node] = {}
+        for key, _ in node.value:
+            if keys.setdefault(str(key.value), key) is not key:
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value}", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """One line a setting, as in config.yaml: lists stand on it too."""
+    """Lists on the line of their key, as in config.yaml; texts that `_Loader` would take for something else quoted."""
+
+    yaml_implicit_resolvers = yaml.SafeDumper.yaml_implicit_resolvers | _Loader.yaml_implicit_resolvers
 
 
-_Dumper.add_representer(
-    list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
-)
+_Dumper.add_representer(list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, True))
 
 
-def range_text(section: str, key: str) -> str:
-    """The allowed range of a setting as `config.yaml` words it: `1 to 256`, `more than 0`, `crop | pad`, or ``."""
-    return allowed(next(setting for setting in fields(SECTIONS[section]) if setting.name == key))
-
-
-# ---------------------------------------------------------------------------------------------------- reading layers
+def _parse(text: str) -> Any:
+    """The value of a YAML text, or ValueError with place and problem. A text such as ${HOME} stays as it is."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # "\UFFFFFFFF" overflows
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", error)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"not valid YAML{where}: {' '.join(str(problem).split())[:200]}") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         if not path.is_file():
-            raise UserError(f"--config {path}: no such file; give the path of a YAML file such as config.yaml")
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
+            raise UserError(f"--config {path}: no such file; give a YAML file such as configs/quick.yaml")
+        if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES:,} bytes; is it a settings file?")
-        text = content.decode("utf-8-sig")
-        check_yaml(text)
-        # Interpolations such as ${oc.env:HOME} stay the texts that they are: settings don't depend on where one runs.
-        loaded = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{path} is not valid YAML{where}: {_one_line(error.problem)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a YAML text file in UTF-8: {_one_line(error)}") from None
-    except (OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {_one_line(error)}") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path} must hold sections such as 'data:' and 'training:', but holds {kind_of(loaded)}")
-    return loaded  # type: ignore[return-value]
+        sections = _parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(sections, dict | None):
+        raise UserError(f"{path} must hold sections such as 'training:', but holds {_shown(sections)}")
+    return sections or {}
 
 
-def _read_override(text: str) -> dict[str, Any]:
-    key, equals, value = text.partition("=")
-    section, dot, name = key.strip().partition(".")
-    if not (equals and dot and section and name):
-        fix = f"a file of settings is given as --config {cut(text)}" if text.endswith((".yaml", ".yml")) else ""
-        fix = fix or "for example training.steps=1000"
-        raise UserError(f"override '{cut(text)}' must look like section.key=value; {fix}")
-    setting = next((setting for setting in fields(SECTIONS.get(section, Config)) if setting.name == name), None)
-    if setting is not None and setting.type is str:
-        return {section: {name: value}}  # a text is taken as it stands: a path may hold '#', ': ' or a leading '['
+def _read_override(text: str) -> tuple[str, str, Any]:
+    """`section.key=value` -> (section, key, value)."""
+    name, equals, value = text.partition("=")
+    section, _, key = name.strip().partition(".")
+    if not (equals and section and key):
+        is_file = text.endswith((".yaml", ".yml"))
+        fix = f"a file of settings is given as --config {text[:60]}" if is_file else "for example training.steps=1000"
+        raise UserError(f"override {_shown(text)} must look like section.key=value; {fix}")
+    if key in _FIELDS.get(section, {}) and _FIELDS[section][key].type is str:
+        return section, key, value  # a text is taken as it stands: a path may hold '#', ': ' or a leading '['
     try:
-        # OmegaConf's reader, not yaml's: it takes 2e-4 for the number that it is.
-        line = f"value: {value}" if value.strip() else "value: ''"
-        check_yaml(line)
-        parsed = OmegaConf.to_container(OmegaConf.create(line), resolve=False)
-        if not isinstance(parsed, dict) or len(parsed) > 1:  # a line break, and another key after it
-            raise ValueError("it holds several values")
-        return {section: {name: parsed["value"]}}
-    except (yaml.YAMLError, OmegaConfBaseException, TypeError, RecursionError):
-        reason = "the value is not valid YAML; lists look like vae.channels=[16,32]"
+        return section, key, _parse(value if value.strip() else "''")
     except ValueError as error:
-        reason = f"the value cannot be read: {_one_line(error)}"
-    raise UserError(f"override '{cut(text)}': {reason}")
+        raise UserError(f"override {_shown(text)}: {error}; lists look like vae.channels=[16,32]") from None
 
 
 def _merge(layers: Iterable[tuple[str, dict[str, Any]]]) -> Config:
     config = Config()
     for source, sections in layers:
-        length_keys = set()
         for section, settings in sections.items():
             if section not in SECTIONS:
-                raise UserError(f"{source}: unknown section '{cut(str(section))}'{_nearest_key(str(section))}")
+                raise UserError(f"{source}: unknown section {_shown(str(section))}{_hint(str(section))}")
             if settings is None:  # `training:` with every line under it commented out
                 continue
             if not isinstance(settings, dict):
-                raise UserError(f"{source}: section '{section}' must hold settings, but is {kind_of(settings)}")
+                raise UserError(f"{source}: section '{section}' must hold settings, but is {_shown(settings)}")
             for key, value in settings.items():
-                setting = next((setting for setting in fields(SECTIONS[section]) if setting.name == key), None)
-                if setting is None:
-                    name = f"{section}.{key}"
-                    raise UserError(f"{source}: unknown setting '{cut(name)}'{_nearest_key(name)}")
+                name = f"{section}.{key}"
+                if key not in _FIELDS[section]:
+                    raise UserError(f"{source}: unknown setting {_shown(name)}{_hint(name)}")
                 try:
-                    wanted = typing.get_type_hints(SECTIONS[section])[key]
-                    setattr(getattr(config, section), key, checked(setting, wanted, value))
+                    setattr(getattr(config, section), key, _checked(_FIELDS[section][key], value))
                 except ValueError as error:
-                    raise UserError(f"{source}: {section}.{key} {error}, but is {shown(value)}") from None
-                if section == "training" and key in ("steps", "epochs") and value is not None:
-                    length_keys.add(key)
-        if len(length_keys) == 2:
-            raise UserError(
-                f"{source}: training.steps={config.training.steps} and training.epochs={config.training.epochs} "
-                "contradict each other; set one of them to null"
-            )
-        if length_keys:
-            setattr(config.training, "epochs" if "steps" in length_keys else "steps", None)
-    _check_together(config)
+                    raise UserError(f"{source}: {name} {error}, but is {_shown(value)}") from None
+        lengths = [key for key in ("steps", "epochs") if (sections.get("training") or {}).get(key) is not None]
+        if len(lengths) == 2:
+            raise UserError(f"{source}: training.steps and training.epochs contradict each other; set one to null")
+        if lengths:
+            setattr(config.training, "epochs" if lengths == ["steps"] else "steps", None)
+    for problem in _contradictions(config):
+        raise UserError(problem)
     return config
 
 
-# --------------------------------------------------------------------------------------------------------- checking
+def _checked(setting: Field, value: Any) -> Any:
+    """`value` in the type and range of a setting; ValueError names what it must be, the caller adds key and value."""
+    kind: Any = setting.type
+    limits, items, verb = setting.metadata, [value], "must be"
+    if isinstance(kind, types.UnionType):  # `int | None`
+        if value is None:
+            return None
+        kind = typing.get_args(kind)[0]
+    if is_list := typing.get_origin(kind) is list:
+        if not isinstance(value, list):
+            example = setting.default_factory() or list(limits["choices"])  # type: ignore[misc, operator]
+            raise ValueError(f"must be a list such as {_shown(example)}")
+        kind, items, verb = typing.get_args(kind)[0], value, "must hold"
+    noun = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Any: "a value"}[kind]
+    text = f"one of {limits['range']}" if "choices" in limits else noun + (limits["range"] and f", {limits['range']}")
+    for item in items:
+        if kind in (int, float):  # 1e308: float(10**400) would raise
+            right = type(item) in (int, float) and limits.get("low", -1e308) <= item <= limits.get("high", 1e308)
+            right = right and item > limits.get("above", -math.inf) and (kind is float or item == int(item))
+        else:
+            right = (kind is Any or isinstance(item, kind)) and item in limits.get("choices", [item])
+        if not right:
+            raise ValueError(f"{verb} {text}")
+    items = [kind(item) if kind in (int, float) else item for item in items]
+    return items if is_list else items[0]
 
 
-def _check_together(config: Config) -> None:
-    """What no single setting can show: lengths of lists, and settings that contradict each other."""
-    image, video, training = config.image, config.video, config.training
+def _contradictions(config: Config) -> Iterator[str]:
+    """What no single setting can show: settings that contradict each other, lengths of lists, names of folders."""
+    image, training, output = config.image, config.training, config.output
     if image.size & (image.size - 1):
         smaller, larger = 1 << (image.size.bit_length() - 1), 1 << image.size.bit_length()
-        raise UserError(
-            f"image.size must be a power of two from 16 to 256, but is {image.size}; try {smaller} or {larger}"
-        )
+        yield f"image.size must be a power of two from 16 to 256, but is {image.size}; try {smaller} or {larger}"
     if image.channels == 2:
-        raise UserError("image.channels must be 1 (grey) or 3 (colour), but is 2")
-    for section in ("vae", "discriminator"):
-        channels = getattr(config, section).channels
-        deepest = image.size.bit_length() - 1
-        if not 1 <= len(channels) <= deepest:
-            raise UserError(
-                f"{section}.channels must list 1 to {deepest} stages for image.size={image.size} (each halves the "
-                f"picture), but is {shown(channels)}"
-            )
+        yield "image.channels must be 1 (grey) or 3 (colour), but is 2"
+    most = image.size.bit_length() - 1
+    for name, channels in (("vae", config.vae.channels), ("critic", config.critic.channels)):
+        if not 1 <= len(channels) <= most:
+            yield f"{name}.channels must list 1 to {most} stages for image.size={image.size}, but is {_shown(channels)}"
     for key in ("adam_betas", "adam_betas_predictor"):
         if len(betas := getattr(training, key)) != 2:
-            raise UserError(f"training.{key} must list two numbers such as [0.0, 0.9], but is {shown(betas)}")
+            yield f"training.{key} must list two numbers such as [0.0, 0.9], but is {_shown(betas)}"
     if training.steps is None and training.epochs is None:
-        raise UserError(
-            "training.steps and training.epochs are both null; set one of them, for example training.steps=30000"
-        )
-    if config.output.best_metric == "quality/kid" and config.output.evaluate_every is None:
-        raise UserError("output.best_metric=quality/kid needs output.evaluate_every, for example 1000, but it is null")
+        yield "training.steps and training.epochs are both null; set one of them, for example training.steps=30000"
+    if output.best_metric == "quality/kid" and output.evaluate_every is None:
+        yield "output.best_metric=quality/kid needs output.evaluate_every, for example 1000, but it is null"
     if not config.weight_predictor.layers:
-        raise UserError("weight_predictor.layers is empty; name at least one pattern, for example [decoder.stage1.*]")
-    update_size = config.weight_predictor.update_size
-    if update_size != "auto" and not (
-        isinstance(update_size, int) and not isinstance(update_size, bool) and update_size > 0
-    ):
-        raise UserError(
-            f"weight_predictor.update_size must be auto or a whole number above 0, but is {shown(update_size)}"
-        )
-    for side in ("height", "width"):
-        length = getattr(video, side)
+        yield "weight_predictor.layers is empty; name at least one pattern, for example [decoder.stage1.*]"
+    if (size := config.weight_predictor.update_size) != "auto" and not (type(size) is int and size > 0):
+        yield f"weight_predictor.update_size must be auto or a whole number above 0, but is {_shown(size)}"
+    for side, length in (("height", config.video.height), ("width", config.video.width)):
         if length is not None and length > image.size:
-            raise UserError(
-                f"video.{side}={length} is larger than image.size={image.size}; "
-                f"use {image.size} or less, or null for the image's own"
-            )
-    name, root = config.output.name, config.output.root
-    if not root.isprintable() or _is_overlong(root):
-        raise UserError(f"output.root must be a path without line breaks and overlong names, but is {shown(root)}")
-    if (
-        not name.strip()
-        or name in (".", "..")
-        or not name.isprintable()
-        or set(name) & set('/\\:*?"<>|')
-        or _is_overlong(name)
-    ):
-        raise UserError(f"output.name must be one plain folder name, for example my-run, but is {shown(name)}")
+            yield f"video.{side}={length} is larger than image.size={image.size}; give at most that, or null"
+    for key, path in (("root", output.root), ("name", output.name)):
+        if not path.isprintable() or any(len(part.encode()) > 255 for part in Path(path).parts):
+            yield f"output.{key} must be one printable line, its names at most 255 bytes long, but is {_shown(path)}"
+    if output.name.strip() in ("", ".", "..") or set(output.name) & set('/\\:*?"<>|'):
+        yield f"output.name must be one plain folder name, for example my-run, but is {_shown(output.name)}"
 
 
-def _is_overlong(path: str) -> bool:
-    """Whether a name in it has more bytes than file systems take."""
-    return any(len(part.encode()) > 255 for part in Path(path).parts)
+def _hint(name: str) -> str:
+    """What to write instead of an unknown section or `section.key`: an old, misplaced or mistyped one."""
+    if name in RENAMED:
+        return f"; it is called '{RENAMED[name]}' now"
+    known = [f"{section}.{key}" for section, settings in _FIELDS.items() for key in settings]
+    if name in known:  # as one word, where a section stands
+        return "; write '{}:' on one line and '{}:' below it, indented".format(*name.split("."))
+    name = name[:100].lower()
+    key = name.rpartition(".")[2]
+    by_key = {text.rpartition(".")[2]: text for text in reversed(known)}
+    close = [key] if key in by_key else difflib.get_close_matches(name, [*SECTIONS, *known], 1)
+    for match in close or difflib.get_close_matches(key, by_key, 1):
+        return f"; did you mean '{by_key.get(match, match)}'?"
+    return f"; config.yaml lists every setting ({', '.join(SECTIONS)})"
 
 
-# ------------------------------------------------------------------------------------------------------------- words
-
-
-def _nearest_key(key: str) -> str:
-    """`; did you mean 'training.batch_size'?` for a mistyped key, a key in the wrong section, or a section."""
-    known = [f"{section}.{setting.name}" for section, cls in SECTIONS.items() for setting in fields(cls)]
-    if key in known:  # as one word, where a section stands
-        return "; write '{}:' on one line and '{}:' below it, indented".format(*key.split("."))
-    key = key[:100].lower()
-    tail = key.rpartition(".")[2]
-    same_name = [name for name in known if name.rpartition(".")[2] == tail]
-    close = same_name or difflib.get_close_matches(key, [*SECTIONS, *known], 1, 0.6)
-    if not close:
-        by_tail = {name.rpartition(".")[2]: name for name in known}
-        close = [by_tail[name] for name in difflib.get_close_matches(tail, by_tail, 1, 0.6)]
-    return f"; did you mean '{close[0]}'?" if close else f"; config.yaml lists every setting ({', '.join(SECTIONS)})"
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:200]
+def _shown(value: Any) -> str:
+    """A value as an error quotes it, on one line and not too long."""
+    text = " ".join(("[" + ", ".join(map(str, value)) + "]" if isinstance(value, list) else repr(value)).split())
+    return text if len(text) <= 60 else text[:57] + "..."

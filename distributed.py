@@ -1,84 +1,76 @@
 """Many GPUs and many machines: `torchrun --nproc-per-node=8 training.py` runs this script once for each GPU.
 
-Each process holds the whole networks and computes its share of the batch: rank r of W takes the pictures r, r + W,
-r + 2 W, ... of it, and the same rows of the step's random numbers, which are drawn for the whole batch. So what a run
-learns doesn't depend on W, but for the order in which floats are summed.
+Each process holds the whole networks and computes its shard of the batch: rank r of W takes the images r, r + W,
+r + 2 W, ... of it, and the same rows of the step's random numbers, which are sampled for the whole batch. So what a run
+learns doesn't depend on W, except for the order in which floats are summed. With one process `World` does nothing.
 
-In each step of a network one all-reduce sums all that the processes must share: gradients, metrics and votes to stop,
-in one flat bucket. There is no wrapper around the networks: DistributedDataParallel with a static graph leaves
-gradients unsynchronised that `torch.autograd.grad` has taken, and FSDP has no double backward. With equal shares the
-mean over the processes of means over their pictures is the mean over the batch.
-
-One process is the special case in which nothing here does anything.
+Each step of a network averages gradients and metrics in one all-reduce. There is no wrapper around the networks:
+DistributedDataParallel with a static graph leaves gradients unsynchronised that `torch.autograd.grad` has taken, and
+FSDP has no double backward. As shards are equal, the mean over processes of their means is the mean over the batch.
+No process waits for ever for another one: see `ProcessWatch`.
 """
 
+import json
 import os
 import signal
+import socket
 import sys
+import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from configuration import RuntimeConfig, UserError
-from process_watch import PeerLostError, ProcessWatch, meet, note_for_torchrun
 
-VOTES = 8  # reasons to stop that a bucket has room for
+HEARTBEAT_INTERVAL = 1.0  # seconds
+HEARTBEAT_TIMEOUT = 25.0  # seconds without a heartbeat after which a process that others wait for counts as dead
+EXIT_GRACE = 3.0  # seconds that a process has to end by itself after a failure was reported
 
 
 class World:
-    """The processes of this run, seen from one of them.
+    """The processes of this run, seen from one of them. A process that has lost the others ends: see `ProcessWatch`.
 
     Attributes:
-        rank: number of this process, from 0. Process 0 alone writes files and speaks.
+        rank: number of this process, from 0.
         size: how many processes there are.
+        is_main: whether this is process 0, which alone writes files and prints.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, watch: ProcessWatch | None = None) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, watch: "ProcessWatch | None" = None) -> None:
         self.rank, self.size = rank, size
+        self.is_main = rank == 0
         self._watch = watch
-        self._vote: Callable[[], int] = lambda: 0
         self._buckets: dict[str, Tensor] = {}
-        self._ballot: Tensor | None = None  # of the newest exchange, on the device
-        self._ballots: list[tuple[Tensor, torch.cuda.Event | None]] = []
 
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
-
-    def share_of(self, count: int) -> range:
-        """The places of this process among `count` things: every `size`-th, so that shares differ by one at most."""
+    def shard_indices(self, count: int) -> range:
+        """Which of `count` things are this process's: every `size`-th, so that shards differ by one at most."""
         return range(self.rank, count, self.size)
 
-    def rows(self, x: Tensor) -> Tensor:
-        """This process's rows of a tensor (N, ...) for all: (its share of N, ...)."""
+    def shard(self, x: Tensor) -> Tensor:
+        """This process's rows of a tensor (N, ...) for all: (its shard of N, ...)."""
         return x if self.size == 1 else x[self.rank :: self.size]
 
-    def share_batch(self, batch_size: int) -> None:
-        """Checks that the batch can be shared evenly.
-
-        Raises:
-            UserError: it cannot.
-        """
+    def check_batch_size(self, batch_size: int) -> None:
+        """Raises UserError where the batch cannot be split evenly."""
         if batch_size % self.size:
-            low = batch_size // self.size * self.size
-            fitting = f"{low} or {low + self.size}" if low else f"{self.size}"
             raise UserError(
-                f"training.batch_size is {batch_size}, which {self.size} processes cannot share evenly; "
-                f"use {fitting}, or another number of processes"
+                f"training.batch_size is {batch_size}, which {self.size} processes cannot split evenly; "
+                f"use {max(1, batch_size // self.size) * self.size}, or another number of processes"
             )
 
-    def at(self, place: str) -> None:
-        """Notes where the training is, in words, for messages about processes that don't come there."""
+    def set_phase(self, phase: str) -> None:
+        """Notes where the training is, such as `step 3`, for messages about processes that don't come there."""
         if self._watch:
-            self._watch.place = place
-
-    # ---------------------------------------------------------------------------------------------------- every step
+            self._watch.phase = phase
 
     def average(
         self, network: str, gradients: Sequence[Tensor], metrics: dict[str, Tensor]
@@ -87,118 +79,81 @@ class World:
 
         Args:
             network: whose step this is; names the bucket.
-            gradients: of this process's share of the batch.
-            metrics: scalars, means over the share.
+            gradients: of this process's shard of the batch.
+            metrics: scalars, means over the shard.
 
         Returns:
             The gradients and metrics of the whole batch. Gradients are valid until the next call for the same network.
-
-        Raises:
-            PeerLostError: another process has gone.
         """
         if self.size == 1:
             return gradients, metrics
         values = torch.stack([value.float() for value in metrics.values()])
         sizes = [gradient.numel() for gradient in gradients]
-        total = sum(sizes)
-        length = total + len(values) + VOTES
+        length = sum(sizes) + len(values)
         bucket = self._buckets.get(network)
         if bucket is None or len(bucket) != length:
             bucket = self._buckets[network] = gradients[0].new_empty(length)
-        parts = bucket[:total].split(sizes)
-        shared = [part.view(gradient.shape) for part, gradient in zip(parts, gradients, strict=True)]
-        torch._foreach_copy_(shared, list(gradients))
-        tail = bucket[total:]
-        tail.zero_()
-        tail[: len(values)] = values
-        if vote := self._vote():
-            tail[vote - VOTES] = 1
-        with self._meeting():
+        *parts, tail = bucket.split([*sizes, len(values)])
+        averaged = [part.view(gradient.shape) for part, gradient in zip(parts, gradients, strict=True)]
+        torch._foreach_copy_(averaged, list(gradients))
+        tail.copy_(values)
+        with self._collective():
             dist.all_reduce(bucket)
-        bucket[: total + len(values)].div_(self.size)
-        means = dict(zip(metrics, tail[: len(values)].clone().unbind(), strict=True))
-        self._ballot = tail[-VOTES:]
-        return shared, means
+        bucket.div_(self.size)
+        return averaged, dict(zip(metrics, tail.clone().unbind(), strict=True))
 
-    def vote(self, vote: Callable[[], int]) -> None:
-        """From now on `vote` tells why this process wants to stop, 1 to `VOTES` - 1, or 0."""
-        self._vote = vote
-        self._ballots.clear()
+    def agree_on_stop(self, reason: int) -> int:
+        """The largest `reason` to stop that a process has, or 0; to be called once after each iteration.
 
-    def verdict(self) -> int:
-        """To be asked once after each iteration: the reason for which all stop now, or 0; the same everywhere.
-
-        A vote lasts, so an iteration's last exchange tells all. On a GPU the answer is that of one iteration ago: the
-        newest is still on its way, and nobody waits for it.
+        It travels from CPU to CPU, so no GPU is waited for.
         """
-        assert self._ballot is not None
-        with self._meeting(count=False):
-            self._ballots.append(_to_host(self._ballot))
-            if self._ballots[-1][1] is not None and len(self._ballots) == 1:
-                return 0
-            counts, event = self._ballots.pop(0)
-            if event is not None:
-                event.synchronize()
-        return int(counts.nonzero()[0]) if counts.any() else 0
+        if self.size == 1:
+            return reason
+        largest = torch.tensor(reason)
+        with self._collective():
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
 
-    # --------------------------------------------------------------------------------------------------- now and then
-
-    def from_first(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Process 0's `value` for all: nested dicts, lists and tuples of tensors and of anything that pickle takes.
 
-        Tensors stay on their kind of device. Others' `value` doesn't matter.
+        Others' `value` doesn't matter. From several processes all get tensors on the CPU: who takes them over knows
+        the device, as after `torch.load`.
         """
         if self.size == 1:
             return value
-        tensors: list[Tensor] = []
-        with self._meeting():
-            box = [_without_tensors(value, tensors)] if self.is_first else [None]
+        box = [tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), value) if self.is_main else None]
+        with self._collective():
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-            places: list[_Place] = []
-            _places_in(box[0], places)
-            received = []
-            for number, place in enumerate(places):
-                if self.is_first:
-                    tensor = tensors[number].detach().contiguous()
-                else:
-                    tensor = torch.empty(place.shape, dtype=place.dtype, device=place.device)
-                dist.broadcast(tensor, src=0)
-                received.append(tensor)
-        return value if self.is_first else _with_tensors(box[0], iter(received))
+        return box[0]
 
-    def gather_rows(self, x: Tensor) -> Tensor:
-        """Puts together what the processes have made of their shares.
+    def gather_shards(self, x: Tensor) -> Tensor:
+        """Puts together what the processes have made of their shards of N things, in the order of the N things.
 
-        Args:
-            x: (len(share_of(N)), ...), this process's rows, in its share's order.
-
-        Returns:
-            (N, ...), the same on all processes, in the order of the N things.
+        (len(shard_indices(N)), ...) -> (N, ...), the same on all processes.
         """
         if self.size == 1:
             return x
-        counts = [int(count) for count in self.gather_objects(len(x))]
-        padded = x.new_zeros((max(counts), *x.shape[1:]))
-        padded[: len(x)] = x
-        parts = [torch.empty_like(padded) for _ in counts]
-        with self._meeting():
-            dist.all_gather(parts, padded)
-        return torch.stack(parts, dim=1).flatten(0, 1)[: sum(counts)]
+        shards = self.gather_objects(x.cpu())
+        whole = x.new_empty(sum(map(len, shards)), *x.shape[1:])
+        for rank, shard in enumerate(shards):
+            whole[rank :: self.size] = shard
+        return whole
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Everybody's `value`, anything small that pickle takes, in the order of ranks."""
+        """Every process's `value`, anything that pickle takes, in the order of ranks."""
         if self.size == 1:
             return [value]
         gathered: list[Any] = [None] * self.size
-        with self._meeting():
+        with self._collective():
             dist.all_gather_object(gathered, value)
         return gathered
 
-    def largest(self, values: list[float]) -> list[float]:
-        """The largest of everybody's values, place by place."""
+    def maximum(self, values: list[float]) -> list[float]:
+        """The largest of all processes' values, place by place."""
         return [max(column) for column in zip(*self.gather_objects(values), strict=True)]
 
-    def agree(self, values: dict[str, Any]) -> None:
+    def check_equal(self, values: dict[str, Any]) -> None:
         """Checks that all processes have the same `values`.
 
         Raises:
@@ -212,49 +167,41 @@ class World:
                         f"process {rank} has {value} for {name}, but process 0 has {first[name]}; make them the same"
                     )
 
-    def check_same(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Checks that networks are equal on all processes, bit for bit, by their checksums. Waits for the device.
+    def check_networks_equal(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Checks that networks are equal on all processes, by the sums of their bits. Waits for the device.
 
         Raises:
             UserError: names a tensor and a process that differ.
         """
         if self.size == 1:
             return
-        sums = torch.stack([_checksum(tensor) for tensor in tensors.values()]).tolist()
-        for rank, other in enumerate(values := self.gather_objects(sums)):
-            for name, mine, theirs in zip(tensors, values[0], other, strict=True):
-                if mine != theirs:
-                    raise UserError(
-                        f"training stopped: process {rank} has another {name} than process 0 at step {step}; a "
-                        "defective device, or different software? The last checkpoint is good: the same command goes on"
-                    )
+        integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        bits = (tensor.detach().contiguous().view(integers[tensor.element_size()]) for tensor in tensors.values())
+        sums = torch.stack([values.sum(dtype=torch.int64) for values in bits]).tolist()
+        first, *others = self.gather_objects(sums)
+        for rank, other in enumerate(others, 1):
+            if other != first:
+                name = next(name for name, *pair in zip(tensors, first, other, strict=True) if pair[0] != pair[1])
+                raise UserError(
+                    f"training stopped: process {rank} has another {name} than process 0 at step {step}; a "
+                    "defective device, or different software? The last checkpoint is good: the same command resumes"
+                )
 
     def barrier(self) -> None:
         """Waits until all have come here."""
         self.gather_objects(None)
 
-    @contextmanager
-    def _meeting(self, count: bool = True) -> Iterator[None]:
-        if self._watch is None:
-            yield
-            return
-        with self._watch.meeting(count):
-            yield
+    def _collective(self) -> AbstractContextManager[None]:
+        return self._watch.collective() if self._watch else nullcontext()
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 """One process, as without a launcher."""
 
 
 # ------------------------------------------------------------------------------------------------- joining and leaving
 
-
-def launched() -> bool:
-    """Whether a launcher has started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-_watch: ProcessWatch | None = None  # of this process, for what it says when it ends in an error
+_watch: "ProcessWatch | None" = None  # of this process, for `report_error`
 
 
 @contextmanager
@@ -265,124 +212,228 @@ def join_processes(runtime: RuntimeConfig, device: torch.device) -> Iterator[Wor
         UserError: the launcher's address cannot be reached, or a process doesn't come in time.
     """
     global _watch
-    if not launched():
-        yield ALONE
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield SINGLE_PROCESS
         return
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     seconds = 60 * runtime.timeout_minutes
-    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         store = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=seconds))))[0]
-        store = meet(store, rank, size, seconds)
+        store = rendezvous(store, rank, size, seconds)
     except (RuntimeError, ValueError, TimeoutError) as error:
         raise UserError(
-            f"process {rank} of {size} did not meet the others at {address} within runtime.timeout_minutes="
-            f"{runtime.timeout_minutes:g} ({' '.join(str(error).split())[:120]}); do all machines run the same "
-            "torchrun command, with the same --rdzv-endpoint?"
+            f"process {rank} of {size} did not meet the others at {os.environ.get('MASTER_ADDR')}:"
+            f"{os.environ.get('MASTER_PORT')} within runtime.timeout_minutes={runtime.timeout_minutes:g} "
+            f"({' '.join(str(error).split())[:120]}); do all machines run the same torchrun command, with the same "
+            "--rdzv-endpoint?"
         ) from None
     _watch = ProcessWatch(store, rank, size, seconds)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # torch's own limit comes after the watch's, which can say more. Both backends: small things go from CPU to CPU.
+    # Both backends: small things go from CPU to CPU. torch's own limit comes after the watch's, which names a process.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    limit = timedelta(seconds=seconds + 60)
     try:
-        with _watch.meeting(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dist.init_process_group(
-                backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=seconds + 60)
-            )
-    except PeerLostError as error:
-        raise UserError(f"process {rank} of {size} could not connect to the others: {str(error)[:160]}") from None
-    world = World(rank, size, _watch)
-    try:
-        yield world  # after an error the group is left as it is: to take it down, the others would have to answer
-    except (UserError, PeerLostError, torch.OutOfMemoryError, MemoryError):
-        raise  # the command tells them
-    except Exception as error:
-        if "DefaultCPUAllocator" not in str(error):  # no lack of memory: its traceback follows, and the others may go
-            _watch.tell(f"{type(error).__name__}: {error}", 1)
-        raise
-    world.at("the end")
-    world.barrier()  # process 0 still draws and saves when the others have finished
+        with _watch.collective(), warnings.catch_warnings(action="ignore"):
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        yield (world := World(rank, size, _watch))
+    except UserError:
+        raise  # the command reports it
+    except Exception as error:  # the command reports a lack of memory; of all else Python prints a traceback
+        _watch.report(f"{type(error).__name__}: {error}", 1, silent=True)
+        raise  # the group is left as it is: to take it down, the others would have to answer
+    world.set_phase("the end")
+    world.barrier()  # process 0 still writes files when the others have finished
     _watch.close()
     _watch = None
     dist.destroy_process_group()
 
 
-def report(line: str, status: int) -> int:
-    """Says on standard error why this process ends, unless another one has said why all end; returns `status`.
-
-    Before the processes have met, the first one of each machine speaks.
-    """
+def report_error(message: str, status: int) -> int:
+    """`ProcessWatch.report`; before the processes have met, the first one of each machine prints."""
     if _watch is not None:
-        speaks = _watch.tell(line.removeprefix("error: "), status)
-    else:
-        note_for_torchrun(line)
-        speaks = not launched() or os.environ.get("LOCAL_RANK", "0") == "0"
-    if speaks:
-        print(line, file=sys.stderr, flush=True)
+        return _watch.report(message, status)
+    write_torchrun_error(message)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        _print_error(message)
     return status
 
 
-def report_lost(error: PeerLostError) -> int:
-    """The same for a process that has lost the others: names the one that has gone, if it has said nothing itself."""
-    assert _watch is not None
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, as it ends the rest: in `PATIENCE` seconds it is done
-    reason, status = _watch.why(error)
-    return status if reason is None else report(f"error: {reason}", status)
+def _print_error(message: str) -> None:
+    with suppress(OSError):
+        print(f"error: {message}", file=sys.stderr, flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- tensors
+def write_torchrun_error(message: str) -> None:
+    """Writes the reason where torchrun looks for it, so that its own report ends with it."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}), encoding="utf-8")
 
 
-def _to_host(ballot: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """A copy in the host's memory; from a GPU it is complete when the event has come."""
-    if ballot.device.type != "cuda":
-        return ballot.float(), None
-    copy = torch.empty(ballot.shape, dtype=ballot.dtype, pin_memory=True)
-    copy.copy_(ballot, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-    return copy, event
+def rendezvous(store: dist.Store, rank: int, size: int, timeout: float) -> dist.Store:
+    """Waits until all processes of this session are there; returns a part of the store for them alone.
+
+    torchrun's store outlives its processes: keys from before a restart are still in it. So process 0 opens a new part
+    for its session, and answers each process that asks for it, by the random number that this one has written.
+
+    Raises:
+        TimeoutError: names the processes that have not come within `timeout` seconds.
+    """
+    ends = time.monotonic() + timeout
+
+    def pause(reason: str) -> None:
+        time.sleep(0.02)
+        if time.monotonic() > ends:
+            raise TimeoutError(reason)
+
+    if rank:
+        number = os.urandom(8).hex()
+        store.set(f"asks/{rank}", number)
+        while not store.check([f"answer/{number}"]):
+            pause("process 0 is missing")
+        session = dist.PrefixStore(store.get(f"answer/{number}").decode(), store)
+    else:
+        name = f"session {store.add('sessions', 1)}"
+        session = dist.PrefixStore(name, store)
+        while missing := [other for other in range(1, size) if not session.check([f"alive/{other}"])]:
+            for other in missing:
+                if store.check([f"asks/{other}"]):  # perhaps of an earlier session: then nobody reads the answer
+                    store.set(f"answer/{store.get(f'asks/{other}').decode()}", name)
+            pause(f"missing processes: {', '.join(map(str, missing))}")
+    session.set(f"alive/{rank}", _heartbeat(0))
+    while not session.check(["alive/0"]):
+        pause("process 0 still waits for another one")
+    return session
 
 
-def _checksum(tensor: Tensor) -> Tensor:
-    """The sum of a tensor's bits, read as whole numbers: int64, on its device."""
-    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.detach().contiguous().view(kinds[tensor.element_size()]).sum(dtype=torch.int64)
+def _heartbeat(collectives: int) -> str:
+    """A sign of life, never the same twice: how often its process has met the others, and which process it is."""
+    process = f"{os.getpid()} on {socket.gethostname()}"
+    return json.dumps({"time": time.monotonic(), "collectives": collectives, "process": process})
 
 
-class _Place:
-    """Stands for a tensor."""
+class ProcessWatch:
+    """A thread that writes this process's heartbeat to the launcher's store, and finds out why it waits for others.
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.shape, self.dtype, self.device = tuple(tensor.shape), tensor.dtype, tensor.device.type
+    another has reported an error    a broken image, a full disk, no memory: all end, and one line is printed
+    one gives no heartbeat           killed, frozen or unplugged: named within 30 seconds
+    one never comes                  it lives, but hangs: named after `timeout` seconds
+    """
 
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: float) -> None:
+        self.rank, self.size, self.timeout = rank, size, timeout
+        self.phase = "start"  # where the training is, in words
+        self._store = store.clone()  # a connection of its own, as one that waits cannot be used by two threads
+        self._collectives = 0  # how often this process has come to meet the others
+        self._waits_since: float | None = None
+        self._lost: tuple[float, str] | None = None  # when a collective failed, and its error
+        self._newest: dict[int, tuple[bytes, float]] = {}  # rank -> its newest heartbeat, and when it was first seen
+        self._status = 1  # with which all end
+        self._over, self._diagnosed = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="process watch", daemon=True)
+        self._thread.start()
 
-def _without_tensors(value: Any, tensors: list[Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return _Place(value)
-    if isinstance(value, dict):
-        return {key: _without_tensors(part, tensors) for key, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_without_tensors(part, tensors) for part in value)
-    return value
+    @contextmanager
+    def collective(self) -> Iterator[None]:
+        """To be entered where this process waits for the others.
 
+        Raises:
+            SystemExit: one of them has ended, which is reported by now.
+        """
+        self._collectives += 1
+        self._waits_since = time.monotonic()
+        try:
+            yield
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise  # a GPU's own errors surface here too, as its work is asynchronous
+        except RuntimeError as error:  # torch's own errors of lost connections have no type in common below this
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's to the rest, which end anyway
+            self._lost = time.monotonic(), " ".join(str(error).split())[:160]
+            if self._diagnosed.wait(2 * HEARTBEAT_TIMEOUT):
+                raise SystemExit(self._status) from None
+            raise
+        finally:
+            self._waits_since = None
 
-def _places_in(value: Any, places: list[_Place]) -> None:
-    if isinstance(value, _Place):
-        places.append(value)
-    elif isinstance(value, dict | list | tuple):
-        for part in value.values() if isinstance(value, dict) else value:
-            _places_in(part, places)
+    def close(self) -> None:
+        """Ends the watch: this process has nothing to do with the others any more."""
+        self._over.set()
+        self._thread.join(timeout=EXIT_GRACE)
 
+    def report(self, message: str, status: int, silent: bool = False) -> int:
+        """Prints why this process ends (not if `silent`), unless another one has failed before, and ends the others.
 
-def _with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
-    if isinstance(value, _Place):
-        return next(tensors)
-    if isinstance(value, dict):
-        return {key: _with_tensors(part, tensors) for key, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_with_tensors(part, tensors) for part in value)
-    return value
+        Returns:
+            The exit status: `status`, or that of the process that failed first.
+        """
+        message = " ".join(message.split())
+        own = {"rank": self.rank, "host": socket.gethostname(), "message": message, "status": status}
+        try:
+            if self.rank and not self._store.check(["failure"]):
+                time.sleep(1.0)  # where all fail alike, process 0 prints
+            first = json.loads(self._store.compare_set("failure", "", json.dumps(own)))
+        except RuntimeError:  # without the store nobody else can print either
+            first = own
+        if first["rank"] != self.rank:
+            return first["status"]
+        write_torchrun_error(message)
+        if not silent:
+            _print_error(message)
+        return status
+
+    def _run(self) -> None:
+        reached = time.monotonic()
+        while not self._over.wait(HEARTBEAT_INTERVAL):
+            try:
+                self._store.set(f"alive/{self.rank}", _heartbeat(self._collectives))
+                if self._store.check(["failure"]):
+                    first = json.loads(self._store.get("failure"))
+                    if self.rank == 0 and first["host"] != socket.gethostname():  # else it is on this screen already
+                        _print_error(f"process {first['rank']} on {first['host']} stopped the run: {first['message']}")
+                    self._end(first["status"])
+                if message := self._diagnose():
+                    self._end(self.report(message, 1))
+                reached = time.monotonic()
+            except RuntimeError:
+                if time.monotonic() - reached > (EXIT_GRACE if self._lost else HEARTBEAT_TIMEOUT):
+                    self._end(self.report("the launcher's store is out of reach; was torchrun stopped?", 1))
+
+    def _diagnose(self) -> str | None:
+        """Why this process waits for the others in vain; None: it doesn't, or it is too soon to know."""
+        now, since, lost = time.monotonic(), self._waits_since, self._lost
+        if since is None or (lost is None and now - since < 4 * HEARTBEAT_INTERVAL):
+            self._newest.clear()  # and the store has nothing to do for it
+            return None
+        for rank, sign in enumerate(self._store.multi_get([f"alive/{rank}" for rank in range(self.size)])):
+            if rank not in self._newest or self._newest[rank][0] != sign:
+                self._newest[rank] = sign, now
+        if self._waits_since != since:
+            return None  # the others have come meanwhile
+        patience = EXIT_GRACE if lost else HEARTBEAT_TIMEOUT
+        if silent := [rank for rank, (_, seen) in self._newest.items() if now - seen > patience]:
+            return (
+                f"{self._named(silent)} gave no sign of life for {patience:g} seconds at {self.phase}; "
+                "was it killed (for want of memory?) or stopped, or its machine lost?"
+            )
+        if lost and now - lost[0] > 3 * EXIT_GRACE:
+            return f"the connection to the other processes was lost at {self.phase}: {lost[1]}"
+        if now - since > self.timeout:
+            counts = [json.loads(self._newest[rank][0])["collectives"] for rank in range(self.size)]
+            behind = [rank for rank, count in enumerate(counts) if count == min(counts)]
+            limit = f"runtime.timeout_minutes={self.timeout / 60:g}"
+            return f"{self._named(behind)} did not come past {self.phase} within {limit}; alive, but hanging"
+        return None
+
+    def _named(self, ranks: list[int]) -> str:
+        """`process 3 (12345 on node7)`; the first few of many."""
+        names = [f"{rank} ({json.loads(self._newest[rank][0])['process']})" for rank in ranks[:4]]
+        return ("process " if len(ranks) == 1 else "processes ") + ", ".join(names) + ", ..." * (len(ranks) > 4)
+
+    def _end(self, status: int) -> None:
+        """Ends this process, whatever its main thread waits for: a collective on a GPU hears no signal."""
+        self._status = status
+        self._diagnosed.set()
+        time.sleep(EXIT_GRACE)
+        os._exit(status)

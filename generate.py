@@ -1,136 +1,153 @@
-"""Draws pictures and videos from a run or a checkpoint, which alone says everything about the networks.
+"""Makes images and videos from a run or a checkpoint. The checkpoint alone is enough to rebuild the networks.
 
-python generate.py runs/quick --out pictures.png                   a grid of pictures
-python generate.py runs/quick --out clip.mp4 --video weights       pictures that move, drawn by moving weights
+python generate.py runs/quick --out images.png                     a grid of images
+python generate.py runs/quick --out clip.mp4 --video weights       images that move, decoded with moving weights
 python generate.py runs/quick --out me.webp --image photo.jpg      a photo that moves
 
 `--help` shows every option. From Python, `sampling.load_sampler` does the same.
 """
 
-import argparse
+import difflib
 import math
 import os
+import re
 import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from util import (
+    CommandParser,
+    atomic_write,
+    command_device,
+    int_between,
+    os_errors_as_user_errors,
+    print_line,
+    run_command,
+    shown_path,
+)
+
+# isort: split
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from command_line import drawing_device, run_command, say
-from configuration import UserError
-from generate_options import (
-    FRAMES_PER_STOP,
-    PERIODS,
-    PICTURES,
-    ROLLED_FRAMES,
-    STOPS,
-    TRIPLES,
-    USES,
-    VIDEO_ENDINGS,
-    build_parser,
-)
-from image_files import find_images, shown_path
-from pictures import labelled_frames, scale_for, tiled, told_in_one_line, written_whole
-from sampling import BATCH, Drawn, Sampler, Subjects, load_sampler
-from video_files import open_video
+from configuration import UserError, VideoConfig
+from image_data import find_images
+from media import labelled_grid, open_video, scale_for, tile_images
+from sampling import BATCH, SampledImages, SampleInputs, Sampler, load_sampler
+from video_synth import MOTIONS
+
+# Default numbers of images, of rows with `--show triples`, of frames, and of a latent walk's keyframes.
+IMAGES, TRIPLES = 16, 8
+PERIODS, ROLLOUT_FRAMES, KEYFRAMES, FRAMES_PER_KEYFRAME = 4, 200, 5, 16
+Sample = tuple[SampleInputs, SampledImages]  # of one image
+VIDEO_ENDINGS = (".mp4", ".webp", ".gif")
+PROGRESS = {"disable": None, "dynamic_ncols": True}  # None: no bar where standard error is no terminal
+
+_COMMON, _MOVING = {"seed", "seeds", "grid", "scale", "motion"}, {"frames", "fps", "loop", "compare"}
+USES = {
+    "images": {"images", "image", "show"} | _COMMON,
+    "weights": {"image", "rollout", "rollout_after"} | _COMMON | _MOVING,
+    "synthetic": {"image"} | _COMMON | _MOVING,
+    "latent": {"keyframes"} | _COMMON | _MOVING,
+    "training": {"frames", "fps", "scale"},
+}
+"""What is made -> the options that have an effect on it."""
+
+RENAMED = {"--draw": "--show", "--roll": "--rollout", "--roll-after": "--rollout-after", "--stops": "--keyframes"}
 
 
-def generate(options: argparse.Namespace) -> str:
+def generate(options: Namespace) -> str:
     """Does what the options say; returns a line about what was written.
 
     Raises:
-        UserError: options that don't fit, no usable checkpoint, an image that can't be read, a file that can't be
-            written.
+        UserError: options that don't fit, no usable checkpoint, a file that can't be read or written.
     """
-    moves = Path(options.out).suffix.lower() in VIDEO_ENDINGS or options.roll or options.roll_after is not None
-    kind = options.video or ("weights" if moves else "pictures")
+    is_video = Path(options.out).suffix.lower() in VIDEO_ENDINGS or options.rollout or options.rollout_after
+    kind = options.video or ("weights" if is_video else "images")
     for name, value in vars(options).items():
-        users = [f"--video {user}" if user != "pictures" else user for user in USES if name in USES[user]]
+        users = [f"--video {user}" if user != "images" else user for user in USES if name in USES[user]]
         if users and name not in USES[kind] and value not in (None, False):
-            made = f"--video {kind}" if kind != "pictures" else "pictures"
+            made = f"--video {kind}" if kind != "images" else "images"
             raise UserError(f"--{name.replace('_', '-')} means nothing for {made}; it is for {', '.join(users)}")
     if options.seed is not None and options.seeds is not None:
-        raise UserError("--seed and --seeds both say which pictures: give one of them")
+        raise UserError("--seed and --seeds both choose the images: give one of them")
     if kind == "training":
         return make_training_video(options)
-    device = drawing_device(options.device)
+    device = command_device(options.device)
     sampler = load_sampler(options.source, device, options.best)
     if options.motion is not None:
         sampler.set_motion(*options.motion)
-    return make_pictures(options, sampler) if kind == "pictures" else make_video(options, sampler, kind)
+    return make_images(options, sampler) if kind == "images" else make_video(options, sampler, kind)
 
 
-# ----------------------------------------------------------------------------------------------------------- pictures
+# -------------------------------------------------------------------------------------------------------------- images
 
 
-def make_pictures(options: argparse.Namespace, sampler: Sampler) -> str:
+def make_images(options: Namespace, sampler: Sampler) -> str:
     as_folder = not Path(options.out).suffix or options.out.endswith(("/", os.sep))
     if not as_folder and Path(options.out).suffix.lower() != ".png":
-        raise UserError(
-            f"{options.out}: pictures go into a .png or a folder (a name without an ending), videos into "
-            f"{', '.join(VIDEO_ENDINGS)}, .png or a folder"
-        )
-    draw = options.draw or ("triples" if options.image else "updated")  # who brings a picture wants to see it beside
-    as_rows = draw == "triples" and not as_folder
-    if options.grid and (as_folder or draw == "triples"):
-        raise UserError("--grid means nothing for a folder or for --draw triples, which stand in rows of their own")
-    seeds, files = what_to_draw(options, TRIPLES if as_rows else PICTURES)
-    places = options.grid or near_square(len(seeds))
-    check_grid(places, len(seeds))
-    drawn = progress(drawn_in_batches(sampler, seeds, files), len(seeds), "pictures")
+        others = ", ".join(VIDEO_ENDINGS)
+        raise UserError(f"{options.out}: images go into a .png or a folder (no ending), videos also into {others}")
+    show = options.show or ("triples" if options.image else "updated")  # own images are best seen beside the results
+    if options.grid and (as_folder or show == "triples"):
+        raise UserError("--grid means nothing for a folder or for --show triples, which has rows of its own")
+    seeds, files = choose_seeds(options, TRIPLES if show == "triples" and not as_folder else IMAGES)
+    grid = choose_grid(options.grid, len(seeds))
+    samples = tqdm(sample_images(sampler, seeds, files), total=len(seeds), unit=" images", **PROGRESS)
+    count = pluralize(len(seeds), "image")
     if as_folder:
-        taken: Counter[str] = Counter()
-        with written_whole(options.out, folder=True) as folder:
-            for one in drawn:
-                (name,) = one[0].names
-                taken[name] += 1
-                name = name if taken[name] == 1 else f"{name}-{taken[name]}"
-                write_png(folder / f"{name}.png", sheet(draw, [one], (1, 1), options.scale), options.out)
-        return f"wrote {options.out}: {counted(len(seeds), 'picture')} of {told(sampler, seeds, files)}"
-    with written_whole(options.out) as part:
-        pixels = sheet(draw, list(drawn), places, options.scale)
-        write_png(part, pixels, options.out)
-    return f"wrote {options.out}: {counted(len(seeds), 'picture')}, {size_of(pixels)}, of {told(sampler, seeds, files)}"
+        used: Counter[str] = Counter()
+        with atomic_write(options.out, folder=True) as folder, os_errors_as_user_errors(options.out):
+            for sample in samples:
+                (name,) = sample[0].names
+                used[name] += 1
+                name = name if used[name] == 1 else f"{name}-{used[name]}"  # the same name in two folders
+                compose(show, [sample], (1, 1), options.scale).save(folder / f"{name}.png")
+        return f"wrote {options.out}: {count} of {describe_source(sampler, seeds, files)}"
+    with atomic_write(options.out) as part, os_errors_as_user_errors(options.out):
+        image = compose(show, list(samples), grid, options.scale)
+        image.save(part, format="PNG")
+    source = describe_source(sampler, seeds, files)
+    return f"wrote {options.out}: {count}, {image.width} x {image.height} pixels, of {source}"
 
 
-def drawn_in_batches(sampler: Sampler, seeds: list[int], files: list[str] | None) -> Iterator[tuple[Subjects, Drawn]]:
-    """Every picture by itself, on the CPU; drawn `BATCH` at a time."""
+def sample_images(sampler: Sampler, seeds: list[int], files: list[str] | None) -> Iterator[Sample]:
+    """Yields every image by itself, on the CPU; decoded `BATCH` at a time."""
     for first in range(0, len(seeds), BATCH):
-        part = slice(first, first + BATCH)
-        subjects = sampler.subjects(seeds[part], files and files[part])
-        x_base, x_fake = (x.cpu() for x in sampler.draw(subjects))
+        batch = slice(first, first + BATCH)
+        inputs = sampler.inputs(seeds[batch], files and files[batch])
+        x_base, x_fake = (x.cpu() for x in sampler.decode(inputs))
         for index in range(len(x_base)):
             one = slice(index, index + 1)
-            own_input = None if subjects.input is None else subjects.input[one].cpu()
-            yield (
-                subjects._replace(names=subjects.names[one], input=own_input),
-                Drawn(x_base[one].clone(), x_fake[one].clone()),
-            )
+            own_image = None if inputs.images is None else inputs.images[one].cpu()
+            # Cloned: a view would keep the whole batch in memory.
+            images = SampledImages(x_base[one].clone(), x_fake[one].clone())
+            yield inputs._replace(names=inputs.names[one], images=own_image), images
 
 
-def sheet(draw: str, pictures: list[tuple[Subjects, Drawn]], places: tuple[int, int], scale: int | None) -> np.ndarray:
-    """What goes into one file: a grid, or labelled rows of triples. (height, width, 3) uint8."""
-    x_base, x_fake = (torch.cat(parts) for parts in zip(*(drawn for _, drawn in pictures), strict=True))
-    if draw != "triples":
-        chosen = x_base if draw == "base" else x_fake
-        return tiled(chosen, *places, scale or default_scale(chosen, places, 1024))
+def compose(show: str, samples: list[Sample], grid: tuple[int, int], scale: int | None) -> Image.Image:
+    """What goes into one file: a grid, or labelled rows of triples."""
+    x_base, x_fake = (torch.cat(parts) for parts in zip(*(images for _, images in samples), strict=True))
+    if show != "triples":
+        shown = x_base if show == "base" else x_fake
+        return Image.fromarray(tile_images(shown, *grid, scale or default_scale(shown, grid, 1024)))
     difference = x_fake - x_base
     factor = amplification(difference)
     columns = {"base image": x_base}
-    inputs = [subjects.input for subjects, _ in pictures if subjects.input is not None]  # of all, or of none
-    if inputs:
-        columns = {"input": torch.cat(inputs), "reconstruction": x_base}
-    columns |= {
-        "updated": x_fake,
-        ("difference" if factor == 1 else f"difference x {factor}"): (0.5 + factor * difference).clamp(0, 1),
-    }
-    return labelled(columns, scale)
+    encoded = [inputs.images for inputs, _ in samples if inputs.images is not None]  # all of them or none
+    if encoded:
+        columns = {"input": torch.cat(encoded), "reconstruction": x_base}
+    label = "difference" if factor == 1 else f"difference x {factor}"
+    columns |= {"updated": x_fake, label: (0.5 + factor * difference).clamp(0, 1)}
+    return labelled_grid(columns, scale=scale)
 
 
 def amplification(difference: Tensor) -> int:
@@ -140,65 +157,70 @@ def amplification(difference: Tensor) -> int:
     return max((factor for factor in (1, 2, 5, 10, 20, 50, 100) if factor * typical <= 0.5), default=1)
 
 
-# ------------------------------------------------------------------------------------------------------------- videos
+# -------------------------------------------------------------------------------------------------------------- videos
 
 
-def make_video(options: argparse.Namespace, sampler: Sampler, kind: str) -> str:
-    rolling = options.roll or options.roll_after is not None
-    if rolling and options.loop:
-        raise UserError("--loop: a video that rolls on never comes back to its first frame; leave out one of them")
-    seeds, files = what_to_draw(options, math.prod(options.grid) if options.grid else PICTURES)
-    places: tuple[int, int] = options.grid or near_square(len(seeds))
-    check_grid(places, len(seeds))
+def make_video(options: Namespace, sampler: Sampler, kind: str) -> str:
+    rollout_after = options.rollout_after or (max(1, round(sampler.period)) if options.rollout else None)
+    if rollout_after and options.loop:
+        raise UserError("--loop: a rollout never comes back to its first frame; leave out one of them")
+    seeds, files = choose_seeds(options, math.prod(options.grid) if options.grid else IMAGES)
+    grid = choose_grid(options.grid, len(seeds))
     if len(seeds) > BATCH:
         raise UserError(f"{len(seeds)} videos at once are too many, {BATCH} are the most: give a smaller --grid")
-    stops = options.stops or STOPS
-    by_default = {"latent": stops * FRAMES_PER_STOP, "weights": ROLLED_FRAMES if rolling else None}.get(kind)
-    count = options.frames or by_default or max(1, round(PERIODS * sampler.period))
-    if options.loop and kind != "latent":  # a walk through latent space is closed as it is
-        asked, periods = sampler.speed, sampler.set_whole_periods(count)
-        if not math.isclose(asked, sampler.speed):
-            say(f"speed {sampler.speed:.4g} instead of {asked:.4g}, so that {count} frames are {periods} whole periods")
-    roll_after = None
-    if rolling:
-        roll_after = options.roll_after if options.roll_after is not None else max(1, round(sampler.period))
+    keyframes = options.keyframes or KEYFRAMES
+    default = keyframes * FRAMES_PER_KEYFRAME if kind == "latent" else ROLLOUT_FRAMES if rollout_after else None
+    count = options.frames or default or max(1, round(PERIODS * sampler.period))
+    if options.loop and kind != "latent":  # a walk through latent space is closed anyway
+        before, periods = sampler.speed, sampler.set_whole_periods(count)
+        if not math.isclose(before, sampler.speed):
+            change = f"speed {sampler.speed:.4g} instead of {before:.4g}"
+            print_line(f"{change}, so that {count} frames are {periods} whole periods")
     fps = options.fps or (16.0 if kind == "latent" else sampler.config.output.fps)
 
     if kind == "latent":
-        main = "updated"
-        frames = ({"base image": x_base, main: x_fake} for x_base, x_fake in sampler.latent_walk(seeds, count, stops))
+        walk = sampler.latent_walk(seeds, count, keyframes)
+        frames: Iterator[dict[str, Tensor]] = ({"base image": x_base, "updated": x_fake} for x_base, x_fake in walk)
     else:
-        main = {"weights": "weight-driven video", "synthetic": "synthetic video"}[kind]
-        subjects = sampler.subjects(seeds, files)
-        still = {"base image": sampler.draw(subjects).x_base}
-        if subjects.input is not None:
-            still = {"input": subjects.input, "reconstruction": still["base image"]}
-        moving = {}
-        if kind == "synthetic" or (options.compare and not rolling):  # a video that rolls on follows nothing
-            moving["synthetic video"] = sampler.synthetic(subjects, count, grain=kind == "synthetic")
-        if kind == "weights":
-            moving[main] = sampler.weight_driven(subjects, count, roll_after=roll_after, loop=options.loop)
-        frames = (still | dict(zip(moving, now, strict=True)) for now in zip(*moving.values(), strict=True))
+        frames = moving_columns(sampler, kind, sampler.inputs(seeds, files), count, rollout_after, options)
 
     def to_pixels(columns: dict[str, Tensor]) -> np.ndarray:
         if options.compare:
-            return labelled(columns, options.scale)
-        return tiled(columns[main], *places, options.scale or default_scale(columns[main], places, 512))
+            return np.asarray(labelled_grid(columns, scale=options.scale))
+        *_, video = columns.values()
+        return tile_images(video, *grid, options.scale or default_scale(video, grid, 512))
 
-    size = write_frames(options.out, (to_pixels(columns) for columns in frames), count, fps)
-    return f"wrote {options.out}: {size}, {fps:g} a second, {kind}, of {told(sampler, seeds, files)}"
+    size = write_frames(options.out, map(to_pixels, frames), count, fps)
+    return f"wrote {options.out}: {size}, {fps:g} a second, {kind}, of {describe_source(sampler, seeds, files)}"
 
 
-def make_training_video(options: argparse.Namespace) -> str:
+def moving_columns(
+    sampler: Sampler, kind: str, inputs: SampleInputs, count: int, rollout_after: int | None, options: Namespace
+) -> Iterator[dict[str, Tensor]]:
+    """Yields the columns of each frame, label -> (N, C, H, W). The last is the video, others are for `--compare`."""
+    still = {"base image": sampler.decode(inputs).x_base}
+    if inputs.images is not None:
+        still = {"input": inputs.images, "reconstruction": still["base image"]}
+    moving = {}
+    if kind == "synthetic" or (options.compare and not rollout_after):  # a rollout follows no synthetic video
+        moving["synthetic video"] = sampler.synthetic(inputs, count, noise=kind == "synthetic")
+    if kind == "weights":
+        video = sampler.weight_driven(inputs, count, rollout_after=rollout_after, loop=options.loop)
+        moving["weight-driven video"] = video
+    for frames in zip(*moving.values(), strict=True):
+        yield still | dict(zip(moving, frames, strict=True))
+
+
+def make_training_video(options: Namespace) -> str:
     """The run's own sample sheets, one a frame, with their steps; no network is needed."""
     run = Path(options.source)
     if not run.is_dir():
         raise UserError(f"--video training shows the saved samples of a run: give its folder, not {shown_path(run)}")
-    found = sorted((int(path.stem[5:]), path) for path in run.glob("samples/step_*.png") if path.stem[5:].isdecimal())
-    if not found:
+    sheets = sorted((int(path.stem[5:]), path) for path in run.glob("samples/step_*.png") if path.stem[5:].isdecimal())
+    if not sheets:
         raise UserError(f"{shown_path(run)} holds no samples (looked for samples/step_*.png); is it a run's folder?")
-    count = options.frames or len(found)
-    chosen = [found[int(index)] for index in np.linspace(0, len(found) - 1, count).round()]
+    count = options.frames or len(sheets)
+    chosen = [sheets[int(index)] for index in np.linspace(0, len(sheets) - 1, count).round()]
 
     def frames() -> Iterator[np.ndarray]:
         for step, path in chosen:
@@ -206,7 +228,7 @@ def make_training_video(options: argparse.Namespace) -> str:
                 pixels = np.asarray(Image.open(path).convert("RGB"))
             except OSError as error:
                 raise UserError(f"cannot read {path}: {error}") from None
-            yield labelled({f"step {step:,}": pixels[None]}, 1)
+            yield np.asarray(labelled_grid({f"step {step:,}": pixels[None]}, scale=1))
 
     fps = options.fps or 4.0
     size = write_frames(options.out, frames(), count, fps, options.scale or 1)
@@ -214,17 +236,14 @@ def make_training_video(options: argparse.Namespace) -> str:
 
 
 def write_frames(out: str, frames: Iterable[np.ndarray], count: int, fps: float, scale: int = 1) -> str:
-    """Frames go out as they come. Returns how many there are, and their size."""
+    """Writes frames as they come; returns their number and size in words."""
     with open_video(out, fps=fps, scale=scale) as video:
-        for pixels in progress(frames, count, "frames"):
+        for pixels in tqdm(frames, total=count, unit=" frames", **PROGRESS):
             video.write(pixels)
-    return f"{counted(count, 'frame')}, {size_of(pixels, scale)}"
+    return f"{pluralize(count, 'frame')}, {scale * pixels.shape[1]} x {scale * pixels.shape[0]} pixels"
 
 
-# ------------------------------------------------------------------------------------------------------ small helpers
-
-
-def what_to_draw(options: argparse.Namespace, default: int) -> tuple[list[int], list[str] | None]:
+def choose_seeds(options: Namespace, default: int) -> tuple[list[int], list[str] | None]:
     """The seeds, and with `--image` as many image files. One image with several seeds is moved in several ways."""
     files = None
     if options.image:
@@ -237,83 +256,175 @@ def what_to_draw(options: argparse.Namespace, default: int) -> tuple[list[int], 
         if options.images not in (None, len(options.seeds)):
             raise UserError(f"--images {options.images}, but --seeds names {len(options.seeds)}: give one of them")
         seeds = options.seeds
-    elif files and (not count or (not options.images and count > len(files) > 1)):
-        most = len(files) if not options.video else PICTURES
-        seeds = list(range(len(files[:most])))
     else:
-        seeds = list(range(count or default))
-    if not options.seeds:
-        seeds = [seed + (options.seed or 0) for seed in seeds]
+        if files and (not count or (not options.images and count > len(files) > 1)):
+            count = min(len(files), IMAGES) if options.video else len(files)
+        first = options.seed or 0
+        seeds = list(range(first, first + (count or default)))
     if files and len(files) == 1:
         files = files * len(seeds)
     elif files and len(files) > len(seeds):
-        say(f"the first {len(seeds)} of {len(files)} images")
+        print_line(f"the first {len(seeds)} of {len(files)} images")
         files = files[: len(seeds)]
     elif files and len(files) < len(seeds):
-        raise UserError(
-            f"--image {shown_path(options.image)} holds {len(files)} images, but {len(seeds)} were asked for"
-        )
+        held = f"--image {shown_path(options.image)} holds {len(files)} images"
+        raise UserError(f"{held}, but {len(seeds)} were asked for")
     return seeds, files
 
 
-def near_square(count: int) -> tuple[int, int]:
-    """Rows and columns for `count` pictures, at least as wide as high."""
+def choose_grid(grid: tuple[int, int] | None, count: int) -> tuple[int, int]:
+    """Rows and columns for `count` images: those of `--grid`, or nearly a square, at least as wide as high."""
     rows = max(1, math.isqrt(count))
-    return rows, math.ceil(count / rows)
+    columns = math.ceil(count / rows)
+    if grid and math.prod(grid) < count:
+        places = f"--grid {grid[0]}x{grid[1]} has {math.prod(grid)} places"
+        raise UserError(f"{places} for {count} images; try --grid {rows}x{columns}")
+    return grid or (rows, columns)
 
 
-def check_grid(places: tuple[int, int], count: int) -> None:
-    if math.prod(places) < count:
-        rows, columns = near_square(count)
-        raise UserError(
-            f"--grid {places[0]}x{places[1]} has {math.prod(places)} places for {count} pictures; "
-            f"try --grid {rows}x{columns}"
-        )
+def default_scale(images: Tensor, grid: tuple[int, int], side: int) -> int:
+    """Enlarges small images until a grid is about `side` pixels wide, and each image at most 256."""
+    return scale_for(images.shape[-2], images.shape[-1], min(256, max(1, side // max(grid))))
 
 
-def default_scale(pictures: Tensor, places: tuple[int, int], side: int) -> int:
-    """Enlarges small pictures until a grid is about `side` pixels wide, and each at most 256."""
-    height, width = pictures.shape[-2:]
-    return scale_for(height, width, min(256, max(1, side // max(places))))
-
-
-def labelled(columns: dict[str, Any], scale: int | None) -> np.ndarray:
-    """One labelled sheet of (N, C, H, W) tensors or (N, H, W, 3) pixels, as pixels."""
-    return next(labelled_frames({label: x[:, None] for label, x in columns.items()}, scale))
-
-
-def write_png(path: Path, pixels: np.ndarray, told_as: str) -> None:
-    with told_in_one_line(told_as):
-        Image.fromarray(pixels).save(path, format="PNG")
-
-
-def size_of(pixels: np.ndarray, scale: int = 1) -> str:
-    return f"{scale * pixels.shape[1]} x {scale * pixels.shape[0]} pixels"
-
-
-def told(sampler: Sampler, seeds: list[int], files: list[str] | None) -> str:
+def describe_source(sampler: Sampler, seeds: list[int], files: list[str] | None) -> str:
     if len(seeds) == 1:
-        which = f"seed {seeds[0]}"
+        source = f"seed {seeds[0]}"
     elif seeds[-1] - seeds[0] == len(seeds) - 1:
-        which = f"seeds {seeds[0]}-{seeds[-1]}"
+        source = f"seeds {seeds[0]}-{seeds[-1]}"
     else:
-        which = f"{len(seeds)} seeds"
+        source = f"{len(seeds)} seeds"
     if files:
-        which = f"{counted(len(set(files)), 'image')} ({which})"
-    return f"{which}, {shown_path(sampler.path)} (step {sampler.step:,})"
+        source = f"{pluralize(len(set(files)), 'image')} ({source})"
+    return f"{source}, {shown_path(sampler.path)} (step {sampler.step:,})"
 
 
-def counted(count: int, noun: str) -> str:
+def pluralize(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def progress(items: Iterable, total: int, unit: str) -> Iterable:
-    """A bar with speed and time left where somebody watches."""
-    return tqdm(items, total=total, unit=f" {unit}", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+def read_seeds(text: str) -> list[int]:
+    """`0-63,100` -> [0, ..., 63, 100], each once."""
+    seeds: dict[int, None] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first or last - first >= 1_000_000:
+            raise UserError(f"--seeds must look like 0-63,100 (at most a million), but is '{text}'")
+        seeds |= dict.fromkeys(range(first, last + 1))
+    return list(seeds)
+
+
+def read_grid(text: str) -> tuple[int, int]:
+    """`4x6` -> (4 rows, 6 columns)."""
+    match = re.fullmatch(r"\s*([1-9]\d{0,2})\s*[x×*]\s*([1-9]\d{0,2})\s*", text)
+    if not match:
+        raise UserError(f"--grid must look like 4x6 (rows x columns, 1 to 999), but is '{text}'")
+    return int(match[1]), int(match[2])
+
+
+def read_motion(text: str) -> tuple[dict[str, float], float]:
+    """`shift=0.2,zoom=0.1,speed=2` -> strengths, all others 0, and the speed."""
+    values = dict.fromkeys(MOTIONS, 0.0) | {"speed": 1.0}
+    limits: dict[str, Any] = {setting.name: setting.metadata for setting in fields(VideoConfig)}
+    limits["speed"] = {"low": 0.01, "high": 100.0, "range": "0.01 to 100"}
+    for part in text.split(","):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        if name not in values:
+            close = difflib.get_close_matches(name, values, 1, 0.5)
+            hint = f"did you mean '{close[0]}'?" if close else f"kinds are {', '.join(values)}"
+            raise UserError(f"--motion: unknown kind '{name}'; {hint}")
+        limit = limits.get(name, {"low": 0.0, "high": math.inf, "range": "0 or more"})  # a motion without a setting
+        try:
+            values[name] = float(value)
+        except ValueError:
+            values[name] = math.nan
+        if not limit["low"] <= values[name] <= limit["high"]:
+            raise UserError(f"--motion: {name} must be a number, {limit['range']}, but is '{value}'")
+    speed = values.pop("speed")
+    return values, speed
+
+
+def frame_rate(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < float(text) <= 240:
+            return float(text)
+    raise UserError(f"--fps must be a number above 0, at most 240, but is '{text}'")
+
+
+def build_parser() -> ArgumentParser:
+    parser = CommandParser(
+        description="Make images and videos from a run or a checkpoint.",
+        epilog="examples:\n"
+        "  python generate.py runs/quick --out update.png --show triples --seeds 0-4,17\n"
+        "  python generate.py runs/quick --out clip.mp4 --video weights --motion zoom=0.3 --loop\n"
+        "  python generate.py runs/quick --out long.mp4 --video weights --rollout --frames 10000 --grid 1x1\n"
+        "  python generate.py runs/quick --out walk.gif --video latent --keyframes 7 --seeds 3\n"
+        "  python generate.py runs/quick --out history.mp4 --video training\n"
+        "  python generate.py runs/quick --out me.webp --video weights --image photo.jpg --loop\n"
+        "  python generate.py runs/quick/checkpoints/step_000100.pt --out folder_of_images --images 1000\n",
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("source", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest checkpoint), or a .pt file")
+    add("--out", required=True, metavar="FILE", help="images: .png, or a name without ending for a folder of them; "
+        "videos: .mp4, .webp, .gif, .png (APNG), or a name without ending for a folder of frames")  # fmt: skip
+    add("--best", action="store_true", help="of a run, take its best checkpoint instead of the newest")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:<number> (%(default)s)")
+
+    group = parser.add_argument_group("what to make")
+    what = group.add_mutually_exclusive_group()
+    what.add_argument("--images", type=int_between("images", 1, 1_000_000), metavar="N",
+                      help=f"N images ({IMAGES}; this is the default for .png and folders)")  # fmt: skip
+    what.add_argument("--video", choices=("weights", "synthetic", "latent", "training"), metavar="KIND",
+                      help="weights: frames decoded with weights that move as the GRU predicts (default for .mp4, "
+                      ".webp and .gif); synthetic: the moving copies of the base image that the GRU encodes; latent: a "
+                      "closed walk through latent space; training: the run's samples in order of steps")  # fmt: skip
+    add = group.add_argument
+    add("--seed", type=int_between("seed", 0, 2**53), metavar="S",
+        help="the first image's seed; the others follow (0)")  # fmt: skip
+    add("--seeds", type=read_seeds, metavar="LIST", help="seeds such as 0-63,100")
+    add("--image", metavar="PATH", help="an image file, or a folder of them, to encode instead of sampling latents")
+    add("--show", choices=("updated", "base", "triples"),
+        help="images with the predicted update (the default), without it, or both and their difference, labelled (the "
+        "default with --image)")  # fmt: skip
+    add("--motion", type=read_motion, metavar="LIST",
+        help="strengths such as shift=0.2,zoom=0.1,speed=2 instead of the run's own; kinds not named don't move: "
+        + ", ".join(MOTIONS))  # fmt: skip
+
+    add = parser.add_argument_group("how it is shown").add_argument
+    add("--grid", type=read_grid, metavar="RxC", help="rows and columns; 4x4 also means 16 images")
+    add("--scale", type=int_between("scale", 1, 64), metavar="K", help="show each pixel as K x K (chosen by size)")
+    add("--compare", action="store_true", help="videos: labelled columns, the still image and all that moves")
+
+    add = parser.add_argument_group("videos").add_argument
+    add("--frames", type=int_between("frames", 1, 10_000_000), metavar="N",
+        help=f"how many ({PERIODS} periods of the motion; rollout {ROLLOUT_FRAMES}; latent {FRAMES_PER_KEYFRAME} per "
+        "keyframe; training one for each saved step)")  # fmt: skip
+    add("--fps", type=frame_rate, metavar="F", help="frames a second (the run's output.fps; latent 16, training 4)")
+    add("--loop", action="store_true",
+        help="weights, synthetic: whole periods, so that the last frame leads to the first")  # fmt: skip
+    add("--rollout", action="store_true",
+        help="weights: after one period the GRU encodes its own frames, for as long as asked")  # fmt: skip
+    add("--rollout-after", type=int_between("rollout-after", 1, 10_000_000), metavar="K",
+        help="the same after K frames")  # fmt: skip
+    add("--keyframes", type=int_between("keyframes", 2, 1000), metavar="M",
+        help=f"latent: images that the walk passes through ({KEYFRAMES})")  # fmt: skip
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return run_command(lambda: generate(build_parser().parse_args(arguments)))
+    def work() -> str:
+        for argument in sys.argv[1:] if arguments is None else arguments:
+            if (name := argument.partition("=")[0]) in RENAMED:
+                raise UserError(f"{name} is now called {RENAMED[name]}")
+        return generate(build_parser().parse_args(arguments))
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

@@ -1,106 +1,289 @@
 """Images from a folder to batches on the training device.
 
-`open_images` is the way in: it finds the images below `data.root`, decodes them once if they fit `data.memory_gb` (else
-they stream through worker processes), and returns `TrainingImages`, whose `batches()` never end. What a batch holds
-depends on the seed and its number alone: not on where the images are kept, how many workers read them, or where a run
-was stopped and resumed.
+`open_images` finds the images below `data.root`, decodes them once if they fit `data.memory_gb` (else they stream
+through worker processes), and returns `TrainingImages`, whose `batches()` never end. What a batch holds depends on the
+seed and the batch's number alone: not on where the images are kept, how many workers read them, or where a run was
+stopped and resumed.
 """
 
-import copy
 import hashlib
+import logging
 import math
 import os
 import signal
-from collections import Counter
-from collections.abc import Callable, Iterator
+import stat
+import time
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from configuration import DataConfig, ImageConfig, UserError
-from image_files import (
-    BrokenImageError,
-    FlatImageFolder,
-    absolute,
-    background_colour,
-    class_name,
-    decode_image,
-    find_images,
-    names_digest,
-    shown_path,
-)
+from configuration import DataConfig, ImageConfig, UserError, one_line
+from util import absolute, shown_path
 
-if TYPE_CHECKING:
-    from class_folder import ClassImageFolder
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+"""Endings of the files that count as images, in upper or lower case."""
 
-    Folder = ClassImageFolder | FlatImageFolder
+Sample = tuple[str, int]  # path of an image, and the number of its class
+
+# Only these decoders: Pillow also opens EPS, which runs an external program, and a renamed file would reach it.
+_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+_LARGEST_FILE = 10**9  # bytes; more than the pixels allowed below take in any format, and WebP is read whole
+
+# Pillow warns of oddly written files in the middle of the progress bar. The one warning that matters here (too many
+# pixels) is an error below; `warnings.catch_warnings` around it would not do, as threads share its state.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs besides raising would be a second line
+
+
+class BrokenImageError(UserError):
+    """An image file that cannot be read; the message names the file, the reason and the fix."""
+
+    def __init__(self, path: str | Path, reason: str):
+        super().__init__(path, reason)  # the arguments as they came, so that the error can be pickled
+        self.path, self.reason = Path(path), reason
+
+    def __str__(self) -> str:
+        return f"broken image {shown_path(self.path)}: {self.reason}; replace or remove it, or set data.on_broken=skip"
+
+
+def find_images(root: str | Path, setting: str = "data.root") -> list[str]:
+    """Absolute paths of the image files below `root`, sorted; hidden files and folders don't count.
+
+    Links to folders are followed, but no folder is entered twice, so loops of links end; a folder that can be reached
+    directly and through a link counts where it really lies. `setting` is the setting or option that errors name.
+
+    Raises:
+        UserError: `root` is missing, no folder or without images, or a folder in it cannot be read.
+    """
+    top = absolute(root)
+    extensions = ", ".join(extension[1:] for extension in IMAGE_EXTENSIONS)
+    hint = f"(looked for {extensions}); set {setting} to a folder of images"
+    if not str(root).strip():  # else it would mean the working directory
+        raise UserError(f"{setting} is empty {hint}")
+    if not os.path.isdir(top):  # noqa: PTH112  Path.is_dir raises for overlong names and locked places
+        reason = "is not a folder" if os.path.lexists(top) else "does not exist"
+        raise UserError(f"{setting}: {shown_path(top)} {reason} {hint}")
+    files: list[str] = []
+    entered: set[str] = set()
+    pending = deque([str(top)])  # links on the left, to be entered last
+    while pending:
+        folder = pending.pop()
+        real_path = os.path.realpath(folder)
+        if real_path in entered:
+            continue
+        entered.add(real_path)
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"{setting}: folder {shown_path(folder)} cannot be read: {error.strerror}") from None
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if os.path.isdir(entry.path):  # noqa: PTH112
+                (pending.appendleft if entry.is_symlink() else pending.append)(entry.path)
+            elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
+                files.append(entry.path)
+    if not files:
+        raise UserError(f"{setting}: {shown_path(top)} holds no images {hint}")
+    return sorted(files)
+
+
+def open_folder(root: str | Path, loader: Callable[[str], Tensor]) -> Any:
+    """The images below `root` as torchvision's `ImageFolder`, whose classes are the folders at the top.
+
+    Where an image lies at the top itself, all are one set without classes: `ImageFolder` would refuse such a folder, or
+    drop the loose images in silence, while training needs no classes. Raises UserError as `find_images` does.
+    """
+    files = find_images(root)
+    top = str(absolute(root))
+    parts = [file[len(top) :].lstrip(os.sep).partition(os.sep) for file in files]
+    folders = [folder if separator else "" for folder, separator, _ in parts]
+    classes = sorted(set(folders)) if all(folders) else []
+    from torchvision.datasets import ImageFolder  # here: it takes a second or two to load
+
+    class FoundImages(ImageFolder):  # its own search would enter hidden folders and loops of links
+        def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+            return classes, {name: number for number, name in enumerate(classes)}
+
+        def make_dataset(self, directory: str, class_to_idx: dict[str, int], *_: Any, **__: Any) -> list:
+            return [(file, class_to_idx.get(folder, 0)) for file, folder in zip(files, folders, strict=True)]
+
+    return FoundImages(top, loader=loader)
+
+
+def split_held_out(samples: list[Sample], root: str, fraction: float) -> tuple[list[Sample], list[Sample]]:
+    """The samples to train on, in their order, and a `fraction` that is held out, in the order of a hash.
+
+    The hash is that of an image's name below `root`; those with the smallest ones are held out, at least one and never
+    all. So the choice is the same on every machine and for every seed. Raises UserError where there is one image only.
+    """
+    if fraction == 0:
+        return samples, []
+    if len(samples) < 2:
+        raise UserError(f"data.holdout={fraction:g}: {shown_path(root)} holds one image only; set it to 0")
+
+    def name_hash(sample: Sample) -> bytes:
+        name = Path(sample[0].removeprefix(root)).as_posix()
+        return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+
+    count = min(max(1, round(fraction * len(samples))), len(samples) - 1)
+    held_out = sorted(samples, key=name_hash)[:count]
+    excluded = set(held_out)
+    return [sample for sample in samples if sample not in excluded], held_out
+
+
+def names_digest(names: Iterable[str]) -> str:
+    """SHA-256 of names in their order: identifies the images of a folder without reading them."""
+    return hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()
+
+
+def decode_image(path: str | Path, size: int, channels: int = 3, fit: str = "crop",
+                 background: str = "white") -> Tensor:  # fmt: skip
+    """Reads one image file into a square: uint8 (channels, size, size), 0 to 255; RGB or, with one channel, grey.
+
+    `fit="crop"` scales the shorter side to `size` pixels and keeps the middle; `"pad"` scales the longer side and fills
+    up with `background` (a colour name or #rrggbb), over which transparent pixels are laid too. EXIF orientation is
+    applied. Of an animation the first frame counts.
+
+    Raises:
+        BrokenImageError: the file is damaged, unreadable, too large, or no image.
+        UserError: `background` is no colour.
+    """
+    canvas = Image.new("RGB", (size, size), parse_colour(background))
+    try:
+        status = Path(path).stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a regular file")  # opening a named pipe would block for ever
+        if status.st_size == 0:
+            raise ValueError("the file is empty (0 bytes)")
+        if status.st_size > _LARGEST_FILE:
+            raise ValueError(f"its {status.st_size:,} bytes exceed the limit of {_LARGEST_FILE:,} bytes")
+        with Image.open(path, formats=_PILLOW_FORMATS) as image:
+            _paste_fitted(canvas, image, fit)
+    except Image.UnidentifiedImageError:
+        raise BrokenImageError(path, "its content is not a jpg, png, webp, bmp, gif or tiff image") from None
+    # Damaged files raise nearly anything: OSError, SyntaxError, ValueError, EOFError, struct.error, ...
+    except Exception as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+        raise BrokenImageError(path, one_line(" ".join(reason.split()))) from None
+    pixels = np.asarray(canvas if channels == 3 else canvas.convert("L")).reshape(size, size, channels)
+    # The copy in NumPy: torch would start a team of threads for it, in each of the decoding threads.
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+def _paste_fitted(canvas: Image.Image, image: Image.Image, fit: str) -> None:
+    limit = Image.MAX_IMAGE_PIXELS  # None: no limit
+    if limit is not None and image.width * image.height > limit:  # Pillow itself refuses from twice that size on
+        raise ValueError(f"its {image.width} × {image.height} pixels exceed the limit of {limit} pixels")
+    size, measure = canvas.width, min if fit == "crop" else max
+    # JPEG decodes to 1/2, 1/4 or 1/8 several times faster; twice the final size leaves the rest to the better filter.
+    scale = 2 * size / measure(image.size)
+    image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+    ImageOps.exif_transpose(image, in_place=True)
+    image = _to_eight_bits(image)
+    width, height = image.size
+    side = measure(width, height)
+    if fit == "crop":  # cutting and scaling in one go: 1 × 5000 pixels never become size × 5000·size
+        left, top, shape = (width - side) / 2, (height - side) / 2, (size, size)
+        box = (left, top, left + side, top + side)
+    else:
+        box, shape = None, (max(1, round(width * size / side)), max(1, round(height * size / side)))
+    image = image.resize(shape, Image.Resampling.BICUBIC, box, reducing_gap=3.0)
+    corner = ((size - shape[0]) // 2, (size - shape[1]) // 2)
+    canvas.paste(image, corner, mask=image.getchannel("A") if image.mode == "RGBA" else None)
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """The image as RGB, or as RGBA where it may be transparent. Pillow's own conversion clips greys of more bits."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image)
+        largest = float(values.max())
+        if not np.isfinite([largest, float(values.min())]).all():  # NaN anywhere makes both NaN
+            raise ValueError("it holds values that are not finite")
+        # 16-bit greys have a known range; 32-bit ones (TIFF) don't: white is the end of a usual one, else the maximum.
+        usual = (1, 255) if image.mode == "F" else (65535,)
+        white = next((limit for limit in usual if largest <= limit), largest)
+        pixels = np.empty(values.size, np.uint8)
+        for start in range(0, values.size, 2**20):  # in parts: float64 of all pixels at once took 2.2 GB
+            part = values.reshape(-1)[start : start + 2**20].astype(np.float64)
+            pixels[start : start + len(part)] = (part.clip(0, white) * (255 / white)).round()
+        image = Image.fromarray(pixels.reshape(values.shape))
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def parse_colour(colour: str) -> tuple[int, ...]:
+    """Red, green and blue, 0 to 255, of `data.background`. Raises UserError where it is no colour."""
+    with suppress(ValueError):
+        rgb = ImageColor.getrgb(colour)[:3]
+        if all(0 <= level <= 255 for level in rgb):  # Pillow passes on rgb(999,0,0) as it stands
+            return rgb
+    raise UserError(f"data.background must be a colour such as white or '#ff8800', but is {colour[:60]!r}")
 
 
 class TrainingImages:
     """The images of a run as endless batches; `open_images` makes it.
 
     Attributes:
-        count: number of images. Broken ones found while loading into memory are not among them; when streaming they
-            are, and the next readable image takes their place.
+        count: number of images. Broken ones met while loading into memory are not among them; when streaming they are,
+            and the next readable image takes their place.
+        held_out_count: number of images that are held out for evaluation, besides.
         class_names: names of the class folders, sorted and printable; empty for a flat folder.
         class_counts: class name -> number of its images.
         fingerprint: SHA-256 of the images' names below `data.root`, in their order, and of those held out; the same
             wherever the folder lies.
         storage: `device` (uint8 on the GPU), `memory` (uint8 in RAM) or `stream` (decoded by workers as needed).
+        seconds_waited: how long callers have waited for batches.
     """
 
-    def __init__(self, folder: "Folder", data: DataConfig, image: ImageConfig, *,
-                 batch_size: int, seed: int, device: torch.device | str, progress: bool = True,
-                 share: slice = slice(None)):  # fmt: skip
-        folder, self._held_out = split_off(folder, data.holdout)
-        self.held_out_count = len(self._held_out)
-        self.share = share
-        self.batch_size, self.seed, self.device = batch_size, seed, torch.device(device)
-        self._folder, self._mirror, self._workers = folder, data.mirror, data.workers
-        self._items = _Items(folder, skip=data.on_broken == "skip")
-        self._broken: dict[int, str] = {}  # index in the folder -> reason
+    def __init__(self, folder: Any, data: DataConfig, image: ImageConfig, *, batch_size: int, seed: int,
+                 device: torch.device | str, progress: bool = True, shard: slice = slice(None)):  # fmt: skip
+        self.batch_size, self.seed, self.device, self.shard = batch_size, seed, torch.device(device), shard
+        self._root, self._mirror, self._workers = folder.root, data.mirror, data.workers
+        samples, held_out = split_held_out(folder.samples, folder.root, data.holdout)
+        reader = partial(_ImageReader, loader=folder.loader, skip=data.on_broken == "skip")
+        self._reader, self._held_out = reader(samples), reader(held_out)
+        self.seconds_waited = 0.0
+        self._broken: dict[Path, str] = {}  # path -> reason
         self._images: Tensor | None = None  # uint8 (count, C, H, W) unless streaming
-        shape = (len(folder), image.channels, image.size, image.size)
-        kept = list(range(len(folder)))
-        if math.prod(shape) > data.memory_gb * 1e9:
-            self.storage = "stream"
-        else:
+        shape = (len(samples), image.channels, image.size, image.size)
+        kept = list(range(len(samples)))
+        self.storage = "stream" if math.prod(shape) > data.memory_gb * 1e9 else "memory"
+        if self.storage == "memory":
             self._images, kept = self._load(shape, progress)
-            self.storage = "memory"
             # At most half of what is free, so that a large set never makes the networks run out of memory.
             if self.device.type == "cuda" and self._images.nbytes <= torch.cuda.mem_get_info(self.device)[0] / 2:
-                self._images = self._images.to(self.device)
-                self.storage = "device"
-        numbers = [folder.samples[index][1] for index in kept]
-        self.count = len(numbers)
+                self._images, self.storage = self._images.to(self.device), "device"
+        self.count, self.held_out_count = len(kept), len(held_out)
         self._megabytes = self.count * math.prod(shape[1:]) / 1e6
         self.class_names = [shown_path(name) for name in folder.classes]  # names of folders may hold anything
-        per_class = Counter(numbers)
+        per_class = Counter(samples[index][1] for index in kept)
         self.class_counts = {name: per_class[number] for number, name in enumerate(self.class_names)}
-        names = [folder.samples[index][0].removeprefix(folder.root) for index in kept]
-        if self.held_out_count:
-            names += ["held out", *(path.removeprefix(folder.root) for path, _ in self._held_out.samples)]
-        self.fingerprint = names_digest(names)
+        names = [samples[index][0] for index in kept] + ["held out"] * bool(held_out) + self._held_out.paths
+        self.fingerprint = names_digest(name.removeprefix(folder.root) for name in names)
 
     @property
     def skipped(self) -> list[tuple[Path, str]]:
         """(path, reason) of each broken image met so far; when streaming, the list grows as they are met."""
-        return [(Path(self._folder.samples[index][0]), reason) for index, reason in self._broken.items()]
+        return list(self._broken.items())
 
     @property
     def description(self) -> str:
         """One or two lines for the log: how many images, from where, where kept, and what was skipped."""
         layout = f"in {len(self.class_names)} class folders of" if self.class_names else "as one set from"
         place = {"device": f"kept on {self.device}", "memory": "kept in memory", "stream": "streamed"}[self.storage]
-        text = f"{self.count:,} images {layout} {shown_path(self._folder.root)}, {place}"
-        text += f" ({self._megabytes:,.1f} MB decoded"
+        text = f"{self.count:,} images {layout} {shown_path(self._root)}, {place} ({self._megabytes:,.1f} MB decoded"
         text += f", {self._workers} workers)" if self.storage == "stream" else ")"
         if self.held_out_count:
             text += f"; {self.held_out_count:,} more are held out for evaluation"
@@ -114,193 +297,174 @@ class TrainingImages:
 
         The images of all batches are one permutation of the set per epoch, one after the other; batch k takes the
         places k·B to (k + 1)·B of that row, across the borders of epochs. Starting anywhere costs one permutation.
-        Of several processes each gets its `share` of every batch.
+        Of several processes each gets its `shard` of every batch.
 
         Raises:
             BrokenImageError: when streaming with `data.on_broken=error`, once the image's batch is due.
             UserError: when streaming with `data.on_broken=skip`, if no image at all can be read.
         """
+        batches = self._batches(first)
+        while True:
+            started = time.perf_counter()
+            batch = next(batches)
+            self.seconds_waited += time.perf_counter() - started
+            yield batch
+
+    def _batches(self, first: int) -> Iterator[Tensor]:
         if self._images is not None:
-            for indices, coins in self._order(first):
-                yield self._finish(self._images[indices], coins)
-        loaded = iter(self._loader(first))
+            for indices, flip_mask in self._batch_indices(first):
+                yield self._to_batch(self._images[indices], flip_mask)
+        # The row of batches never ends, so the workers live on through all epochs. A generator of its own, because the
+        # loader samples a seed for its workers, and torch's global random numbers must not depend on the storage.
+        batches = (indices.tolist() for indices, _ in self._batch_indices(first))
+        loaded = iter(DataLoader(self._reader, batch_size=None, sampler=batches, num_workers=self._workers,
+                                 pin_memory=self.device.type == "cuda", worker_init_fn=_ignore_interrupt,
+                                 generator=torch.Generator()))  # fmt: skip
         try:
-            for _, coins in self._order(first):
-                yield self._finish(self._checked(*next(loaded)), coins)
+            for _, flip_mask in self._batch_indices(first):
+                yield self._to_batch(self._checked(*next(loaded)), flip_mask)
         finally:  # ends its workers; left to an error's traceback, they would live on and then end slowly
             del loaded
 
     def fixed_sample(self, n: int) -> Tensor:
         """The same `n` images every time, spread evenly over the sorted set and never mirrored, for sample grids.
 
-        Returns float32 (n, C, H, W) in [0, 1] on the device; with fewer images than `n`, they repeat.
-        Raises BrokenImageError or UserError as `batches` does.
+        Returns float32 (n, C, H, W) in [0, 1] on the device; with fewer images than `n`, they repeat. Raises as
+        `batches` does.
         """
         indices = [i * self.count // n if n <= self.count else i % self.count for i in range(n)]
         if self._images is not None:
-            return self._finish(self._images[indices])
-        return self._finish(self._checked(*_collate([self._items[index] for index in indices])))
+            return self._to_batch(self._images[indices])
+        return self._to_batch(self._checked(*self._reader[indices]))
 
     def held_out(self, limit: int | None = None) -> Tensor:
-        """The pictures that are never trained on, or `limit` of them: uint8 (n, C, H, W) on the CPU, never mirrored.
+        """The images that are never trained on, or `limit` of them: uint8 (n, C, H, W) on the CPU, never mirrored.
 
-        They are decoded at each call, in an order that depends on their names alone and mixes the classes. Broken ones
-        are left out with `data.on_broken=skip`.
-
-        Raises BrokenImageError with `data.on_broken=error`; UserError where none can be read.
+        They are decoded at each call, in an order that depends on their names alone and mixes the classes. A broken one
+        is left out with `data.on_broken=skip`, else raises BrokenImageError. Raises UserError where none can be read.
         """
-        items = _Items(self._held_out, self._items.skip)
-        found: list[Tensor] = []
-        for index in range(len(self._held_out) if limit is None else min(limit, len(self._held_out))):
-            image, reason = items.read(index)
-            if image is not None:
-                found.append(image)
-            elif not items.skip:
-                raise BrokenImageError(self._held_out.samples[index][0], reason)
-        if not found:
-            raise UserError(
-                f"data.holdout: none of the {len(self._held_out):,} images held out can be read; change the share"
-            )
-        return torch.stack(found)
+        decoded = []
+        for image in map(self._held_out.read, range(self.held_out_count)[:limit]):
+            if isinstance(image, Tensor):
+                decoded.append(image)
+            elif not self._held_out.skip:
+                raise image
+        if not decoded:
+            raise UserError(f"data.holdout: none of {self.held_out_count:,} images can be read; change the fraction")
+        return torch.stack(decoded)
 
     def held_out_halves(self) -> tuple[Tensor, Tensor]:
-        """`held_out()` in two: pictures to fit the critic's probability to, and pictures to test it on."""
-        pictures = self.held_out()
-        return pictures[0::2], pictures[1::2]
+        """`held_out()` in two: images to fit the critic's probability to, and images to test it on."""
+        images = self.held_out()
+        return images[0::2], images[1::2]
 
-    def _epoch(self, epoch: int) -> Tensor:
-        """int64 (2, count): the order of the images in this epoch, and for each a coin (0 or 1): mirrored or not."""
+    def _epoch_order(self, epoch: int) -> Tensor:
+        """int64 (2, count): the order of the images in this epoch, and 1 for each that is mirrored, else 0."""
         # A generator of its own for each epoch: nothing else shifts the order, and every epoch is equally near.
         generator = np.random.default_rng([self.seed, epoch])
         order = generator.permutation(self.count)
         return torch.from_numpy(np.stack([order, generator.integers(0, 2, self.count)]))
 
-    def _order(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Indices (B,) and mirror coins (B,), both int64, of batches `first`, `first` + 1, ...; of these the share.
+    def _batch_indices(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Indices and flip mask, both int64 (B,), of this process's shard of batches `first`, `first` + 1, ...
 
         They lie where the images do, and reach the GPU an epoch at a time, so that no batch waits for a copy.
         """
         epoch, start = divmod(first * self.batch_size, self.count)
         device = self.device if self.storage == "device" else torch.device("cpu")
-        ahead = _to(self._epoch(epoch)[:, start:], device)
+        ahead = _to(self._epoch_order(epoch)[:, start:], device)
         while True:
-            if (missing := self.batch_size - ahead.shape[1]) > 0:
-                epochs = range(epoch + 1, epoch + 1 + math.ceil(missing / self.count))  # many if shorter than a batch
-                epoch = epochs[-1]
-                ahead = torch.cat([ahead, _to(torch.cat([self._epoch(number) for number in epochs], 1), device)], 1)
-            yield ahead[0, : self.batch_size][self.share], ahead[1, : self.batch_size][self.share]
+            while ahead.shape[1] < self.batch_size:
+                epoch += 1
+                ahead = torch.cat([ahead, _to(self._epoch_order(epoch), device)], 1)
+            yield ahead[0, : self.batch_size][self.shard], ahead[1, : self.batch_size][self.shard]
             ahead = ahead[:, self.batch_size :]
 
-    def _finish(self, images: Tensor, coins: Tensor | None = None) -> Tensor:
-        """uint8 anywhere to float32 in [0, 1] on the device, flipped where a coin is 1 (as uint8: fewer bytes)."""
+    def _to_batch(self, images: Tensor, flip_mask: Tensor | None = None) -> Tensor:
+        """uint8 anywhere to float32 in [0, 1] on the device, flipped where the mask is 1 (as uint8: fewer bytes)."""
         images = _to(images, self.device)
-        if self._mirror and coins is not None:
-            images = torch.where(_to(coins, self.device).bool()[:, None, None, None], images.flip(-1), images)
+        if self._mirror and flip_mask is not None:
+            images = torch.where(_to(flip_mask, self.device).bool()[:, None, None, None], images.flip(-1), images)
         return images.float().div_(255)
 
     def _load(self, shape: tuple[int, ...], progress: bool) -> tuple[Tensor, list[int]]:
         """Decodes every image, in threads (Pillow's decoders leave the GIL): the readable ones and their indices."""
         images = torch.empty(shape, dtype=torch.uint8)
         kept: list[int] = []
-        bar = tqdm(total=shape[0], desc="decoding", unit="image", leave=False, disable=None if progress else True)
+        broken: list[BrokenImageError] = []
         pool = ThreadPoolExecutor(min(32, os.cpu_count() or 1))
         try:
-            for index, (decoded, reason) in enumerate(pool.map(self._items.read, range(shape[0]))):
-                bar.update()
-                if decoded is not None:
-                    images[len(kept)] = decoded
-                    kept.append(index)
-                else:
-                    self._note([(index, reason)])
+            decoded = pool.map(self._reader.read, range(shape[0]))
+            with tqdm(decoded, desc="decoding", total=shape[0], unit="image", leave=False,
+                      disable=None if progress else True) as bar:  # fmt: skip
+                for index, image in enumerate(bar):
+                    if isinstance(image, Tensor):
+                        images[len(kept)] = image
+                        kept.append(index)
+                    elif self._reader.skip:
+                        broken.append(image)
+                    else:
+                        raise image
         finally:
             pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C: don't decode those still queued
-            bar.close()
-        return self._checked(images[: len(kept)] if kept else None, []), kept
+        return self._checked(images[: len(kept)] if kept else None, broken), kept
 
-    def _loader(self, first: int) -> DataLoader:
-        # The row of batches never ends, so the workers live on through all epochs. A generator of its own, because the
-        # loader draws a seed for its workers, and torch's global random numbers must not depend on the storage.
-        return DataLoader(
-            self._items,
-            batch_sampler=(indices.tolist() for indices, _ in self._order(first)),
-            num_workers=self._workers,
-            collate_fn=_collate,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=_ignore_interrupt,
-            generator=torch.Generator(),
-        )
-
-    def _checked(self, images: Tensor | None, broken: list[tuple[int, str]]) -> Tensor:
-        self._note(broken)
+    def _checked(self, images: Tensor | None, broken: list[BrokenImageError]) -> Tensor:
+        """The images, after the broken ones among them are recorded, or raised unless they are skipped."""
+        for error in broken:
+            if not self._reader.skip:
+                raise error
+            self._broken[error.path] = error.reason
         if images is None:
-            (path, reason), root = self.skipped[0], shown_path(self._folder.root)
+            (path, reason), root = self.skipped[0], shown_path(self._root)
             raise UserError(f"data.root: none of the images in {root} can be read; {shown_path(path)}: {reason}")
         return images
 
-    def _note(self, broken: list[tuple[int, str]]) -> None:
-        for index, reason in broken:
-            if not self._items.skip:
-                raise BrokenImageError(self._folder.samples[index][0], reason)
-            self._broken[index] = reason
 
+def open_images(data: DataConfig, image: ImageConfig, *, batch_size: int, seed: int, device: torch.device | str,
+                progress: bool = True, shard: slice = slice(None)) -> TrainingImages:  # fmt: skip
+    """Finds the images below `data.root` and makes them ready: batches of `batch_size` on `device`, in `seed`'s order.
 
-def split_off(folder: "Folder", share: float) -> "tuple[Folder, Folder]":
-    """The folder in two: pictures to train on, in its order, and a `share` that is held out, in the order of a hash.
-
-    A hash of its name below the root decides on each picture: those with the smallest ones are held out, at least one
-    and never all. So the choice is the same on every machine, at every resumption and for every seed.
+    `progress` shows a bar while decoding, on a terminal. `shard` is the part of each batch that this process takes.
 
     Raises:
-        UserError: a single picture cannot be shared out.
+        UserError: `data.root` is missing or holds no readable image, or `data.background` is no colour.
+        BrokenImageError: with `data.on_broken=error`, the first broken image (when streaming, `batches` raises it).
     """
-    training, held_out = copy.copy(folder), copy.copy(folder)
-    held_out.samples = []
-    if share == 0:
-        return training, held_out
-    if len(folder) < 2:
-        raise UserError(f"data.holdout={share:g}: {shown_path(folder.root)} holds one image only; set it to 0")
-    count = min(max(1, round(share * len(folder))), len(folder) - 1)
-
-    def hashed(sample: tuple[str, int]) -> bytes:
-        name = Path(sample[0].removeprefix(folder.root)).as_posix()
-        return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
-
-    by_hash = sorted(folder.samples, key=hashed)
-    kept = set(by_hash[count:])
-    training.samples = [sample for sample in folder.samples if sample in kept]
-    held_out.samples = by_hash[:count]
-    return training, held_out
+    parse_colour(data.background)  # before anything slow
+    loader = partial(decode_image, size=image.size, channels=image.channels, fit=data.fit, background=data.background)
+    return TrainingImages(open_folder(data.root, loader), data, image, batch_size=batch_size, seed=seed, device=device,
+                          progress=progress, shard=shard)  # fmt: skip
 
 
-class _Items(Dataset):
+class _ImageReader(Dataset):
     """What a worker reads. Broken images come back as data: an exception would reach the user with a traceback."""
 
-    def __init__(self, folder: "Folder", skip: bool):
-        self.folder, self.skip = folder, skip
+    def __init__(self, samples: list[Sample], loader: Callable[[str], Tensor], skip: bool):
+        # Not the `ImageFolder`: its class is local to a function, so pickle cannot send it to a worker.
+        self.paths, self.loader, self.skip = [path for path, _ in samples], loader, skip
 
-    def read(self, index: int) -> tuple[Tensor | None, str]:
-        """The image, uint8 (C, H, W), or None and the reason."""
+    def read(self, index: int) -> Tensor | BrokenImageError:
+        """The image, uint8 (C, H, W), or why it cannot be read."""
         try:
-            return self.folder[index][0], ""
+            return self.loader(self.paths[index])
         except BrokenImageError as error:
-            return None, error.reason
+            return error.with_traceback(None)
 
-    def __getitem__(self, index: int) -> tuple[Tensor | None, list[tuple[int, str]]]:
-        """The image (when skipping: or the next readable one), and (index, reason) of the broken ones met."""
-        broken: list[tuple[int, str]] = []
-        for step in range(len(self.folder) if self.skip else 1):
-            place = (index + step) % len(self.folder)
-            image, reason = self.read(place)
-            if image is not None:
-                return image, broken
-            broken.append((place, reason))
-        return None, broken
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor | None, list[BrokenImageError]]:
+        """The images, uint8 (B, C, H, W), or None if one is missing; and the broken ones met.
 
-
-def _collate(items: list[tuple[Tensor | None, list[tuple[int, str]]]]) -> tuple[Tensor | None, list[tuple[int, str]]]:
-    images = [image for image, _ in items]
-    broken = [entry for _, entries in items for entry in entries]
-    return None if any(image is None for image in images) else default_collate(images), broken
+        When skipping, the next readable image takes a broken one's place.
+        """
+        images, broken = [], []
+        for index in indices:
+            for step in range(len(self.paths) if self.skip else 1):
+                image = self.read((index + step) % len(self.paths))
+                if isinstance(image, Tensor):
+                    images.append(image)
+                    break
+                broken.append(image)
+        return torch.stack(images) if len(images) == len(indices) else None, broken
 
 
 def _ignore_interrupt(_worker: int) -> None:
@@ -313,35 +477,3 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
-
-
-def open_folder(root: str | Path, loader: Callable[[str], Tensor]) -> "Folder":
-    """The dataset that suits the folder: by class if no image lies loose at the top, else flat.
-
-    Images both at the top and in folders make one flat set. `ImageFolder` would drop the loose ones in silence, and
-    refusing would help nobody: training doesn't need the classes, and the run's log says that the set is one.
-    """
-    files = find_images(root)
-    if not all(class_name(str(absolute(root)), file) for file in files):
-        return FlatImageFolder(root, files, loader)
-    from class_folder import ClassImageFolder  # here: torchvision takes a second or two to load
-
-    return ClassImageFolder(root, files, loader)
-
-
-def open_images(data: DataConfig, image: ImageConfig, *, batch_size: int, seed: int, device: torch.device | str,
-                progress: bool = True, share: slice = slice(None)) -> TrainingImages:  # fmt: skip
-    """Finds the images below `data.root` and makes them ready: batches of `batch_size` on `device`, in `seed`'s order.
-
-    `progress` shows a bar while decoding, if standard error is a terminal. `share` are the places of each batch that
-    this process takes, where several share the batches.
-
-    Raises:
-        UserError: `data.root` is missing or holds no readable image, or `data.background` is no colour.
-        BrokenImageError: with `data.on_broken=error`, the first broken image (when streaming, `batches` raises it).
-    """
-    background_colour(data.background)  # before anything slow
-    loader = partial(decode_image, size=image.size, channels=image.channels, fit=data.fit, background=data.background)
-    folder = open_folder(data.root, loader)
-    return TrainingImages(folder, data, image, batch_size=batch_size, seed=seed, device=device, progress=progress,
-                          share=share)  # fmt: skip

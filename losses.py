@@ -1,17 +1,21 @@
-"""The objectives, each a pure function with its equation. Nothing here draws random numbers or touches a device.
+"""The loss terms, each a pure function with its equation, and DiffAugment. Nothing here samples random numbers.
 
-Squared errors are *sums* over the values of a picture and means over the batch. That is the scale the critic lives on:
-its gradient has norm 1 with respect to the same Euclidean distance between pictures.
+Squared errors are *sums* over the values of an image and means over the batch. That is the scale of the critic's
+scores: their gradient has norm 1 with respect to the same Euclidean distance between images.
 
 Papers: Kingma & Welling 2013 (VAE, https://arxiv.org/abs/1312.6114), Gulrajani et al. 2017 (WGAN-GP,
-https://arxiv.org/abs/1704.00028), Larsen et al. 2016 (VAE/GAN, https://arxiv.org/abs/1512.09300).
+https://arxiv.org/abs/1704.00028), Larsen et al. 2016 (VAE/GAN, https://arxiv.org/abs/1512.09300), Zhao et al. 2020
+(DiffAugment, https://arxiv.org/abs/2006.10738).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from configuration import LossConfig
 
 
 class CriticLoss(NamedTuple):
@@ -26,13 +30,11 @@ class CriticLoss(NamedTuple):
 
 
 def critic_loss(
-    discriminator: Callable[[Tensor], Tensor],
+    critic: Callable[[Tensor], Tensor],
     x_real: Tensor,
     x_fake: Tensor,
     epsilon: Tensor,
-    *,
-    lambda_gp: float = 10.0,
-    epsilon_drift: float = 0.0,
+    weights: LossConfig,
 ) -> CriticLoss:
     """L_D = mean D(x_fake) - mean D(x_real) + λ_gp · penalty + ε_drift · mean D(x_real)²  (Gulrajani et al., eq. 3).
 
@@ -40,23 +42,22 @@ def critic_loss(
 
     Args:
         x_real, x_fake: (B, C, H, W) in [0, 1]; `x_fake` without gradient.
-        epsilon: (B,) in [0, 1], where on the line between a fake and a real picture the penalty looks.
+        epsilon: (B,) in [0, 1], the place of x_hat on the line between a fake and a real image.
+        weights: `lambda_gp` and `epsilon_drift` are read.
     """
-    # Without BatchNorm a score depends on its own picture alone, so both halves go through in one pass.
-    score_real, score_fake = at_least_fp32(discriminator(torch.cat([x_real, x_fake]))).chunk(2)
+    # Without BatchNorm a score depends on its own image alone, so both halves go through in one pass.
+    score_real, score_fake = at_least_fp32(critic(torch.cat([x_real, x_fake]))).chunk(2)
     wasserstein = score_fake.mean() - score_real.mean()
-    penalty = gradient_penalty(discriminator, x_real, x_fake, epsilon)
+    penalty = gradient_penalty(critic, x_real, x_fake, epsilon)
     drift = score_real.square().mean()
-    total = wasserstein + lambda_gp * penalty + epsilon_drift * drift
+    total = wasserstein + weights.lambda_gp * penalty + weights.epsilon_drift * drift
     return CriticLoss(total, wasserstein, penalty, drift, score_real, score_fake)
 
 
-def gradient_penalty(
-    discriminator: Callable[[Tensor], Tensor], x_real: Tensor, x_fake: Tensor, epsilon: Tensor
-) -> Tensor:
-    """mean (‖∇D(x_hat)‖₂ - 1)² at x_hat = ε · x_real + (1 - ε) · x_fake, one ε and one norm per picture, in fp32.
+def gradient_penalty(critic: Callable[[Tensor], Tensor], x_real: Tensor, x_fake: Tensor, epsilon: Tensor) -> Tensor:
+    """mean (‖∇D(x_hat)‖₂ - 1)² at x_hat = ε · x_real + (1 - ε) · x_fake, one ε and one norm per image, in fp32.
 
-    Gulrajani et al. 2017, algorithm 1. Our critic knows its own `input_gradient`, without double backward. For any
+    Gulrajani et al. 2017, algorithm 1. Our critic has an `input_gradient` that needs no double backward. For any
     other it is taken with `torch.func.grad`, which `torch.compile` can follow (unlike `torch.autograd.grad` with
     `create_graph=True`). An ordinary `.backward()` goes through both.
 
@@ -69,11 +70,11 @@ def gradient_penalty(
         x_hat = (epsilon * at_least_fp32(x_real) + (1 - epsilon) * at_least_fp32(x_fake)).detach()
 
         def total_score(x: Tensor) -> Tensor:
-            return discriminator(x).sum()
+            return critic(x).sum()
 
-        # Scores of different pictures don't mix, so the gradient of their sum is each picture's own gradient.
-        if hasattr(discriminator, "input_gradient"):  # torch.compile of torch 2.11 cannot trace `method or other`
-            gradient = discriminator.input_gradient(x_hat)
+        # Scores of different images don't mix, so the gradient of their sum is each image's own gradient.
+        if hasattr(critic, "input_gradient"):  # torch.compile of torch 2.11 cannot trace `method or other`
+            gradient = critic.input_gradient(x_hat)
         else:
             gradient = torch.func.grad(total_score)(x_hat)
         # The small number inside the root keeps its derivative finite where the gradient vanishes.
@@ -101,12 +102,7 @@ def generator_loss(
     kl: Tensor,
     update: Tensor,
     video: Tensor,
-    lambda_adv: float = 1.0,
-    lambda_base: float = 1.0,
-    lambda_vae: float = 1.0,
-    beta: float = 1.0,
-    lambda_update: float = 0.0,
-    lambda_video: float = 0.0,
+    weights: LossConfig,
 ) -> GeneratorLoss:
     """L = λ_adv · adversarial + λ_base · adversarial_base + λ_vae · (rec + β · KL) + λ_Δ · update + λ_video · video.
 
@@ -114,18 +110,20 @@ def generator_loss(
     terms this is the VAE/GAN of Larsen et al. 2016.
 
     Args:
-        score_fake, score_base: (B,) scores of the pictures drawn with θ + Δ and with θ.
+        score_fake, score_base: (B,) scores of the images decoded with θ + Δ and with θ.
         reconstruction, kl: from `vae_loss`.
         update: mean (Δ / rms θ)², the mean square size of the update relative to the weights it changes.
-        video: from `video_loss`, or zero when λ_video is.
+        video: from `video_loss`, or zero where λ_video is.
+        weights: the factors λ and β.
     """
     adversarial, adversarial_base = -at_least_fp32(score_fake).mean(), -at_least_fp32(score_base).mean()
+    update = at_least_fp32(update)
     total = (
-        lambda_adv * adversarial
-        + lambda_base * adversarial_base
-        + lambda_vae * (reconstruction + beta * kl)
-        + lambda_update * update
-        + lambda_video * video
+        weights.lambda_adv * adversarial
+        + weights.lambda_base * adversarial_base
+        + weights.lambda_vae * (reconstruction + weights.beta * kl)
+        + weights.lambda_update * update
+        + weights.lambda_video * video
     )
     return GeneratorLoss(total, adversarial, adversarial_base, reconstruction, kl, update, video)
 
@@ -146,8 +144,17 @@ def vae_loss(x: Tensor, x_rec: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tens
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
-    """‖a - b‖² of each picture: (B, C, H, W) twice -> (B,), at least in fp32."""
+    """‖a - b‖² of each image: (B, C, H, W) twice -> (B,), at least in fp32."""
     return (at_least_fp32(a) - at_least_fp32(b)).square().flatten(1).sum(dim=1)
+
+
+def video_loss(frames: Tensor, video: Tensor) -> Tensor:
+    """mean ‖decode(z; θ + Δ_t) - video_t‖² over images and frames: the weight-driven video follows the synthetic one.
+
+    Args:
+        frames, video: (B, K, C, H, W), the decoded frames and the synthetic video's frames at the same times.
+    """
+    return squared_distance(frames.flatten(0, 1), video.flatten(0, 1)).mean()
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -155,10 +162,64 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def video_loss(frames: Tensor, video: Tensor) -> Tensor:
-    """mean ‖decode(z; θ + Δ_t) - video_t‖² over pictures and frames: the weight-driven video follows the synthetic one.
+# -------------------------------------------------------------------------------------------------------- augmentation
+
+
+AUGMENTATION_NUMBERS = 7
+"""Uniform random numbers per image that DiffAugment uses: three for colour, two places for each of the others."""
+
+
+def diffaugment(x: Tensor, kinds: Sequence[str], numbers: Tensor) -> Tensor:
+    """The same kinds of random change to real and generated images, with gradients through it (Zhao et al. 2020).
+
+    With few images the critic learns them by heart. If it only ever sees changed images, real and generated alike, it
+    cannot, and the generator isn't taught to make the changes.
+
+    `color` is brightness ±0.5, saturation 0 to 2, contrast 0.5 to 1.5; `translation` is by up to 1/8 of the side, in
+    whole pixels, zeros moving in; `cutout` is a grey square of half the side.
 
     Args:
-        frames, video: (B, K, C, H, W), the drawn frames and the synthetic video's frames at the same times.
+        x: (B, C, H, W) in [0, 1].
+        numbers: (B, `AUGMENTATION_NUMBERS`), uniform in [0, 1).
+
+    Returns:
+        (B, C, H, W); colours may leave [0, 1]. Without kinds it is `x` itself.
     """
-    return squared_distance(frames.flatten(0, 1), video.flatten(0, 1)).mean()
+    if "color" in kinds:
+        x = _color(x, numbers[:, :3])
+    if "translation" in kinds:
+        x = _translation(x, numbers[:, 3:5])
+    if "cutout" in kinds:
+        x = _cutout(x, numbers[:, 5:7])
+    return x
+
+
+def _color(x: Tensor, numbers: Tensor) -> Tensor:
+    brightness, saturation, contrast = numbers.view(-1, 3, 1, 1, 1).unbind(dim=1)
+    x = x + (brightness - 0.5)
+    grey = x.mean(dim=1, keepdim=True)
+    x = grey + (x - grey) * (2 * saturation)
+    mean = x.mean(dim=(1, 2, 3), keepdim=True)
+    return mean + (x - mean) * (contrast + 0.5)
+
+
+def _translation(x: Tensor, numbers: Tensor) -> Tensor:
+    (batch, _, height, width), device = x.shape, x.device
+    reach_y, reach_x = height // 8, width // 8
+    # Row r of the result is row r + offset of the image, or a row of the zero border that padding adds.
+    offset_y = (numbers[:, 0] * (2 * reach_y + 1)).long()
+    offset_x = (numbers[:, 1] * (2 * reach_x + 1)).long()
+    padded = functional.pad(x, (reach_x, reach_x, reach_y, reach_y))
+    rows = torch.arange(height, device=device) + offset_y[:, None]
+    columns = torch.arange(width, device=device) + offset_x[:, None]
+    index = torch.arange(batch, device=device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _cutout(x: Tensor, numbers: Tensor) -> Tensor:
+    height, width = x.shape[-2:]
+    centre_y, centre_x = numbers[:, 0, None] * height, numbers[:, 1, None] * width
+    near_y = (torch.arange(height, device=x.device) + 0.5 - centre_y).abs() < height / 4
+    near_x = (torch.arange(width, device=x.device) + 0.5 - centre_x).abs() < width / 4
+    hole = (near_y[:, None, :, None] & near_x[:, None, None, :]).to(x.dtype)
+    return x * (1 - hole) + 0.5 * hole

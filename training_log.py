@@ -1,53 +1,61 @@
-"""What the user sees while a run trains: progress, metrics, samples of fixed latents, and how it is stopped."""
+"""What the user sees while a run trains: progress, metrics, samples of fixed latents, checkpoints, and how it stops."""
 
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.profiler import profile, schedule
 from tqdm import tqdm
 
-from command_line import silence_output
-from configuration import Config, UserError
-from distributed import ALONE, World
-from generator_path import Generator
+from configuration import Config, UserError, config_to_dict
+from distributed import SINGLE_PROCESS, World
 from image_data import TrainingImages
-from random_draws import stable_seed
 from run_directory import RunDirectory
 from sampling import weight_driven_frames
-from video_synth import Motion
+from training_step import TrainingState, stable_seed
+from util import discard_output
 
 
 class Log:
-    """Averages each interval's metrics, writes them, shows progress, and stops a run whose losses are no numbers.
+    """Averages each interval's metrics, writes them, shows progress, and stops a run whose losses are not finite.
 
-    Steps hand over scalars that stay on the device; only `write` and `check` wait for it.
+    Steps hand over scalars that stay on the device; only `write` and `check` wait for it. Of several processes the
+    first alone has a folder to write to, and prints.
+
+    Args:
+        run: the run's folder; None where another process writes.
+        steps: of the whole run.
+        images: whose waiting times and broken images are reported.
+        step: iterations done before.
     """
 
-    def __init__(self, run: RunDirectory, steps: int, config: Config, done: int = 0, world: World = ALONE) -> None:
-        self.run, self.steps, self.world = run, steps, world
+    def __init__(self, run: RunDirectory | None, steps: int, config: Config, images: TrainingImages, step: int = 0,
+                 world: World = SINGLE_PROCESS) -> None:  # fmt: skip
+        self.run, self.steps, self.images, self.world = run, steps, images, world
+        self.path = Path(config.output.root) / config.output.name
         self.images_per_step = config.training.n_critic * config.training.batch_size
         self.names: list[str] = []
         self.latest: dict[str, float] = {}
         self.skipped_count = 0
         self.evaluated: int | None = None  # the step whose quality was measured last
-        self.waited = 0.0  # seconds of this interval in which the loop had no pictures
+        self.waited_before = images.seconds_waited
         self.sums: Tensor | None = None
         self.first_bad: Tensor | None = None
-        self.step = self.since_step = done
+        self.step = self.since_step = step
         self.since_time = self.started = time.perf_counter()
-        self.is_terminal = sys.stderr.isatty() and world.is_first
+        self.is_terminal = sys.stderr.isatty() and world.is_main
         self.bar = tqdm(
             total=steps,
-            initial=done,
+            initial=step,
             unit="step",
             disable=not self.is_terminal,
             dynamic_ncols=True,
@@ -62,32 +70,31 @@ class Log:
             "sums": self.sums,
             "since_step": self.since_step,
             "interval_seconds": now - self.since_time,
-            "waited_seconds": self.waited,
+            "waited_seconds": self.images.seconds_waited - self.waited_before,
             "seconds": now - self.started,
             "latest": self.latest,
         }
 
-    def restore(self, saved: dict[str, Any], device: torch.device) -> None:
-        """Goes on with what `state` gave."""
+    def restore(self, saved: dict[str, Any] | None, device: torch.device) -> None:
+        """Goes on with what `state` gave; None: from the start."""
+        if saved is None:
+            return
         now = time.perf_counter()
         self.since_step, self.latest = saved["since_step"], saved["latest"]
         self.since_time, self.started = now - saved["interval_seconds"], now - saved["seconds"]
-        self.waited = saved.get("waited_seconds", 0.0)
+        self.waited_before -= saved["waited_seconds"]
         if saved["sums"] is not None:
             self.names = saved["names"]
             self._begin_interval(saved["sums"].to(device))
 
     def line(self, text: str) -> None:
-        """Prints one line, above the bar where there is one. A terminal or pipe that is gone stops no training.
-
-        Of several processes the first one speaks.
-        """
-        if not self.world.is_first:
+        """Prints one line, above the bar if there is one. A closed terminal or pipe stops no training."""
+        if not self.world.is_main:
             return
         try:
             tqdm.write(text) if self.is_terminal else print(text, flush=True)
         except OSError:
-            silence_output()
+            discard_output()
 
     def collect(self, step: int, metrics: dict[str, Tensor]) -> None:
         """Adds one step's scalars, without waiting for the device."""
@@ -103,13 +110,6 @@ class Log:
         self.step = step
         self.bar.update()
 
-    def next_batch(self, batches: Iterator[Tensor]) -> Tensor:
-        """The next of `batches`; the time that the host waits for it becomes `speed/data_wait_share`."""
-        started = time.perf_counter()
-        batch = next(batches)
-        self.waited += time.perf_counter() - started
-        return batch
-
     def _begin_interval(self, sums: Tensor) -> None:
         self.sums = sums.clone()
         self.first_bad = torch.full(sums.shape, math.inf, device=sums.device, dtype=torch.float64)
@@ -118,7 +118,7 @@ class Log:
         """Stops a run that has gone wrong, before its state reaches a checkpoint. Waits for the device.
 
         Raises:
-            UserError: a loss, score or gradient, or a weight of `networks`, is no finite number; names the first step.
+            UserError: a loss, score, gradient or weight of `networks` is not finite; names the first step.
         """
         if self.first_bad is not None and (bad := self.first_bad.min().item()) < math.inf:
             first = self.first_bad.tolist()
@@ -136,7 +136,8 @@ class Log:
         """
         if self.sums is None or self.first_bad is None or step == self.since_step:
             return
-        waited, memory = self.world.largest([self.waited, peak_memory_gb(self.sums.device) or 0.0])
+        waited = self.images.seconds_waited - self.waited_before  # seconds in which the loop had no images
+        waited, memory = self.world.maximum([waited, peak_memory_gb(self.sums.device) or 0.0])
         self.check()
         averages = (self.sums / (step - self.since_step)).tolist()
         seconds = time.perf_counter() - self.since_time
@@ -144,24 +145,28 @@ class Log:
         metrics["images_seen"] = step * self.images_per_step
         metrics["speed/images_per_second"] = (step - self.since_step) * self.images_per_step / seconds
         metrics["speed/seconds_per_step"] = seconds / (step - self.since_step)
-        metrics["speed/data_wait_share"] = waited / seconds
+        metrics["speed/data_wait_fraction"] = waited / seconds
         if memory:
             metrics["memory/peak_gb"] = memory
         metrics["seconds"] = time.perf_counter() - self.started
-        self.run.log_metrics(step, metrics)
+        if self.run:
+            self.run.log_metrics(step, metrics)
         self.latest = metrics
         self.show(step, metrics)
+        self.report_skipped()
         self.sums.zero_()
-        self.since_step, self.since_time, self.waited = step, time.perf_counter(), 0.0
+        self.since_step, self.since_time = step, time.perf_counter()
+        self.waited_before = self.images.seconds_waited
 
-    def note_quality(self, step: int, metrics: dict[str, float]) -> None:
+    def write_quality(self, step: int, metrics: dict[str, float]) -> None:
         """Writes and shows what a `QualityCheck` has measured, as a line of its own."""
-        self.run.log_metrics(step, metrics)
+        if self.run:
+            self.run.log_metrics(step, metrics)
         self.latest = self.latest | metrics
         self.evaluated = step
         kid, spread, base = (metrics[f"quality/{name}"] for name in ("kid", "kid_std", "kid_base"))
         text = f"KID {kid:.4f} ± {spread:.4f} (base {base:.4f})"
-        text += f", critic's gap {metrics['quality/train_gap']:.2f} on training pictures"
+        text += f", critic's gap {metrics['quality/train_gap']:.2f} on training images"
         if "quality/heldout_gap" in metrics:
             text += f", {metrics['quality/heldout_gap']:.2f} on held-out ones"
         self.line(f"quality at step {step}: {text}")
@@ -177,50 +182,54 @@ class Log:
             self.bar.set_postfix_str(summary)
         else:
             left = (self.steps - step) * metrics["speed/seconds_per_step"]
-            self.line(f"step {step}/{self.steps}  {summary}, {duration(left)} left")
+            self.line(f"step {step}/{self.steps}  {summary}, {tqdm.format_interval(left)} left")
 
-    def skipped(self, skipped: list[tuple[Path, str]]) -> None:
-        """Lists broken images that were met since the last call, on the screen and in skipped.txt."""
+    def report_skipped(self) -> None:
+        """Lists broken images that any process has met since the last call, on the screen and in skipped.txt."""
+        skipped = self.images.skipped
+        if self.images.storage == "stream":  # each process meets its own
+            skipped = list(dict.fromkeys(entry for part in self.world.gather_objects(skipped) for entry in part))
         new = skipped[self.skipped_count :]
-        if new:
+        if new and self.run:
             self.skipped_count = len(skipped)
             self.run.list_skipped(new)
             self.line(
-                f"skipped {len(new)} broken images, {len(skipped)} in all; {self.run.path / 'skipped.txt'} lists them"
+                f"skipped {len(new)} broken images, {len(skipped)} in all; {self.path / 'skipped.txt'} lists them"
             )
 
-    def pause(self) -> "_Pause":
-        """A context whose time is not counted in images/s: drawing samples, writing a checkpoint."""
-        return _Pause(self)
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """A context whose time is not counted in images/s: making samples, writing a checkpoint."""
+        if self.sums is not None and self.sums.device.type == "cuda":
+            torch.cuda.synchronize()  # or steps still under way would count as pause
+        started = time.perf_counter()
+        yield
+        self.since_time += time.perf_counter() - started
 
     def finish(self, step: int, stop: "StopRequest") -> None:
-        """The last words of a run."""
+        """The last lines of a run."""
         self.close()
         if stop.requested and step < self.steps:
-            self.line(f"stopped by {stop.reason} after step {step}; all is saved in {self.run.path}/")
+            self.line(f"stopped by {stop.reason} after step {step}; all is saved in {self.path}/")
             self.line("the same command goes on from there")
             return
-        self.line(f"finished {step} steps in {duration(time.perf_counter() - self.started)}. Look at:")
-        self.results(step)
-
-    def results(self, step: int) -> None:
-        """Where to find what a finished run has left."""
+        self.line(f"finished {step} steps in {tqdm.format_interval(time.perf_counter() - self.started)}. Look at:")
         for what, where in (
-            ("pictures", f"samples/step_{step:06d}.png"),
+            ("images", f"samples/step_{step:06d}.png"),
             ("videos", f"clips/step_{step:06d}.mp4"),
             ("curves", "loss_curves.png"),
             ("checkpoint", "checkpoints/latest.pt"),
         ):
-            self.line(f"  {what:<11}{self.run.path / where}")
+            self.line(f"  {what:<11}{self.path / where}")
 
     def _stop(self, what: str) -> NoReturn:
         self.close()
-        kept, network = self.run.path / "checkpoints" / "latest.pt", _suspect(what)
+        latest, network = self.path / "checkpoints" / "latest.pt", _likely_network(what)
         raise UserError(
             f"training stopped: {what}; "
-            + (f"the last good checkpoint is {kept}" if kept.exists() else "no checkpoint was written yet")
+            + (f"the last good checkpoint is {latest}" if latest.exists() else "no checkpoint was written yet")
             + f"; it began in the {network}: try a smaller training.lr_{network}, or training.clip_{network}=10"
-            + (", and go on from there with --accept-changes" if kept.exists() else "")
+            + (", and go on from there with --accept-changes" if latest.exists() else "")
         )
 
     def close(self) -> None:
@@ -228,12 +237,13 @@ class Log:
         self.bar.close()
 
 
-def _suspect(what: str) -> str:
+def _likely_network(what: str) -> str:
     """The network that the first bad numbers point at. A bad loss spoils several gradients, so losses count first."""
     for signs, network in (
-        (("critic/", "score/", "discriminator"), "discriminator"),
+        (("critic/", "score/", "the critic"), "critic"),
         (("generator/reconstruction", "generator/kl"), "vae"),
         (("generator/update", "generator/video", "update/"), "predictor"),
+        (("gradient_norm/critic",), "critic"),
         (("gradient_norm/vae",), "vae"),
         (("gradient_norm/predictor",), "predictor"),
     ):
@@ -242,44 +252,27 @@ def _suspect(what: str) -> str:
     return "vae"
 
 
-class _Pause:
-    def __init__(self, log: Log) -> None:
-        self.log = log
-
-    def __enter__(self) -> None:
-        if self.log.sums is not None and self.log.sums.device.type == "cuda":
-            torch.cuda.synchronize()  # or steps still under way would count as pause
-        self.started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.log.since_time += time.perf_counter() - self.started
-
-
 class FixedSamples:
-    """The same latents, motions and real pictures through the whole run, drawn by the averaged networks."""
+    """The same latents, motions and real images through the whole run, decoded by the averaged networks."""
 
-    def __init__(self, config: Config, generator: Generator, images: TrainingImages, last_step: int) -> None:
+    def __init__(self, state: TrainingState, images: TrainingImages, last_step: int) -> None:
+        config, device = state.config, state.device
         self.every, self.last_step = config.output.sample_every, last_step
-        device = generator.vae.to_mu.weight.device
         random = torch.Generator(device).manual_seed(stable_seed(config.training.seed, "samples"))
         count = config.output.samples
         self.z = torch.randn(count, config.vae.latent_dim, device=device, generator=random)
-        self.motion = generator.draw_motion(count, random)
+        self.motion = state.generator.sample_motion(count, random)
         self.x_real = images.fixed_sample(count)
 
     def missing(self, run: RunDirectory, step: int) -> bool:
-        """Whether the pictures of `step` are due and not there: a kill may come between a checkpoint and them."""
+        """Whether the samples of `step` are due and not there: a kill may come between a checkpoint and them."""
         due = step in (0, self.last_step) or step % self.every == 0
         return due and not (run.path / "samples" / f"step_{step:06d}.png").exists()
 
     @torch.no_grad()
-    def save(self, run: RunDirectory, step: int, generator: Generator) -> Path:
-        """Writes the sample grid, the clips and the curves of this moment; returns the grid's path.
-
-        Of several processes only the one that writes draws them.
-        """
-        if not run.writes:
-            return run.path / "samples"
+    def save(self, run: RunDirectory, state: TrainingState) -> Path:
+        """Writes the sample grid, the clips and the curves of this moment; returns the grid's path."""
+        generator, step = state.generator_ema, state.step
         output = generator(self.z, self.motion)
         mu, _ = generator.vae.encode(self.x_real)
         path = run.save_samples(
@@ -291,32 +284,82 @@ class FixedSamples:
                 "updated image": output.x_fake,
             },
         )
-        # A shared update is the mean over all samples; otherwise only those that are shown need be drawn.
-        count = len(self.z) if generator.shared else min(4, len(self.z))
-        motion = Motion(*(part[:count] for part in self.motion))
-        frames = torch.stack(
-            list(weight_driven_frames(generator, self.z[:count], motion, output.video.shape[1])), dim=1
-        )[:4]
-        watched = functional.interpolate(output.video.flatten(0, 1), size=frames.shape[-2:])  # as coarse as it is
-        watched = watched.unflatten(0, output.video.shape[:2])[:4]
-        run.save_clip(step, {"synthetic video": watched, "weight-driven video": frames})
+        # A shared update is the mean over all samples; otherwise only those that are shown need be decoded.
+        shown = slice(len(self.z) if generator.shared else 4)
+        motion = type(self.motion)(*(numbers[shown] for numbers in self.motion))
+        videos = weight_driven_frames(generator, self.z[shown], motion, output.video.shape[1])
+        frames = torch.stack(list(videos), dim=1)[:4]
+        video = functional.interpolate(output.video.flatten(0, 1), size=frames.shape[-2:])  # as coarse as it is
+        video = video.unflatten(0, output.video.shape[:2])[:4]
+        run.save_clip(step, {"synthetic video": video, "weight-driven video": frames})
         if step:
             run.plot_losses()
         return path
 
 
+class CheckpointManager:
+    """Saves the state of a run with all that resuming it needs, and remembers which checkpoint was the best.
+
+    A full disk may have room again when the next checkpoint is due. So a run ends only when `MOST_FAILURES` checkpoints
+    in a row could not be written, or its last one.
+    """
+
+    MOST_FAILURES = 3
+
+    def __init__(self, run: RunDirectory, config: Config, images: TrainingImages, saved: dict[str, Any] | None) -> None:
+        self.run, self.config = run, config
+        self.images = {"fingerprint": images.fingerprint, "count": images.count}
+        self.best: dict[str, Any] | None = saved["best"] if saved else None
+        self.failures = 0
+
+    def save(self, state: TrainingState, log: Log, last: bool) -> None:
+        """Writes a checkpoint of this moment; `last`: nothing comes after it.
+
+        Raises:
+            UserError: it cannot be written, and that was the last chance.
+        """
+        self._update_best(state.step, log)
+        content = state.to_dict() | {
+            "images_seen": state.step * log.images_per_step,
+            "config": config_to_dict(self.config),
+            "update_spec": state.generator.spec.to_dict(),
+            "images": self.images,
+            "log": log.state(),
+            "best": self.best,
+        }
+        try:
+            self.run.save_checkpoint(content)
+            self.failures = 0
+        except UserError as error:
+            self.failures += 1
+            latest = self.run.path / "checkpoints" / "latest.pt"
+            what_is_left = f"{latest} is whole" if latest.exists() else "no checkpoint was written yet"
+            if last or self.failures == self.MOST_FAILURES or not self.run.exists:
+                log.close()
+                raise UserError(
+                    f"training stopped at step {state.step}: {error}; {what_is_left}; mend that, and the same command "
+                    "goes on from there"
+                ) from None
+            log.line(f"warning: {error}; {what_is_left}; training goes on and tries again at the next checkpoint")
+
+    def _update_best(self, step: int, log: Log) -> None:
+        """Checks whether this is the best checkpoint so far, by the newest mean of `output.best_metric`."""
+        metric = self.config.output.best_metric
+        if metric == "quality/kid" and log.evaluated != step:  # the newest value is of an older step
+            return
+        value = log.latest.get(metric, math.nan) if metric else math.nan
+        if not math.isnan(value) and (self.best is None or self.best["metric"] != metric or value < self.best["value"]):
+            self.best = {"metric": metric, "value": value, "step": step}
+
+
 class StopRequest:
     """Turns Ctrl-C, SIGTERM, a closed terminal or the end of `training.max_minutes` into a stop after the step.
 
-    A second signal ends the process at once. Several processes stop together, whichever of them was told to.
+    A second signal ends the process at once. Several processes stop together, whichever of them got the signal.
     """
 
-    REASONS = (None, "SIGINT", "SIGTERM", "SIGHUP", "time")  # as processes tell them to each other
-
-    def __init__(self, max_minutes: float | None = None, world: World = ALONE) -> None:
+    def __init__(self, max_minutes: float | None = None, world: World = SINGLE_PROCESS) -> None:
         self.world = world
-        if world.size > 1:
-            world.vote(self._vote)
         self.signal_number = 0
         self.max_minutes = max_minutes
         self._ends = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
@@ -327,24 +370,20 @@ class StopRequest:
         return self.signal_number != 0 or time.monotonic() >= self._ends
 
     def agreed(self) -> bool:
-        """To be asked once after each iteration: whether to stop now. The same for all processes."""
-        if self.world.size == 1:
-            return self.requested
-        reason = self.REASONS[self.world.verdict()]
-        if reason == "time":
-            self._ends = -math.inf
-        elif reason:
-            self.signal_number = getattr(signal, reason)
-        return reason is not None
+        """Whether to stop now, to be asked once after each iteration. The same for all processes.
 
-    def _vote(self) -> int:
-        if self.signal_number:
-            return self.REASONS.index(signal.Signals(self.signal_number).name)
-        return self.REASONS.index("time") if self.requested else 0
+        Processes exchange 1 + the number of the signal, or 1 when the time is over.
+        """
+        reason = self.world.agree_on_stop(1 + self.signal_number if self.signal_number else int(self.requested))
+        if reason > 1:
+            self.signal_number = reason - 1
+        elif reason == 1:
+            self._ends = -math.inf
+        return reason > 0
 
     @property
     def reason(self) -> str:
-        """`SIGINT`, `SIGTERM`, or which time is over."""
+        """`SIGINT`, `SIGTERM`, or the time limit that has passed."""
         if self.signal_number:
             return signal.Signals(self.signal_number).name
         return f"training.max_minutes={self.max_minutes:g}"
@@ -370,14 +409,34 @@ class StopRequest:
         self.signal_number = number
         for other in self._before:
             signal.signal(other, signal.SIG_DFL)
-        if not self.world.is_first:
+        if not self.world.is_main:
             return
         with suppress(OSError):  # not print: it may have been interrupted in the middle of a print itself
             os.write(2, b"\nstopping after this step and saving; press Ctrl-C again to leave at once\n")
 
 
+def step_profiler(folder: Path, log: Callable[[str], None]) -> profile:
+    """A torch profiler of iterations 4 and 5 of a session, for `step()` after each; leaves trace.json in `folder`.
+
+    The first three iterations are left out: they compile, record and reserve memory.
+    """
+
+    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+
+    def report(profiler: profile) -> None:
+        log(profiler.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=60))
+        path = folder / "trace.json"
+        try:
+            profiler.export_chrome_trace(str(path))
+            log(f"trace: {path}; open it at https://ui.perfetto.dev or chrome://tracing")
+        except (OSError, RuntimeError) as error:
+            log(f"warning: cannot write {path} ({error})")
+
+    return profile(schedule=schedule(wait=2, warmup=1, active=2, repeat=1), on_trace_ready=report)
+
+
 def peak_memory_gb(device: torch.device) -> float | None:
-    """Peak memory so far, of the GPU's allocator, or of the process on a CPU; None where the system doesn't tell."""
+    """Peak memory so far, of the GPU's allocator, or of the process on a CPU; None if the system doesn't report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:
@@ -386,10 +445,3 @@ def peak_memory_gb(device: torch.device) -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
-
-
-def duration(seconds: float) -> str:
-    """93 -> `1:33`, 4000 -> `1:06:40`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

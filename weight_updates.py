@@ -1,35 +1,35 @@
 """Predicted weight updates: which tensors they change, what the network predicts for them, and how far they may go.
 
-A hypernetwork (Ha et al. 2016, https://arxiv.org/abs/1609.09106) writes another network's weights. Ours writes
-*offsets*, as HyperStyle does for StyleGAN (Alaluf et al. 2022, https://arxiv.org/abs/2111.15666): θ + Δ draws the
-picture, while θ itself is trained as usual.
+A hypernetwork (Ha et al. 2016, https://arxiv.org/abs/1609.09106) predicts another network's weights. Ours predicts
+*offsets*, as HyperStyle does for StyleGAN (Alaluf et al. 2022, https://arxiv.org/abs/2111.15666): θ + Δ decodes the
+image, while θ itself is trained as usual.
 
-    code (..., update_size)  --head, within ± bound-->  Δ / rms θ (..., total_size)
+    code (B, update_size)  --head, within ± bound-->  Δ / rms θ (B, total_size)
 
-`UpdateSpec` says which tensors Δ is made of; a head turns the predicted code into an update in units of each tensor's
-root mean square, and keeps it within ± α, so that no prediction can wreck the decoder. An update of low rank stays in
-its two factors as long as it can: `draw_factored` draws with them, and no picture's weights are ever written out.
+`UpdateSpec` lists the tensors that Δ is made of. A head turns the predicted code into an update in units of each
+tensor's root mean square, and keeps it within ± α, so that no prediction can ruin the decoder. An update of low rank
+stays in its two factors: `generator.decode_factored` decodes with them, and no image's weights are written out.
+
+To add a head, write a class like `FullHead` and enter it in `HEADS`, and its name in the setting's choices.
 """
 
 import difflib
 import fnmatch
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn import functional
 
 from configuration import UserError
-from losses import at_least_fp32
 
 # Biases start at zero, so their own RMS would pin their updates to zero: below this they count as this large.
 SMALLEST_SCALE = 0.01
-NEARLY = 0.95
-"""From this share of its bound on, a number counts as being at it."""
+SATURATION_THRESHOLD = 0.95
+"""From this fraction of its bound on, a predicted number counts as saturated."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,25 @@ class UpdatedTensor:
     channel_dim: int
     """The dimension that counts output channels: 1 for ConvTranspose2d weights, else 0."""
 
+    @cached_property
+    def decoder_name(self) -> str:
+        """Its name within the decoder, for example `stage1.weight`."""
+        return self.name.removeprefix("decoder.")
+
     @property
     def size(self) -> int:
         return math.prod(self.shape)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """(output channels, all the rest): the shape in which `low_rank` sees the tensor."""
+        """(output channels, all the rest): the matrix that the head `low_rank` factors."""
         channels = self.shape[self.channel_dim]
         return channels, self.size // channels
 
 
 @dataclass(frozen=True)
 class UpdateSpec:
-    """The tensors of Δ in order. Built once by `build_update_spec`; kept in every checkpoint."""
+    """The tensors of Δ in order. Built once by `build_update_spec`; saved in every checkpoint."""
 
     tensors: tuple[UpdatedTensor, ...]
 
@@ -67,18 +72,21 @@ class UpdateSpec:
         return sum(tensor.size for tensor in self.tensors)
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """Cuts a flat update (..., total_size) into views by name, each (..., *shape)."""
-        if flat.shape[-1] != self.total_size:
-            raise ValueError(f"a flat update of this spec has {self.total_size} values, not {flat.shape[-1]}")
+        """Cuts a flat update (..., total_size) into views by their names within the decoder, each (..., *shape)."""
         pieces = flat.split([tensor.size for tensor in self.tensors], dim=-1)
-        return {
-            tensor.name: piece.unflatten(-1, tensor.shape)
-            for tensor, piece in zip(self.tensors, pieces, strict=True)
-        }  # fmt: skip
+        return {t.decoder_name: piece.unflatten(-1, t.shape) for t, piece in zip(self.tensors, pieces, strict=True)}
 
     def flatten(self, named: Mapping[str, Tensor]) -> Tensor:
         """The inverse of `split` for unbatched tensors: (total_size,)."""
-        return torch.cat([named[tensor.name].reshape(-1) for tensor in self.tensors])
+        return torch.cat([named[tensor.decoder_name].reshape(-1) for tensor in self.tensors])
+
+    def scales(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """The unit of Δ for every updated weight, its `tensor_scale`: (total_size,).
+
+        Args:
+            weights: name within the decoder -> θ.
+        """
+        return torch.cat([tensor_scale(weights[tensor.decoder_name]).expand(tensor.size) for tensor in self.tensors])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for a checkpoint that `weights_only=True` loads."""
@@ -93,28 +101,28 @@ def build_update_spec(vae: nn.Module, patterns: list[str]) -> UpdateSpec:
 
     Raises:
         UserError: a pattern that matches nothing (with the nearest name), that matches only the encoder (an update
-            there cannot change a picture), that adds nothing to the patterns before it, or that names a frozen or
+            there cannot change an image), that adds nothing to the patterns before it, or that names a frozen or
             non-float tensor.
     """
     parameters = {name: tensor for name, tensor in vae.named_parameters() if name.startswith("decoder.")}
     encoder_names = [name for name, _ in vae.named_parameters() if not name.startswith("decoder.")]
     chosen: set[str] = set()
     for pattern in patterns:
-        found = fnmatch.filter(parameters, pattern)
-        if not found:
+        matches = fnmatch.filter(parameters, pattern)
+        if not matches:
             if fnmatch.filter(encoder_names, pattern):
                 raise UserError(
-                    f"weight_predictor.layers: '{pattern}' names encoder tensors, which draw no picture; "
+                    f"weight_predictor.layers: '{pattern}' names encoder tensors, which decode no image; "
                     "choose decoder tensors"
                 )
             raise UserError(
                 f"weight_predictor.layers: '{pattern}' matches no VAE tensor{_nearest(pattern, parameters)}"
             )
-        if not set(found) - chosen:
+        if not set(matches) - chosen:
             raise UserError(
                 f"weight_predictor.layers: '{pattern}' repeats tensors that the patterns before it name; remove it"
             )
-        for name in found:
+        for name in matches:
             if not parameters[name].requires_grad:
                 raise UserError(
                     f"weight_predictor.layers: '{pattern}' names {name}, which is frozen; choose a trained tensor"
@@ -123,7 +131,7 @@ def build_update_spec(vae: nn.Module, patterns: list[str]) -> UpdateSpec:
                 raise UserError(
                     f"weight_predictor.layers: '{pattern}' names {name}, which holds no real numbers; remove it"
                 )
-        chosen.update(found)
+        chosen.update(matches)
 
     tensors: list[UpdatedTensor] = []
     for name, parameter in parameters.items():
@@ -141,74 +149,111 @@ def _nearest(pattern: str, names: dict[str, Any]) -> str:
     return f"; did you mean '{close[0]}'?" if close else f"; the tensors are {', '.join(names)}"
 
 
+# ------------------------------------------------------------------------------------------------------- the update
+
+
+class DenseUpdate(NamedTuple):
+    """A batch of updates with a number for each weight."""
+
+    spec: UpdateSpec
+    numbers: Tensor
+    """Δ / rms θ (B, total_size); (1, total_size) where all images share it."""
+    scales: Tensor
+    """rms θ of every updated weight's tensor: (total_size,)."""
+
+    def dense(self) -> "DenseUpdate":
+        """Itself, as for `FactoredUpdate`."""
+        return self
+
+    def mean_square(self) -> Tensor:
+        """mean (Δ / rms θ)², a scalar."""
+        return self.numbers.square().mean()
+
+    def saturated(self, bound: float) -> dict[str, Tensor]:
+        """Which predicted numbers of each tensor have nearly reached their bound: its name -> bool (B, numbers)."""
+        at_bound = self.spec.split(self.numbers.abs() > SATURATION_THRESHOLD * bound)
+        return {tensor.name: at_bound[tensor.decoder_name].flatten(1) for tensor in self.spec.tensors}
+
+
+class FactoredUpdate(NamedTuple):
+    """A batch of updates of low rank: Δ / rms θ of a tensor, seen as (output channels, rest), is the product A V."""
+
+    spec: UpdateSpec
+    a: list[Tensor | None]
+    """Per tensor (B, output channels, rank); None for biases."""
+    v: list[Tensor]
+    """Per tensor (B, rank, rest), each value within ± bound / rank and A's within ± 1; a bias's (B, size)."""
+    scales: list[Tensor]
+    """Per tensor rms θ, a scalar."""
+
+    def dense(self) -> DenseUpdate:
+        """The same updates with every weight written out."""
+        pieces = []
+        for tensor, a, v in zip(self.spec.tensors, self.a, self.v, strict=True):
+            update = v if a is None else a @ v
+            if a is not None and tensor.channel_dim == 1:  # from (out, in, ...) back to the stored (in, out, ...)
+                inputs, _, *kernel = tensor.shape
+                update = update.unflatten(-1, (inputs, *kernel)).transpose(1, 2)
+            pieces.append(update.flatten(1))
+        scales = [scale.expand(tensor.size) for tensor, scale in zip(self.spec.tensors, self.scales, strict=True)]
+        return DenseUpdate(self.spec, torch.cat(pieces, dim=1), torch.cat(scales))
+
+    def mean_square(self) -> Tensor:
+        """mean (Δ / rms θ)², a scalar, from the factors alone: ‖A V‖² = Σ (AᵀA) ∘ (V Vᵀ)."""
+        total = self.v[0].new_zeros(())
+        for a, v in zip(self.a, self.v, strict=True):
+            total = total + (v.square().sum() if a is None else ((a.mT @ a) * (v @ v.mT)).sum())
+        return total / (len(self.v[0]) * self.spec.total_size)
+
+    def saturated(self, bound: float) -> dict[str, Tensor]:
+        """As `DenseUpdate.saturated`, of A's numbers and of the biases': bool (B, numbers)."""
+        return {
+            tensor.name: (v / bound if a is None else a).abs().flatten(1) > SATURATION_THRESHOLD
+            for tensor, a, v in zip(self.spec.tensors, self.a, self.v, strict=True)
+        }
+
+
+Update = DenseUpdate | FactoredUpdate
+
+
+def bounded_update(u: Tensor, bound: float) -> Tensor:
+    """Δ / rms θ = α · tanh(u / α): equal to u while that is small, and never beyond ±α.
+
+    Args:
+        u: (..., total_size), in units of each tensor's RMS.
+        bound: α > 0.
+    """
+    return bound * torch.tanh(u / bound)
+
+
+def tensor_scale(weight: Tensor) -> Tensor:
+    """The unit of one tensor's update: its root mean square, at least `SMALLEST_SCALE`; a scalar.
+
+    Detached: the scale is a unit of measure, not a way to change θ.
+    """
+    return weight.detach().square().mean().sqrt().clamp_min(SMALLEST_SCALE)
+
+
 # ------------------------------------------------------------------------------------------------------------- heads
 
 
 class FullHead(nn.Module):
     """One predicted number per updated weight: Δ / rms θ = α tanh(code / α). The source's vector of weight updates."""
 
-    def __init__(self, spec: UpdateSpec) -> None:
+    def __init__(self, spec: UpdateSpec, rank: int) -> None:
         super().__init__()
+        self.spec = spec
         self.update_size = spec.total_size
 
-    def forward(self, code: Tensor, relative_weights: Tensor, bound: float) -> Tensor:
-        """code (..., update_size) -> Δ / rms θ (..., total_size); `relative_weights` is not needed."""
-        return bounded_update(code, bound)
+    def forward(self, code: Tensor, bound: float, weights: Mapping[str, Tensor]) -> Update:
+        """Turns the predicted code into updates.
 
-
-class FactoredUpdate(NamedTuple):
-    """A batch of updates of low rank: Δ / rms θ of a tensor, seen as (output channels, rest), is the product A V."""
-
-    tensors: tuple[UpdatedTensor, ...]
-    a: list[Tensor | None]
-    """Per tensor (B, output channels, rank); None for biases."""
-    v: list[Tensor]
-    """Per tensor (B, rank, rest), each value within ± bound / rank and A's within ± 1; a bias's (B, size)."""
-
-    def relative(self) -> Tensor:
-        """Δ / rms θ with every weight written out: (B, total_size)."""
-        pieces = []
-        for tensor, a, v in zip(self.tensors, self.a, self.v, strict=True):
-            update = v if a is None else a @ v
-            if a is not None and tensor.channel_dim == 1:  # from (out, in, ...) back to the stored (in, out, ...)
-                inputs, _, *kernel = tensor.shape
-                update = update.unflatten(-1, (inputs, *kernel)).transpose(1, 2)
-            pieces.append(update.flatten(1))
-        return torch.cat(pieces, dim=1)
-
-    def mean_square(self) -> Tensor:
-        """mean (Δ / rms θ)², from the factors alone: ‖A V‖² = Σ (AᵀA) ∘ (V Vᵀ)."""
-        total = self.v[0].new_zeros(())
-        for a, v in zip(self.a, self.v, strict=True):
-            total = total + (v.square().sum() if a is None else ((a.mT @ a) * (v @ v.mT)).sum())
-        return total / (len(self.v[0]) * sum(tensor.size for tensor in self.tensors))
-
-    def at_bound(self, bound: float) -> Tensor:
-        """Share of the predicted numbers that have nearly reached their bound: of A's, and of the biases'."""
-        numbers = [v / bound if a is None else a for a, v in zip(self.a, self.v, strict=True)]
-        return torch.cat([(number.abs() > NEARLY).float().flatten() for number in numbers]).mean()
-
-
-class DenseUpdate(NamedTuple):
-    """A batch of updates with a number for each weight."""
-
-    numbers: Tensor
-    """Δ / rms θ (B, total_size); (1, total_size) where all pictures share it."""
-
-    def relative(self) -> Tensor:
-        """Δ / rms θ: (B or 1, total_size)."""
-        return self.numbers
-
-    def mean_square(self) -> Tensor:
-        """mean (Δ / rms θ)²."""
-        return self.numbers.square().mean()
-
-    def at_bound(self, bound: float) -> Tensor:
-        """Share of the weights whose update has nearly reached its bound."""
-        return (self.numbers.abs() > NEARLY * bound).float().mean()
-
-
-Update = DenseUpdate | FactoredUpdate
+        Args:
+            code: (B, update_size).
+            bound: α, in units of each tensor's RMS.
+            weights: name within the decoder -> θ.
+        """
+        return DenseUpdate(self.spec, bounded_update(code, bound), self.spec.scales(weights))
 
 
 class LowRankHead(nn.Module):
@@ -222,24 +267,24 @@ class LowRankHead(nn.Module):
 
     def __init__(self, spec: UpdateSpec, rank: int) -> None:
         super().__init__()
-        self.tensors = spec.tensors
+        self.spec = spec
         self.ranks = [min(rank, *tensor.matrix_shape) if len(tensor.shape) > 1 else 0 for tensor in spec.tensors]
-        self.start_factors = nn.ParameterList()  # of the tensors with a rank, in order
+        self.start_factors = nn.ParameterList()  # v₀ of the tensors with a rank, in order
         self.sizes: list[int] = []  # of a and v of each tensor in the code; of a bias, its update's
-        for tensor, tensor_rank in zip(self.tensors, self.ranks, strict=True):
+        for tensor, tensor_rank in zip(spec.tensors, self.ranks, strict=True):
             rows, columns = tensor.matrix_shape
             if tensor_rank:
                 self.start_factors.append(nn.Parameter(torch.randn(tensor_rank, columns)))
             self.sizes += [rows * tensor_rank, tensor_rank * columns] if tensor_rank else [tensor.size]
         self.update_size = sum(self.sizes)
 
-    def factors(self, code: Tensor, bound: float) -> FactoredUpdate:
-        """code (B, update_size) -> the update in its factors."""
+    def forward(self, code: Tensor, bound: float, weights: Mapping[str, Tensor]) -> Update:
+        """As `FullHead.forward`; the updates stay in their factors."""
         pieces = iter(code.split(self.sizes, dim=1))
         start_factors = iter(self.start_factors)
         all_a: list[Tensor | None] = []
         all_v: list[Tensor] = []
-        for tensor, rank in zip(self.tensors, self.ranks, strict=True):
+        for tensor, rank in zip(self.spec.tensors, self.ranks, strict=True):
             if not rank:
                 all_a.append(None)
                 all_v.append(bounded_update(next(pieces), bound))
@@ -248,11 +293,8 @@ class LowRankHead(nn.Module):
             all_a.append(torch.tanh(next(pieces).view(-1, rows, rank)))
             v = next(start_factors) + next(pieces).view(-1, rank, columns)
             all_v.append(torch.tanh(v) * (bound / rank))
-        return FactoredUpdate(self.tensors, all_a, all_v)
-
-    def forward(self, code: Tensor, relative_weights: Tensor, bound: float) -> Tensor:
-        """code (B, update_size) -> Δ / rms θ (B, total_size); `relative_weights` is not needed."""
-        return self.factors(code, bound).relative()
+        scales = [tensor_scale(weights[tensor.decoder_name]) for tensor in self.spec.tensors]
+        return FactoredUpdate(self.spec, all_a, all_v, scales)
 
 
 class PerChannelHead(nn.Module):
@@ -262,16 +304,19 @@ class PerChannelHead(nn.Module):
     Δ / rms θ = α tanh(u / α), acts on each weight, so a channel's factor is the same for all only while u is small.
     """
 
-    def __init__(self, spec: UpdateSpec) -> None:
+    def __init__(self, spec: UpdateSpec, rank: int) -> None:
         super().__init__()
-        self.tensors = spec.tensors
+        self.spec = spec
         self.update_size = sum(tensor.shape[tensor.channel_dim] for tensor in spec.tensors)
 
-    def forward(self, code: Tensor, relative_weights: Tensor, bound: float) -> Tensor:
-        """code (..., update_size), relative_weights θ / rms(θ) (total_size,) -> Δ / rms θ (..., total_size)."""
+    def forward(self, code: Tensor, bound: float, weights: Mapping[str, Tensor]) -> Update:
+        """As `FullHead.forward`; the weights θ are what the factors scale."""
+        tensors = self.spec.tensors
+        scales = self.spec.scales(weights)
+        relative_weights = self.spec.flatten(weights) / scales
         pieces = []
-        factors = code.split([tensor.shape[tensor.channel_dim] for tensor in self.tensors], dim=-1)
-        for tensor, factor in zip(self.tensors, factors, strict=True):
+        factors = code.split([tensor.shape[tensor.channel_dim] for tensor in tensors], dim=-1)
+        for tensor, factor in zip(tensors, factors, strict=True):
             if len(tensor.shape) == 1:
                 pieces.append(factor)
                 continue
@@ -280,18 +325,13 @@ class PerChannelHead(nn.Module):
             per_channel[tensor.channel_dim] = -1
             u = factor.unflatten(-1, per_channel) * relative
             pieces.append(u.flatten(-len(tensor.shape)))
-        return bounded_update(torch.cat(pieces, dim=-1), bound)
+        return DenseUpdate(self.spec, bounded_update(torch.cat(pieces, dim=-1), bound), scales)
 
 
 UpdateHead = FullHead | LowRankHead | PerChannelHead
 
-
-def build_head(kind: str, spec: UpdateSpec, rank: int = 4) -> UpdateHead:
-    """The head called `full`, `low_rank` or `per_channel`; its `update_size` is what the GRU's Linear predicts."""
-    if kind == "low_rank":
-        return LowRankHead(spec, rank)
-    heads: dict[str, Callable[[UpdateSpec], UpdateHead]] = {"full": FullHead, "per_channel": PerChannelHead}
-    return heads[kind](spec)
+HEADS: dict[str, type[UpdateHead]] = {"full": FullHead, "low_rank": LowRankHead, "per_channel": PerChannelHead}
+"""`weight_predictor.head` -> its class; `update_size` of an instance is the length of the code that it needs."""
 
 
 def check_update_size(given: int | str, head: UpdateHead, spec: UpdateSpec) -> int:
@@ -301,88 +341,9 @@ def check_update_size(given: int | str, head: UpdateHead, spec: UpdateSpec) -> i
         UserError: a number that is not the head's; the message says the right one.
     """
     if given not in ("auto", head.update_size):
-        kind = {FullHead: "full", LowRankHead: "low_rank", PerChannelHead: "per_channel"}[type(head)]
+        kind = next(name for name, head_class in HEADS.items() if type(head) is head_class)
         raise UserError(
             f"weight_predictor.update_size is {given}, but a '{kind}' head for these {len(spec.tensors)} tensors "
             f"({spec.total_size:,} weights) predicts {head.update_size}; write {head.update_size} or auto"
         )
     return head.update_size
-
-
-# ------------------------------------------------------------------------------------------------- drawing, and bound
-
-
-def draw_factored(
-    decoder: nn.Sequential,
-    features: Tensor,
-    update: FactoredUpdate,
-    weights: dict[str, Tensor],
-    scales: dict[str, Tensor],
-) -> Tensor:
-    """Draws each picture with its own weights θ + Δ, Δ = rms θ · A V, without ever writing Δ out.
-
-    A layer is linear in its weights, so its output is θ's, which is the same work for the whole batch, and Δ's, which
-    passes through `rank` channels: A (V x). A transposed convolution is a matrix product followed by `fold`, which adds
-    up overlapping patches; so is V's.
-
-    Args:
-        decoder: Linear, ConvTranspose2d, and layers without weights.
-        features: (B, ...), the input.
-        update: of B pictures.
-        weights: name of a parameter of `decoder` -> θ.
-        scales: name -> rms θ, the unit of its update.
-    """
-    factors = {
-        tensor.name.removeprefix("decoder."): (a, v)
-        for tensor, a, v in zip(update.tensors, update.a, update.v, strict=True)
-    }
-    h = features
-    for name, layer in decoder.named_children():
-        if not isinstance(layer, nn.Linear | nn.ConvTranspose2d):
-            h = layer(h)
-            continue
-        x = h
-        own = {key: weights[f"{name}.{key}"] for key in ("weight", "bias")}
-        h = functional_call(layer, own, (x,), strict=True)
-        a, v = factors.get(f"{name}.weight", (None, None))
-        if a is not None and v is not None:
-            a = a * scales[f"{name}.weight"]
-            if isinstance(layer, nn.Linear):
-                h = h + (a @ (v @ x[:, :, None]))[:, :, 0]
-            else:
-                kernel, padding = layer.kernel_size, layer.padding
-                assert not isinstance(padding, str)  # only other convolutions take it by name
-                # (B, rank, in · kernel) -> (B, rank · kernel, in): what each input channel adds to each patch.
-                taps = v.unflatten(2, (layer.in_channels, -1)).transpose(2, 3).flatten(1, 2)
-                patches = taps @ x.flatten(2)
-                thin = functional.fold(patches, h.shape[2:], kernel, padding=padding, stride=layer.stride)
-                h = h + (a @ thin.flatten(2)).unflatten(2, h.shape[2:])
-        _, shift = factors.get(f"{name}.bias", (None, None))
-        if shift is not None:
-            shift = shift * scales[f"{name}.bias"]
-            h = h + shift.view(*shift.shape, *[1] * (h.dim() - 2))
-    return h
-
-
-def weight_scales(spec: UpdateSpec, parameters: dict[str, Tensor]) -> Tensor:
-    """The unit of u for every updated weight: its tensor's root mean square, at least `SMALLEST_SCALE`. (total_size,)
-
-    Detached: the scale is a unit of measure, not a way to change θ.
-    """
-    scales = [tensor_scale(parameters[tensor.name]).expand(tensor.size) for tensor in spec.tensors]
-    return torch.cat(scales)
-
-
-def tensor_scale(weight: Tensor) -> Tensor:
-    """The unit of one tensor's update: its root mean square, at least `SMALLEST_SCALE`; a scalar, detached."""
-    return at_least_fp32(weight.detach()).square().mean().sqrt().clamp_min(SMALLEST_SCALE)
-
-
-def bounded_update(u: Tensor, bound: float) -> Tensor:
-    """Δ / rms(θ) = α · tanh(u / α): equal to u while that is small, and never beyond ±α.
-
-    Args:
-        u: (..., total_size), in units of each tensor's RMS.
-        bound: α > 0.
-    """
-    return bound * torch.tanh(u / bound)

@@ -1,4 +1,4 @@
-"""Small pictures, settings, networks and runs; commands as a user runs them; and several processes."""
+"""Small images, settings, networks and runs; commands as a user runs them; and several processes."""
 
 import json
 import multiprocessing
@@ -6,26 +6,31 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import av
+import numpy as np
 import pytest
 import torch
-from PIL import Image
-from processes import Ended, Launch, run_process
+from PIL import Image, ImageSequence
 from torch.distributed import TCPStore
 
+import quality
 import training
 from checkpoints import Checkpoints, load_checkpoint
-from configuration import Config, UserError, load_config
-from generator_path import Generator, build_generator
-from model_definitions import Discriminator, build_discriminator
-from random_draws import Draws
+from configuration import Config, DataConfig, ImageConfig, UserError, load_config
+from generator import Generator, build_critic, build_generator
+from image_data import TrainingImages, open_images
+from model_definitions import Discriminator
+from quality import ImageFeatures
 from run_directory import RunDirectory
 from sampling import Sampler, load_sampler
-from step_runners import EagerSteps
+from training_step import EagerSteps, NoiseSampler, TrainingState
+from video_synth import Motion
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,7 +38,7 @@ SMALL = [
     "image.size=16",
     "vae.channels=[4,8]",
     "vae.latent_dim=6",
-    "discriminator.channels=[4,8]",
+    "critic.channels=[4,8]",
     "weight_predictor.hidden_size=8",
     "video.frames=3",
     "training.batch_size=4",
@@ -45,11 +50,11 @@ SMALL = [
 """Overrides for a run that takes a second or two."""
 
 VARIED = ["data.mirror=true", "training.diffaugment=[color,translation,cutout]", "loss.lambda_video=1",
-          "loss.judged_frame=random"]  # fmt: skip
-"""Overrides that switch on everything that draws random numbers."""
+          "loss.adversarial_frame=random"]  # fmt: skip
+"""Overrides that switch on everything that samples random numbers."""
 
 T = 4
-"""Frames of a period of `drawing_run`."""
+"""Frames of a period of `sample_run`."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -57,53 +62,102 @@ def _one_thread() -> None:
     torch.set_num_threads(1)  # small tensors, and pytest-xdist may run several tests at a time
 
 
-_PICTURES = {"clips": "save_clip", "curves": "plot_losses"}
-_DRAWN = {name: getattr(RunDirectory, name) for name in _PICTURES.values()}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _few_pictures() -> Iterator[None]:
-    """Runs in this process leave out clips and curves, which take longer than small runs do."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in _DRAWN:
-            patch.setattr(RunDirectory, name, lambda *_: None)
-        yield
-
-
 @contextmanager
-def pictures_drawn(*kinds: str) -> Iterator[None]:
-    """Runs inside draw these of `clips` and `curves` all the same; unnamed: both."""
+def fast_outputs() -> Iterator[None]:
+    """Runs of this process leave out clips and curves, and use `Colours` for quality: these take longer than the runs.
+
+    For fixtures that train; a test asks for the fixture `without_slow_outputs`.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        for kind in kinds or _PICTURES:
-            patch.setattr(RunDirectory, _PICTURES[kind], _DRAWN[_PICTURES[kind]])
+        patch.setattr(RunDirectory, "save_clip", lambda *_: None)
+        patch.setattr(RunDirectory, "plot_losses", lambda *_: None)
+        patch.setattr(quality, "load_features", Colours)
         yield
 
 
-@pytest.fixture(autouse=True)
-def _marked_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The same for a test marked `pictures`."""
-    mark = request.node.get_closest_marker("pictures")
-    with pictures_drawn(*mark.args) if mark else nullcontext():
+@pytest.fixture
+def without_slow_outputs() -> Iterator[None]:
+    with fast_outputs():
         yield
+
+
+class Colours(ImageFeatures):
+    """Stands for an image network: an image's 4 x 4 pixels. Counts the images that it has seen."""
+
+    name, num_features = "colours", 48
+
+    def __init__(self, *_: object) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(1 / 255))
+        self.seen = 0
+
+    def of_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.seen += len(pixels)
+        return self.scale * torch.nn.functional.adaptive_avg_pool2d(pixels, 4).flatten(1)
+
+
+# ------------------------------------------------------------------------------------------------------ images, videos
+
+
+COLOUR = (200, 100, 50)
+
+
+def write_image(path: Path, image: Image.Image | None = None, **options) -> Path:
+    """Saves the image, or 20 × 20 pixels of `COLOUR`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image or Image.new("RGB", (20, 20), COLOUR)).save(path, **options)
+    return path
+
+
+def numbered_images(folder: Path, count: int, size: int = 16) -> Path:
+    """`count` images: number i has its left half at level i + 1 and its right half black, so that a flip shows."""
+    for number in range(count):
+        pixels = np.zeros((size, size, 3), np.uint8)
+        pixels[:, : size // 2] = number + 1
+        write_image(folder / f"{number:03}.png", Image.fromarray(pixels))
+    return folder
+
+
+def training_images(root: Path | str, *, batch_size=4, seed=0, size=16, channels=3, device="cpu", shard=slice(None),
+                    **data) -> TrainingImages:  # fmt: skip
+    """`open_images` on the CPU, without workers unless `data` asks for them."""
+    config = DataConfig(root=str(root), **{"workers": 0, **data})
+    image = ImageConfig(size=size, channels=channels)
+    return open_images(config, image, batch_size=batch_size, seed=seed, device=device, progress=False, shard=shard)
+
+
+def read_video(path: str | Path) -> np.ndarray:
+    """All frames of a file or folder that `media.open_video` wrote: (T, H, W, 3) uint8.
+
+    Equal neighbours may have been stored as one longer frame in a .gif, and come back as one.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in sorted(path.glob("*.png"))])
+    if path.suffix == ".mp4":
+        with av.open(str(path)) as container:
+            return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    with Image.open(path) as image:
+        return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
 
 
 @pytest.fixture(scope="session")
-def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 pictures of coloured squares on white in two class folders."""
-    root = tmp_path_factory.mktemp("pictures")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 images of coloured squares on white in two class folders."""
+    root = tmp_path_factory.mktemp("images")
     for index in range(24):
         folder = root / ("warm" if index % 2 else "cold")
         folder.mkdir(exist_ok=True)
-        picture = Image.new("RGB", (20, 20), "white")
+        image = Image.new("RGB", (20, 20), "white")
         colour = (200, 10 * index, 30) if index % 2 else (30, 10 * index, 200)
-        picture.paste(colour, (4 + index % 5, 3, 13 + index % 3, 15))
-        picture.save(folder / f"{index:02d}.png")
+        image.paste(colour, (4 + index % 5, 3, 13 + index % 3, 15))
+        image.save(folder / f"{index:02d}.png")
     return root
 
 
-def small(folder: Path, pictures: Path, *overrides: str, name: str = "run") -> list[str]:
+def small(folder: Path, images: Path, *overrides: str, name: str = "run") -> list[str]:
     """Overrides for a small run that writes to `folder / name`."""
-    return [*SMALL, f"data.root={pictures}", f"output.root={folder}", f"output.name={name}", *overrides]
+    return [*SMALL, f"data.root={images}", f"output.root={folder}", f"output.name={name}", *overrides]
 
 
 def train(*overrides: str, accept_changes: bool = False) -> int:
@@ -149,9 +203,9 @@ def same(a: object, b: object) -> bool:
 
 
 def final(run: Path) -> dict[str, Any]:
-    """What the newest checkpoint holds, but for times and where run and pictures lie."""
+    """What the newest checkpoint holds, but for times and where run and images lie."""
     state = load_checkpoint(run / "checkpoints" / "latest.pt")
-    for key in ("interval_seconds", "seconds", "latest"):
+    for key in ("interval_seconds", "waited_seconds", "seconds", "latest"):
         del state["log"][key]
     del state["config"]["output"], state["config"]["data"]
     return state
@@ -163,37 +217,37 @@ def untimed_metrics(run: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in line.items() if not key.startswith(timed)} for line in metrics_of(run)]
 
 
-def networks_and_draws(*overrides: str) -> tuple[Config, Generator, Discriminator, Draws]:
+def networks_and_noise(*overrides: str) -> tuple[Config, Generator, Discriminator, NoiseSampler]:
     """Small networks of a seed, whose predictor moves the decoder, and the random numbers of their steps."""
     config = load_config(None, [*SMALL, *overrides])
     torch.manual_seed(0)
-    generator, discriminator = build_generator(config), build_discriminator(config)
-    torch.nn.init.normal_(generator.predictor.to_update.weight, std=0.2)
-    return config, generator, discriminator, Draws(config, torch.device("cpu"))
+    generator, critic = build_generator(config), build_critic(config)
+    return config, moved(generator, 0.2), critic, NoiseSampler(config, torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")
-def drawing_run(tmp_path_factory: pytest.TempPathFactory, picture_folder: Path) -> Path:
-    """A run of 2 steps whose predictor was then given random weights, as its pictures must differ to be compared."""
-    folder = tmp_path_factory.mktemp("drawing") / "runs"
-    overrides = small(folder, picture_folder, "training.steps=2", "output.sample_every=1", f"video.frames={T}",
+def sample_run(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
+    """A run of 2 steps whose predictor was then given random weights, as its images must differ to be compared."""
+    folder = tmp_path_factory.mktemp("sample") / "runs"
+    overrides = small(folder, image_folder, "training.steps=2", "output.sample_every=1", f"video.frames={T}",
                       "weight_predictor.layers=[decoder.*]", "weight_predictor.bound=0.5", "video.height=8",
                       "video.width=8", name="quick")  # fmt: skip
-    assert training.train(load_config(None, overrides)) == 0
+    with fast_outputs():
+        assert training.train(load_config(None, overrides)) == 0
     path = folder / "quick" / "checkpoints"
     saved = load_checkpoint(path / "latest.pt")
     random = torch.Generator().manual_seed(0)
     weights = saved["generator_ema"]
     weights["predictor.to_update.weight"] = torch.randn(weights["predictor.to_update.weight"].shape, generator=random)
     for name in ("vae.decoder.stage1.weight", "vae.decoder.stage2.weight", "vae.decoder.projection.weight"):
-        weights[name] = 3 * weights[name]  # pictures of some contrast
+        weights[name] = 3 * weights[name]  # images of some contrast
     Checkpoints(path, keep=3).save(saved)
     return folder / "quick"
 
 
 @pytest.fixture
-def sampler(drawing_run: Path) -> Sampler:
-    return load_sampler(drawing_run, "cpu")
+def sampler(sample_run: Path) -> Sampler:
+    return load_sampler(sample_run, "cpu")
 
 
 def frames_of(iterator) -> torch.Tensor:
@@ -235,7 +289,7 @@ def assert_one_line(done: Done, words: list[str]) -> None:
 
 
 def run_command(*arguments: str, folder: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """`python <arguments>` as a user runs it, from `folder`; relative script names are this project's."""
+    """`python <arguments>` as a user runs it, from `folder`: `-m studies.x`, or the name of one of our scripts."""
     with start_command(*arguments, cwd=folder) as process:
         try:
             output, errors = process.communicate(timeout=timeout)
@@ -248,9 +302,61 @@ def run_command(*arguments: str, folder: Path, timeout: float = 120) -> subproce
 def start_command(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     """The same, under way: standard output and errors are pipes, unless `options` of Popen say otherwise."""
     script, *rest = arguments
-    command = [sys.executable, str(ROOT / script), *rest]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    command = [sys.executable, *(["-m"] if script == "-m" else [str(ROOT / script)]), *rest]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment}
     return subprocess.Popen(command, text=True, **(pipes | options))
+
+
+# ----------------------------------------------------------------------------------------------- several processes
+
+
+class Ended(NamedTuple):
+    """What one process left."""
+
+    status: int
+    output: str
+    errors: str
+
+
+Launch = Callable[..., list[Ended]]
+
+
+def run_process(
+    rank: int, size: int, port: int, folder: Path, work: Callable[..., int | None], arguments: tuple
+) -> None:
+    """What a process of `launch` does: `work`, with the environment that a launcher gives."""
+    for number, name in ((1, "output"), (2, "errors")):
+        os.dup2(os.open(folder / f"{name}.{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+    os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": f"{size}", "LOCAL_RANK": f"{rank}", "LOCAL_WORLD_SIZE": f"{size}"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    torch.set_num_threads(1)
+    try:
+        status = work(*arguments) or 0
+    except SystemExit as error:  # of a process that has lost the others
+        status = int(error.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        status = 99
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+EVERYTHING = ["training.steps=3", "output.log_every=1", "output.sample_every=1", "output.checkpoint_every=1"]
+"""Samples, metrics and a checkpoint at every step."""
+
+
+def whole_command(arguments: list[str], others: list[str] | None = None) -> int:
+    """`training.py` with `arguments`, or in process 1 with `others`."""
+    with fast_outputs():
+        return training.main(others if others and os.environ["RANK"] == "1" else arguments)
+
+
+def assert_complete(ended: list[Ended]) -> None:
+    for rank, one in enumerate(ended):
+        assert one.status == 0, f"process {rank}: {one.errors[-3000:]}"
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +382,7 @@ def launch(nursery: Any, store: TCPStore, tmp_path: Path) -> Launch:
     """`launch(size, work, *arguments)` runs `work` in as many processes, and tells how they ended."""
 
     def launch(
-        size: int, work: Callable[..., int], *arguments: Any, timeout: float = 60, first_only: bool = False
+        size: int, work: Callable[..., int | None], *arguments: Any, timeout: float = 300, first_only: bool = False
     ) -> list[Ended]:
         processes = [
             nursery.Process(target=run_process, args=(rank, size, store.port, tmp_path, work, arguments))
@@ -296,3 +402,65 @@ def launch(nursery: Any, store: TCPStore, tmp_path: Path) -> Launch:
         return [Ended(process.exitcode, *text) for process, text in zip(processes, texts, strict=True)]
 
     return launch
+
+
+# ----------------------------------------------------------------------------------------------------------- iterations
+
+
+def new_state(config: Config, device: torch.device | str = "cpu") -> TrainingState:
+    """Networks as a run of these settings begins with them."""
+    return TrainingState(*training.build_networks(config), config, torch.device(device))
+
+
+def random_images(seed: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """A batch for `SMALL` settings, (4, 3, 16, 16) in [0, 1]."""
+    return torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def run_iterations(runner: EagerSteps, count: int) -> dict[str, torch.Tensor]:
+    """Takes `count` iterations after the state's own step; a copy of all weights then."""
+    state = runner.state
+    noise = NoiseSampler(state.config, state.device)
+    for step in range(state.step + 1, state.step + count + 1):
+        batches = (random_images(10 * step + k, state.device) for k in range(10))
+        metrics = training.iteration(runner, noise, batches, step)
+        assert all(value.isfinite() for value in metrics.values())
+        state.step = step
+    return {name: value.clone() for name, value in state.tensors().items()}
+
+
+# ------------------------------------------------------------------------------------------------------- generators
+
+ARMS = {
+    "off": ["weight_predictor.update=off"],
+    "constant": ["weight_predictor.update=constant"],
+    "other": ["weight_predictor.input_video=other"],
+    "static": ["weight_predictor.input_video=static"],
+    "frozen": ["weight_predictor.train_gru=false"],
+}
+"""The controls of the method: name -> overrides."""
+
+
+def motion_rows(motion: Motion, rows: slice) -> Motion:
+    """The motion of some of the videos."""
+    return Motion(*(numbers[rows] for numbers in motion))
+
+
+def small_generator(*overrides: str) -> Generator:
+    """The generator of `SMALL` as a run begins with it: its updates are zero."""
+    torch.manual_seed(0)
+    return build_generator(load_config(None, [*SMALL, *overrides]))
+
+
+def moved(generator: Generator, size: float = 0.3) -> Generator:
+    """The same generator with random numbers in its predictor's zero weights, so that it updates, as after training."""
+    if generator.update == "predicted":
+        torch.nn.init.normal_(generator.predictor.to_update.weight, std=size)
+    elif generator.update == "constant":
+        torch.nn.init.normal_(generator.predictor.code, std=size)
+    return generator
+
+
+def generator_of(*overrides: str) -> Generator:
+    """`small_generator` with updates."""
+    return moved(small_generator(*overrides))

@@ -3,6 +3,7 @@
 import gc
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from conftest import same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from checkpoints import CHECKPOINT_FORMAT, Checkpoints, DamagedCheckpointError, checksum, load_checkpoint
+from checkpoints import CHECKPOINT_FORMAT, Checkpoints, checksum, load_checkpoint
 from configuration import UserError
 
 
@@ -31,44 +32,30 @@ def names(folder: Checkpoints) -> list[str]:
     return sorted(path.name for path in folder.folder.iterdir())
 
 
-def flip(path: Path, place: int, bit: int = 0) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1 << bit
-    path.write_bytes(data)  # in place: a hard link to it shows the same
-
-
 # ----------------------------------------------------------------------------------------------------- saving, keeping
 
 
 def test_what_was_saved_is_what_is_read(folder: Checkpoints) -> None:
     path = folder.save(content(5))
     assert path.name == "step_000005.pt"
-    assert same(load_checkpoint(path), content(5))
-    assert same(load_checkpoint(folder.folder / "latest.pt"), content(5))
+    for file in (path, folder.folder / "latest.pt"):
+        assert same(load_checkpoint(file), content(5))
 
 
-def test_the_last_few_are_kept_and_latest_is_the_newest(folder: Checkpoints) -> None:
+def test_the_last_few_and_the_best_are_kept_and_latest_is_the_newest(folder: Checkpoints) -> None:
     for step in (5, 10, 15, 1_000_000):
-        folder.save(content(step))
-    assert names(folder) == ["latest.pt", "step_000015.pt", "step_1000000.pt"]
-    assert load_checkpoint(folder.folder / "latest.pt")["step"] == 1_000_000
-    assert folder.newest()[0]["step"] == 1_000_000
-
-
-def test_the_best_outlives_the_newer_ones(folder: Checkpoints) -> None:
-    best = {"metric": "m", "value": 0.5, "step": 5}
-    for step in (5, 10, 15, 20):
-        folder.save(content(step, best))
-    assert names(folder) == ["best.pt", "latest.pt", "step_000015.pt", "step_000020.pt"]
+        folder.save(content(step, {"metric": "m", "value": 0.5, "step": 5}))
+    (folder.folder / ".step_2000000.pt.0badcafe.part").write_bytes(b"left by a killed save")
+    assert names(folder)[1:] == ["best.pt", "latest.pt", "step_000015.pt", "step_1000000.pt"]
     assert load_checkpoint(folder.folder / "best.pt")["step"] == 5
-    assert folder.newest()[0]["step"] == 20
+    assert load_checkpoint(folder.folder / "latest.pt")["step"] == folder.newest()[0]["step"] == 1_000_000
 
 
 def test_latest_is_a_copy_where_there_are_no_hard_links(folder: Checkpoints, monkeypatch) -> None:
-    def refuse(*_: object) -> None:
+    def link(*_: object) -> None:
         raise OSError(1, "no hard links here")
 
-    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "link", link)
     for step in (1, 2):
         folder.save(content(step))
     assert load_checkpoint(folder.folder / "latest.pt")["step"] == 2
@@ -98,12 +85,6 @@ def test_a_folder_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
     assert not (tmp_path / "gone").exists()
 
 
-def test_leftovers_of_a_killed_save_are_no_checkpoints(folder: Checkpoints) -> None:
-    folder.save(content(1))
-    (folder.folder / ".step_000002.pt.0badcafe.part").write_bytes(b"half")
-    assert folder.newest()[0]["step"] == 1
-
-
 # ------------------------------------------------------------------------------------------------------------- damage
 
 
@@ -120,14 +101,10 @@ def test_a_damaged_newest_file_gives_way_to_the_one_before(folder: Checkpoints) 
 
 
 def test_with_no_whole_file_left_there_is_an_error_and_no_new_start(folder: Checkpoints) -> None:
-    path = folder.save(content(1))
-    path.write_bytes(b"")
+    assert folder.newest() == (None, None, [])
+    folder.save(content(1)).write_bytes(b"")
     with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
         folder.newest()
-
-
-def test_without_checkpoints_there_is_none(folder: Checkpoints) -> None:
-    assert folder.newest() == (None, None, [])
 
 
 @pytest.fixture(scope="module")
@@ -135,38 +112,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Checkpoints(tmp_path_factory.mktemp("whole"), keep=1).save(content(7))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-def test_a_flipped_bit_is_noticed_or_harmless(whole: Path, tmp_path: Path, place: float, bit: int) -> None:
-    path = tmp_path / "flipped.pt"
-    path.write_bytes(whole.read_bytes())
-    flip(path, int(place * path.stat().st_size), bit)
-    try:
-        state = load_checkpoint(path)
-    except UserError as error:
-        assert "flipped.pt" in str(error)  # noqa: PT017
-        assert "\n" not in str(error)  # noqa: PT017
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7) | st.none())
+def test_a_flipped_bit_or_a_missing_end_is_noticed_or_harmless(
+    whole: Path, tmp_path: Path, place: float, bit: int | None
+) -> None:
+    path, data = tmp_path / "damaged.pt", bytearray(whole.read_bytes())
+    index = int(place * len(data))
+    if bit is None:
+        del data[index:]
     else:
-        assert same(state, content(7))
-
-
-def test_a_flipped_bit_in_a_weight_is_noticed(whole: Path, tmp_path: Path) -> None:
-    path = tmp_path / "flipped.pt"
-    path.write_bytes(whole.read_bytes())
-    weight = content(7)["generator"]["a"].numpy().tobytes()
-    flip(path, path.read_bytes().index(weight) + 8, 3)
-    with pytest.raises(DamagedCheckpointError, match="SHA-256"):
-        load_checkpoint(path)
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(share=st.floats(0, 1, exclude_max=True))
-def test_a_truncated_file_is_one_line(whole: Path, tmp_path: Path, share: float) -> None:
-    path = tmp_path / "short.pt"
-    path.write_bytes(whole.read_bytes()[: int(share * whole.stat().st_size)])
-    with pytest.raises(UserError, match=r"short.pt: damaged, or no checkpoint") as error:
-        load_checkpoint(path)
-    assert "\n" not in str(error.value)
+        data[index] ^= 1 << bit
+    path.write_bytes(data)
+    try:
+        assert same(load_checkpoint(path), content(7))
+    except UserError as error:
+        assert re.fullmatch(r".*damaged\.pt: .+", str(error))  # noqa: PT017
 
 
 class Exploit:
@@ -201,36 +162,33 @@ def test_a_pickle_that_runs_code_does_not_run(tmp_path: Path, kind: str) -> None
 @pytest.mark.parametrize(
     ("stored", "words"),
     [
-        ({"format": CHECKPOINT_FORMAT + 1}, "a newer version"),
-        ({"format": CHECKPOINT_FORMAT - 1}, "an older version"),
+        ({"format": 4}, r"by a newer version of this project \(format 4, here 3\); update this one$"),
+        ({"format": 2}, r"by an older version of this project \(format 2, here 3\); read it with that one$"),
         ({"weights": torch.zeros(2)}, "no checkpoint of this project"),
         ([1, 2], "no checkpoint of this project"),
         ({"format": CHECKPOINT_FORMAT, "step": 3}, "SHA-256"),
     ],
 )
-def test_other_files_of_torch_are_refused(tmp_path: Path, stored: object, words: str) -> None:
+def test_other_files_are_refused(tmp_path: Path, stored: object, words: str) -> None:
     torch.save(stored, tmp_path / "other.pt")
     with pytest.raises(UserError, match=words):
         load_checkpoint(tmp_path / "other.pt")
 
 
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such checkpoint"):
-        load_checkpoint(tmp_path / "nowhere.pt")
-    with pytest.raises(UserError, match=r"cannot be read|damaged"):
-        load_checkpoint(tmp_path)
+    for name, words in (("nowhere.pt", "no such checkpoint"), ("", r"cannot be read|damaged")):
+        with pytest.raises(UserError, match=words):
+            load_checkpoint(tmp_path / name)
 
 
 def test_the_checksum_sees_types_order_shape_and_every_value() -> None:
     base = {"a": torch.tensor([1.0, 2.0]), "b": [1, 2]}
     others = [
         {"b": [1, 2], "a": torch.tensor([1.0, 2.0])},
-        {"a": torch.tensor([[1.0, 2.0]]), "b": [1, 2]},
-        {"a": torch.tensor([1.0, 2.0], dtype=torch.float64), "b": [1, 2]},
-        {"a": torch.tensor([1.0, 2.0]), "b": (1, 2)},
-        {"a": torch.tensor([1.0, 2.0]), "b": [1, 2.0]},
-        {"a": torch.tensor([1.0, 2.0]), "b": [1, 2, 3]},
-        {"a": torch.tensor([1.0, -2.0]), "b": [1, 2]},
+        base | {"a": torch.tensor([[1.0, 2.0]])},
+        base | {"a": torch.tensor([1.0, 2.0], dtype=torch.float64)},
+        base | {"a": torch.tensor([1.0, -2.0])},
+        *(base | {"b": b} for b in ((1, 2), [1, 2.0], [1, 2, 3])),
     ]
     assert checksum(base) == checksum({"a": torch.tensor([1.0, 2.0]), "b": [1, 2]})
     assert len({checksum(value) for value in [base, *others]}) == 1 + len(others)

@@ -1,107 +1,112 @@
-"""Several processes against one: the same run, however many share it."""
+"""Several processes against one: the same run, however many split its batches; and what happens when one fails."""
 
 import copy
+import json
 import os
+import re
+import shutil
 import signal
+import sys
+import threading
+import time
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import SMALL, VARIED, final, same, small, untimed_metrics
-from processes import EVERYTHING, Launch, complete, whole_command, without_clips
+from conftest import (
+    EVERYTHING,
+    SMALL,
+    VARIED,
+    Launch,
+    assert_complete,
+    before_step,
+    fast_outputs,
+    final,
+    same,
+    small,
+    training_images,
+    untimed_metrics,
+    whole_command,
+)
+from torch.distributed import TCPStore
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import distributed
 import training
-from augmentation import DiffAugment
 from checkpoints import load_checkpoint
-from configuration import RuntimeConfig, UserError, load_config
-from devices import choose_device
-from distributed import ALONE, World, join_processes
-from evaluation import calibrate
-from image_data import open_images
-from quality_check import QualityCheck
-from random_draws import Draws
-from sampling import Sampler
-from step_runners import EagerSteps
-from training import open_share, share_state
-from training_state import TrainingState
+from configuration import Config, RuntimeConfig, UserError, load_config
+from distributed import SINGLE_PROCESS, World, join_processes, rendezvous
+from quality import QualityCheck, calibrate
+from training_step import EagerSteps, NoiseSampler, TrainingState
 
 CPU = torch.device("cpu")
+
+MEASURED = ["output.evaluate_every=1", "output.evaluate_images=11", "data.holdout=0.4",
+            "output.best_metric=quality/kid"]  # fmt: skip
+"""And the quality of 11 images, which no two processes split evenly."""
+
 
 # ------------------------------------------------------------------------------------------------- equal to one process
 
 
-def pictures(step: int) -> torch.Tensor:
-    return torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(step))
+def new_state(config: Config) -> TrainingState:
+    return TrainingState(*training.build_networks(config), config, CPU)
 
 
 def twenty_steps(world: World, overrides: list[str]) -> tuple[TrainingState, list[dict[str, float]]]:
-    """20 iterations of two critic steps on the same pictures, and the metrics of each."""
+    """20 iterations, the metrics of each, and what they end with."""
     config = load_config(None, [*SMALL, "training.lr_predictor=0.0005", *overrides])
-    state = TrainingState(config, CPU)
-    draws, runner = Draws(config, CPU, world), EagerSteps(state, DiffAugment(config.training.diffaugment))
-    runner.world = world
-    lines = []
+    state, lines = new_state(config), []
+    noise, runner = NoiseSampler(config, CPU, world), EagerSteps(state, world)
+    random = torch.Generator().manual_seed(0)
+    batches = iter(lambda: world.shard(torch.rand(4, 3, 16, 16, generator=random)), None)
     for step in range(1, 21):
-        x_real = world.rows(pictures(step))
-        for repeat in range(2):
-            metrics = runner.critic_step(x_real, draws.critic(state.generator, step, repeat))
-        metrics |= runner.generator_step(x_real, draws.generator(state.generator, step))
+        metrics = training.iteration(runner, noise, batches, step)
         lines.append({name: value.item() for name, value in metrics.items()})
         state.step = step
     return state, lines
 
 
-def save_twenty_steps(folder: Path, overrides: list[str]) -> int:
+def save_twenty_steps(folder: Path, overrides: list[str]) -> None:
     with join_processes(RuntimeConfig(), CPU) as world:
         state, lines = twenty_steps(world, overrides)
-        torch.save((state.networks(), lines), folder / f"state.{world.rank}")
-        world.check_same(state.networks(), 20)
-    return 0
+        torch.save((state.tensors(), lines), folder / f"state.{world.rank}")
 
 
+# Of 4 processes with one image each, half decode base images only, and the others updated ones.
 @pytest.mark.parametrize(
-    ("size", "overrides"),
-    [
-        (2, [*VARIED, "training.clip_vae=1", "training.clip_discriminator=5"]),
-        # One picture each: half of the processes draw base pictures only, and the others updated ones.
-        (4, []),
-    ],
+    ("size", "overrides"), [(2, [*VARIED, "training.clip_vae=1", "training.clip_critic=5"]), (4, [])]
 )
-def test_processes_that_share_a_batch_learn_what_one_does(
+def test_processes_that_shard_a_batch_learn_what_one_does(
     size: int, overrides: list[str], launch: Launch, tmp_path: Path
 ) -> None:
-    complete(launch(size, save_twenty_steps, tmp_path, overrides))
-    found = [torch.load(tmp_path / f"state.{rank}") for rank in range(size)]
-    assert all(same(one, found[0]) for one in found[1:])  # weights, average and metrics, bit for bit
-    networks, lines = found[0]
-    state, wanted_lines = twenty_steps(ALONE, overrides)
-    start = TrainingState(state.config, CPU).networks()
-    wanted = state.networks()
+    assert_complete(launch(size, save_twenty_steps, tmp_path, overrides))
+    results = [torch.load(tmp_path / f"state.{rank}") for rank in range(size)]
+    assert all(same(result, results[0]) for result in results[1:])  # weights, average and metrics, bit for bit
+    tensors, lines = results[0]
+    state, expected_lines = twenty_steps(SINGLE_PROCESS, overrides)
+    start, expected = new_state(state.config).tensors(), state.tensors()
     for part in (
-        "discriminator.stages", "discriminator.to_score.weight", "generator.vae.encoder", "generator.vae.decoder",
+        "critic.stages", "critic.to_score.weight", "generator.vae.encoder", "generator.vae.decoder",
         "generator.predictor.gru", "generator.predictor.to_update", "generator_ema.",
     ):  # fmt: skip
-        names = [name for name in wanted if name.startswith(part)]
-        ours, theirs, before = (
-            torch.cat([nest[name].double().flatten() for name in names]) for nest in (networks, wanted, start)
+        names = [name for name in expected if name.startswith(part)]
+        several, one, before = (
+            torch.cat([nest[name].double().flatten() for name in names]) for nest in (tensors, expected, start)
         )
-        assert (ours - theirs).norm() <= 1e-5 * theirs.norm(), part
-        assert (theirs - before).norm() > 1e-3 * theirs.norm(), part  # the steps have moved it
-    for line, other in zip(lines, wanted_lines, strict=True):
+        assert (several - one).norm() <= 1e-5 * one.norm(), part
+        assert (one - before).norm() > 1e-3 * one.norm(), part  # the steps have moved it
+    for line, other in zip(lines, expected_lines, strict=True):
         assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
         assert line["critic/penalty"] == pytest.approx(other["critic/penalty"], rel=1e-5)
 
 
-@pytest.mark.parametrize("storage", ["data.memory_gb=4", "data.memory_gb=0"])
-def test_batches_are_shared_without_overlap_in_the_same_order(picture_folder: Path, storage: str) -> None:
-    config = load_config(None, [*SMALL, f"data.root={picture_folder}", "data.mirror=true", storage, "data.workers=0"])
-
-    def first_batches(share: slice) -> torch.Tensor:
-        images = open_images(config.data, config.image, batch_size=8, seed=3, device=CPU, share=share)
-        batches = images.batches(first=1)
-        return torch.stack([next(batches) for _ in range(4)])  # 24 pictures: into the next epoch
+@pytest.mark.parametrize("memory_gb", [4.0, 0.0])
+def test_shards_of_batches_do_not_overlap_and_keep_the_order(image_folder: Path, memory_gb: float) -> None:
+    def first_batches(shard: slice) -> torch.Tensor:
+        batches = training_images(image_folder, batch_size=8, memory_gb=memory_gb, mirror=True, shard=shard).batches(1)
+        return torch.stack([next(batches) for _ in range(4)])  # 24 images: into the next epoch
 
     whole = first_batches(slice(None))
     for rank in range(4):
@@ -109,174 +114,228 @@ def test_batches_are_shared_without_overlap_in_the_same_order(picture_folder: Pa
     assert not torch.equal(whole[0], whole[3])  # epoch 0 and epoch 1
 
 
-# -------------------------------------------------------------------------------------------------- gathering, agreeing
+# ------------------------------------------------------------------------------------------------ gathering, comparing
 
 
-def gather_and_agree(folder: Path) -> int:
+def gather_and_compare() -> None:
     with join_processes(RuntimeConfig(), CPU) as world:
-        for count in (7, 2, 3):  # shares of 3, 2, 2; of 1, 1, 0; of 1 each
-            rows = torch.tensor([[10.0 * place, 1.0] for place in world.share_of(count)]).view(-1, 2)
-            assert torch.equal(world.gather_rows(rows)[:, 0], torch.arange(0, 10.0 * count, 10)), count
+        for count in (7, 2, 3):  # shards of 3, 2, 2; of 1, 1, 0; of 1 each
+            rows = torch.tensor([[10.0 * index, 1.0] for index in world.shard_indices(count)]).view(-1, 2)
+            assert torch.equal(world.gather_shards(rows)[:, 0], torch.arange(0, 10.0 * count, 10)), count
         nest = {"a": [torch.arange(3), (None, torch.tensor(1.5, dtype=torch.float64))], 5: "text", "e": torch.empty(0)}
-        assert same(world.from_first(nest if world.is_first else None), nest)
-        assert world.largest([world.rank, -world.rank]) == [2, 0]
-        world.agree({"one": 1})
+        assert same(world.broadcast(nest if world.is_main else None), nest)
+        assert world.maximum([world.rank, -world.rank]) == [2, 0]
+        assert [world.agree_on_stop(reason) for reason in (0, 5 * world.rank, 3 - world.rank)] == [0, 10, 3]
+        world.check_equal({"one": 1})
         weights = torch.ones(4)
-        world.check_same({"w": weights}, 3)
+        world.check_networks_equal({"v": torch.ones(1), "w": weights}, 3)
         if world.rank == 1:
             weights[2] = 1 + 2**-23  # one bit
-        for check, message in (
-            (lambda: world.check_same({"w": weights}, 3), "process 1 has another w than process 0 at step 3"),
-            (
-                lambda: world.agree({"one": 1, "two": world.rank == 2}),
-                "process 2 has True for two, but process 0 ",
-            ),
-        ):
-            try:
-                check()
-            except UserError as error:
-                assert message in str(error)  # noqa: PT017
-            else:
-                raise AssertionError("no difference was seen")
-    return 0
+        with pytest.raises(UserError, match="process 1 has another w than process 0 at step 3"):
+            world.check_networks_equal({"v": torch.ones(1), "w": weights}, 3)
+        with pytest.raises(UserError, match="process 2 has True for two, but process 0 has False"):
+            world.check_equal({"one": 1, "two": world.rank == 2})
 
 
-def test_rows_objects_and_states_travel_between_processes(launch: Launch, tmp_path: Path) -> None:
-    complete(launch(3, gather_and_agree, tmp_path))
-    assert ALONE.gather_rows(torch.ones(2)).tolist() == [1, 1]
-    assert list(ALONE.share_of(3)) == [0, 1, 2]
+def test_shards_objects_and_states_travel_between_processes(launch: Launch) -> None:
+    assert_complete(launch(3, gather_and_compare))
+    assert SINGLE_PROCESS.gather_shards(torch.ones(2)).tolist() == [1, 1]
+    assert list(SINGLE_PROCESS.shard_indices(3)) == [0, 1, 2]
+    assert SINGLE_PROCESS.agree_on_stop(7) == 7
 
 
 # ------------------------------------------------------------------------------------------------------- whole commands
 
-MEASURED = [
-    "output.evaluate_every=1",
-    "output.evaluate_images=11",
-    "data.holdout=0.4",
-    "output.best_metric=quality/kid",
-]
-"""And the quality of 11 pictures, which no two processes share evenly."""
 
-
-def measure_in_shares(folder: Path, root: Path, world: World) -> None:
-    """Quality and calibration as `world` finds them against what each process finds on its own."""
-    for whose in ("own", "other"):
-        config = load_config(None, small(folder, root, *MEASURED, f"weight_predictor.watches={whose}"))
-        state = TrainingState(config, CPU)
+def measure_in_shards(folder: Path, images: Path, world: World) -> None:
+    """Quality and calibration as `world` measures them against what each process measures on its own."""
+    for video in ("own", "other"):
+        roots = [folder / f"{video}_{rank}" for rank in range(world.size)]
+        own, alone = (
+            load_config(None, small(root, images, *MEASURED, f"weight_predictor.input_video={video}"))
+            for root in (roots[world.rank], folder / "nowhere")
+        )
+        (roots[world.rank] / "run").mkdir(parents=True)
+        state = new_state(own)
         torch.nn.init.normal_(state.generator_ema.predictor.to_update.weight, std=0.3)
-        share_state(state, world)
-        images = open_share(config, CPU, world)
-        caches = [folder / f"{whose}_{rank}" for rank in range(world.size)]
-        caches[world.rank].mkdir()
-        before = copy.deepcopy((state.networks(), torch.get_rng_state()))
-        shared = QualityCheck(config, images, caches[world.rank], world)
-        found = shared.measure(state)
-        again = shared.measure(state)
-        count = len(world.share_of(11))  # drawn pictures of two kinds, and once the real ones
-        assert shared.features.seen == 3 * count + 2 * count, (shared.features.seen, count)
+        state.restore(world.broadcast(state.to_dict()))
+        opened = training.open_shard(own, CPU, world)
+        before = copy.deepcopy((state.tensors(), torch.get_rng_state()))
+        check = QualityCheck(own, opened, world)
+        measured = [check.measure(state) for _ in range(2)]
+        count = len(world.shard_indices(11))  # decoded images of two kinds, and once the real ones
+        assert check.features.seen == 3 * count + 2 * count, (check.features.seen, count)
         world.barrier()
-        assert [path.joinpath("cache").exists() for path in caches] == [True, False]
-        wanted = QualityCheck(config, images, folder / "nowhere" / "run").measure(state)
-        assert found == again == pytest.approx(wanted, rel=1e-5, abs=1e-5)
-        assert abs(wanted["quality/kid"]) > 1e-4
-        world.agree(found)
-        assert same((state.networks(), torch.get_rng_state()), before)
+        assert [(root / "run" / "cache").exists() for root in roots] == [True, False]
+        expected = QualityCheck(alone, opened).measure(state)
+        assert measured[0] == measured[1] == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        assert abs(expected["quality/kid"]) > 1e-4
+        world.check_equal(measured[0])
+        assert same((state.tensors(), torch.get_rng_state()), before)
 
-        sampler = Sampler(state.generator_ema, config, 0, folder)
-        fitted = [copy.deepcopy(state.discriminator) for _ in range(2)]
-        calibrate(fitted[0], sampler, images.held_out(), world)
-        calibrate(fitted[1], sampler, images.held_out())
-        shared_fit, alone = (critic.calibration.state_dict() for critic in fitted)
-        for name, value in alone.items():
-            assert shared_fit[name].item() == pytest.approx(value.item(), rel=1e-4), name
-            assert value != 0
-        world.check_same(shared_fit, 0)
+        fitted = []
+        for processes in (world, SINGLE_PROCESS):
+            calibrate(state, own, opened.held_out(), processes)
+            fitted.append({name: value.item() for name, value in state.critic.calibration.state_dict().items()})
+        assert fitted[0] == pytest.approx(fitted[1], rel=1e-4)
+        assert all(fitted[1].values())
+        world.check_equal(fitted[0])
 
 
-class Late:
-    """An event of a device that is behind."""
-
-    def synchronize(self) -> None:
-        pass
-
-
-def stop_at_every_step(folder: Path, root: Path) -> int:
-    """An undisturbed run; and runs that each session stops one step further on, by a signal to process 1 alone."""
-    with join_processes(RuntimeConfig(), CPU) as world, pytest.MonkeyPatch.context() as patch:
-        without_clips(patch)
-        measure_in_shares(folder, root, world)
+def stop_after_every_step(folder: Path, root: Path) -> None:
+    """An undisturbed run; and one that each session stops one step further on, by a signal to process 1 alone."""
+    with join_processes(RuntimeConfig(), CPU) as world, pytest.MonkeyPatch.context() as patch, fast_outputs():
+        measure_in_shards(folder, root, world)
         settings = small(folder, root, *EVERYTHING, *MEASURED, name="whole")
         assert training.train(load_config(None, settings), world=world) == 0
-        stop_each_session(folder, root, world, lag=0, name="stopped")
-        patch.setattr(distributed, "_to_host", lambda ballot: (ballot.clone(), Late()))
-        stop_each_session(folder, root, world, lag=1, name="late")
-    return 0
+        config = load_config(None, small(folder, root, *EVERYTHING, *MEASURED, name="stopped"))
+        for stop in (1, 2, 3):
+            if world.rank == 1:
+                before_step(patch, stop, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            assert training.train(config, world=world) == (0 if stop == 3 else 143)
+            if world.is_main:
+                assert load_checkpoint(folder / "stopped" / "checkpoints" / "latest.pt")["step"] == stop
+        assert training.train(config, world=world) == 0  # finished already
 
 
-def stop_each_session(folder: Path, root: Path, world: World, lag: int, name: str) -> None:
-    """Votes come `lag` steps late, as from a GPU."""
-    config = load_config(None, small(folder, root, *EVERYTHING, *MEASURED, name=name))
-    original, done = EagerSteps.generator_step, 0
-    for _ in range(3):
-
-        def generator_step(runner: EagerSteps, *arguments: Any, stop: int = done + 1) -> Any:
-            if world.rank == 1 and runner.state.step + 1 == stop:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return original(runner, *arguments)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(EagerSteps, "generator_step", generator_step)
-            status = training.train(config, world=world)
-        done += 1 + lag
-        if done >= 3:
-            break
-        assert status == 143
-        if world.is_first:
-            assert load_checkpoint(folder / name / "checkpoints" / "latest.pt")["step"] == done
-    assert status == 0
-    assert training.train(config, world=world) == 0  # finished already
-
-
-def test_samples_saves_and_stops_at_every_step_deadlock_nowhere(
-    launch: Launch, tmp_path: Path, picture_folder: Path
+def test_samples_saves_and_stops_after_every_step_deadlock_nowhere(
+    launch: Launch, tmp_path: Path, image_folder: Path
 ) -> None:
-    ended = launch(2, stop_at_every_step, tmp_path, picture_folder)
-    complete(ended)
-    for name in ("stopped", "late"):
-        assert same(final(tmp_path / name), final(tmp_path / "whole"))
-        assert untimed_metrics(tmp_path / name) == untimed_metrics(tmp_path / "whole")
-        assert sorted(path.name for path in (tmp_path / name / "samples").iterdir()) == [
-            f"step_{step:06d}.png" for step in range(4)
-        ]
-    assert (ended[1].output, ended[1].errors) == ("", "")  # only the first process speaks
-    assert "2 processes, each with 2 of a batch's pictures" in ended[0].output
+    ended = launch(2, stop_after_every_step, tmp_path, image_folder)
+    assert_complete(ended)
+    assert same(final(tmp_path / "stopped"), final(tmp_path / "whole"))
+    assert untimed_metrics(tmp_path / "stopped") == untimed_metrics(tmp_path / "whole")
+    assert len(list((tmp_path / "stopped" / "samples").iterdir())) == 4
+    assert (ended[1].output, ended[1].errors) == ("", "")  # only process 0 prints
+    assert "2 processes, each with 2 of a batch's images" in ended[0].output
 
     # And on with one process alone, as an undisturbed run of one process.
-    with pytest.MonkeyPatch.context() as patch:
-        without_clips(patch)
+    with fast_outputs():
         longer = [*EVERYTHING, *MEASURED, "training.steps=5", "output.sample_every=10"]
         for name in ("whole", "one"):
-            assert training.train(load_config(None, small(tmp_path, picture_folder, *longer, name=name))) == 0
+            assert training.train(load_config(None, small(tmp_path, image_folder, *longer, name=name))) == 0
     for line, other in zip(untimed_metrics(tmp_path / "whole"), untimed_metrics(tmp_path / "one"), strict=True):
         assert line == pytest.approx(other, rel=1e-3, abs=1e-4)
 
 
-def test_dry_run_tells_of_the_processes_once(launch: Launch, tmp_path: Path, picture_folder: Path) -> None:
-    ended = launch(2, whole_command, ["--dry-run", *small(tmp_path, picture_folder)])
-    complete(ended)
-    assert "2 processes, each with 2 of a batch's pictures" in ended[0].output
+def test_dry_run_describes_the_processes_once(launch: Launch, tmp_path: Path, image_folder: Path) -> None:
+    ended = launch(2, whole_command, ["--dry-run", *small(tmp_path, image_folder)])
+    assert_complete(ended)
+    assert "2 processes, each with 2 of a batch's images" in ended[0].output
     assert ended[1].output == ""
 
 
-def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    for name, value in (("LOCAL_RANK", "3"), ("LOCAL_WORLD_SIZE", "4")):
-        monkeypatch.setenv(name, value)
-    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 3)
-    assert choose_device("cpu") == CPU
-    with pytest.raises(UserError, match=r"runtime\.device is cuda:1, one GPU for 4 processes"):
-        choose_device("cuda:1")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
-    with pytest.raises(UserError, match=r"--nproc-per-node is 5, but PyTorch sees 4 GPU\(s\) here"):
-        choose_device("auto")
+# ------------------------------------------------------------------------------------------------------ one that fails
+
+
+@pytest.mark.parametrize(
+    ("arguments", "others", "message"),
+    [
+        (["training.batch_size=5"], None, "training.batch_size is 5, which 2 processes cannot split evenly; use 4, or"),
+        (["weight_predictor.sharing=shared"], None, "weight_predictor.sharing is shared"),
+        (["training.stepz=5"], None, "unknown setting 'training.stepz'"),
+        ([], ["training.lr_vae=0.1"], "process 1 has 0.1 for training.lr_vae, but process 0 has 0.0005"),
+        (["data.root={broken}", "data.memory_gb=0", "data.workers=0"], None, "broken image"),
+        (["output.root={taken}"], None, "holds something else than a run"),
+    ],
+)
+def test_a_mistake_ends_all_processes_with_one_line(
+    arguments: list[str], others: list[str] | None, message: str, launch: Launch, tmp_path: Path, image_folder: Path
+) -> None:
+    broken = shutil.copytree(image_folder, tmp_path / "broken")
+    (broken / "cold" / "04.png").write_bytes(b"")  # one process meets it, while the other trains
+    (taken := tmp_path / "taken" / "run").mkdir(parents=True)
+    (taken / "thesis.txt").write_text("precious")
+    changes = [text.format(broken=broken, taken=taken.parent) for text in arguments]
+    first = small(tmp_path, image_folder, *EVERYTHING, *changes)
+    ended = launch(2, whole_command, first, others and [*first, *others])
+    assert [one.status for one in ended] == [2, 2]
+    (error,) = [line for one in ended for line in one.errors.splitlines()]
+    assert re.match(f"error: .*{re.escape(message)}", error), error
+
+
+ERRORS = {
+    "memory": torch.OutOfMemoryError("CUDA out of memory"),
+    "device": torch.AcceleratorError("CUDA error: an illegal memory access"),  # of earlier work, as a GPU's is late
+    "bug": ZeroDivisionError("a bug"),
+}
+
+
+def fail_in_step_3(folder: Path, root: Path, how: str) -> int:
+    """Process 1 is killed or stopped, hangs, or raises an error in a collective."""
+    distributed.HEARTBEAT_TIMEOUT, distributed.HEARTBEAT_INTERVAL, distributed.EXIT_GRACE = 4.0, 0.2, 2.0
+
+    def fail() -> None:
+        if how == "hangs":
+            time.sleep(1000)
+        elif how in ERRORS:
+            torch.distributed.all_reduce = Mock(side_effect=ERRORS[how])
+        else:
+            os.kill(os.getpid(), {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[how])
+
+    if os.environ["RANK"] == "1":
+        before_step(pytest.MonkeyPatch(), 3, fail)
+    timeout = "runtime.timeout_minutes=0.2" if how == "hangs" else "runtime.timeout_minutes=10"
+    return whole_command(small(folder, root, *EVERYTHING, timeout))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("killed", "error: process 1 .* gave no sign of life for 2 seconds at step 3; was it killed"),
+        ("stopped", "error: process 1 .* gave no sign of life for 4 seconds at step 3; was it killed"),
+        ("hangs", "error: process 1 .* did not come past step 3 within runtime.timeout_minutes=0.2; alive"),
+        ("memory", "error: out of memory .*CUDA out of memory"),
+        ("device", "torch.AcceleratorError: CUDA error: an illegal memory access"),
+        ("bug", "ZeroDivisionError: a bug"),
+    ],
+)
+def test_a_process_that_fails_is_named_and_stops_all(
+    how: str, message: str, launch: Launch, tmp_path: Path, image_folder: Path
+) -> None:
+    ended = launch(2, fail_in_step_3, tmp_path, image_folder, how, first_only=how in ("stopped", "hangs"))
+    assert ended[0].status == 1
+    lines = [line for one in ended for line in one.errors.splitlines()]
+    assert re.match(message, lines[-1]), lines
+    assert len(lines) == 1 or (how in ("device", "bug") and not ended[0].errors), lines  # these have a traceback
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "latest.pt")["step"] == 2
+
+
+def test_processes_meet_in_a_store_that_holds_keys_from_before_a_restart(store: TCPStore) -> None:
+    with pytest.raises(TimeoutError, match="missing processes: 1, 2"):
+        rendezvous(store, 0, 3, 0.1)
+    with pytest.raises(TimeoutError, match="process 0 is missing"):
+        rendezvous(store, 1, 3, 0.1)
+    for session in ("first", "second"):  # of two processes; after an answered and an unanswered question
+        other = threading.Thread(target=lambda: rendezvous(store.clone(), 1, 2, 300).set("from 1", session))  # noqa: B023
+        other.start()
+        own = rendezvous(store, 0, 2, 300)
+        other.join()
+        assert own.get("from 1") == session.encode()
+
+
+def kill_once(folder: Path, root: Path) -> None:
+    """A run whose process 1 is killed in step 3 of its first session, and then restarted by torchrun's own agent."""
+    settings = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=3, start_method="fork", rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", run_id="test", monitor_interval=0.1,
+    )  # fmt: skip
+    elastic_launch(settings, die_in_first_session)(folder, root)
+
+
+def die_in_first_session(folder: Path, root: Path) -> None:
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        before_step(pytest.MonkeyPatch(), 3, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    sys.exit(whole_command(small(folder, root, *EVERYTHING, "output.checkpoint_every=2", "output.sample_every=9")))
+
+
+def test_a_killed_process_is_restarted_and_the_run_ends_as_an_undisturbed_one(
+    launch: Launch, tmp_path: Path, image_folder: Path
+) -> None:
+    assert_complete(launch(1, kill_once, tmp_path, image_folder))
+    whole = small(tmp_path, image_folder, *EVERYTHING, "output.sample_every=9", name="whole")
+    assert_complete(launch(2, whole_command, whole))
+    assert same(final(tmp_path / "run"), final(tmp_path / "whole"))
+    assert untimed_metrics(tmp_path / "run") == untimed_metrics(tmp_path / "whole")
+    sessions = json.loads((tmp_path / "run" / "environment.json").read_text())["sessions"]
+    assert [session["from_step"] for session in sessions] == [0, 2]

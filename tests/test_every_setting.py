@@ -16,49 +16,46 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import metrics_of, pictures_drawn, same, small
+from conftest import Colours, metrics_of, new_state, refused, same, small, train, training_images, write_image
 from PIL import Image
 
 import distributed
-import quality_check
+import quality
 import run_directory
 import training
-from configuration import SECTIONS, UserError, load_config
-from devices import choose_device
-from image_data import open_images
-from quality import PictureFeatures
-from random_draws import Draws
-from step_runners import build_steps
-from training_state import TrainingState
+from configuration import SECTIONS, load_config
+from distributed import SINGLE_PROCESS
+from training_step import EagerSteps, NoiseSampler
 
+NOWHERE = Path("nowhere")
 KEYS = [f"{section}.{setting.name}" for section, cls in SECTIONS.items() for setting in dataclasses.fields(cls)]
 
-# What all comparisons start from: small, and with everything switched on that some setting needs to show.
 BASE = [
-    *("weight_predictor.layers=[decoder.stage1.*,decoder.stage2.*]", "weight_predictor.rank=2", "video.height=8"),
-    *("video.width=8", "loss.video_frames=2", "loss.own_frames=2", "loss.own_share=0.5", "loss.lambda_video=1"),
-    *("training.n_critic=1", "training.steps=3", "runtime.step=eager"),
-    *("output.log_every=1", "output.sample_every=1", "output.checkpoint_every=1"),
-]
+    "weight_predictor.layers=[decoder.stage1.*,decoder.stage2.*]", "weight_predictor.rank=2", "video.height=8",
+    "video.width=8", "loss.video_frames=2", "loss.rollout_frames=2", "loss.rollout_fraction=0.5",
+    "training.n_critic=1", "training.steps=3",
+    "output.log_every=1", "output.sample_every=1", "output.checkpoint_every=1",
+]  # fmt: skip
+"""What all comparisons start from: small, and with everything switched on that some setting needs to show."""
 
-STAGES = ("pictures", "networks", "draws", "gradients", "learned")
+STAGES = ("images", "networks", "random numbers", "gradients", "learned")
 """Of an iteration, in order: each follows from the ones before it and the settings."""
 
-# Key -> another value than in BASE, and the first stage that it changes. OTHER is a second folder of pictures.
+# Key -> another value than in BASE, and the first stage that it changes. OTHER is a second folder of images.
 OTHER = "<another folder>"
 ITERATION: dict[str, tuple[str, str]] = {
-    "data.root": (OTHER, "pictures"),
-    "data.fit": ("pad", "pictures"),
-    "data.background": ("#2080c0", "pictures"),
-    "data.mirror": ("true", "pictures"),
-    "data.holdout": ("0.5", "pictures"),
-    "image.size": ("32", "pictures"),
-    "image.channels": ("1", "pictures"),
+    "data.root": (OTHER, "images"),
+    "data.fit": ("pad", "images"),
+    "data.background": ("#2080c0", "images"),
+    "data.mirror": ("true", "images"),
+    "data.holdout": ("0.5", "images"),
+    "image.size": ("32", "images"),
+    "image.channels": ("1", "images"),
     "vae.latent_dim": ("7", "networks"),
     "vae.channels": ("[4,9]", "networks"),
-    "discriminator.channels": ("[4,9]", "networks"),
+    "critic.channels": ("[4,9]", "networks"),
     "weight_predictor.update": ("constant", "networks"),
-    "weight_predictor.watches": ("other", "gradients"),
+    "weight_predictor.input_video": ("other", "gradients"),
     "weight_predictor.train_gru": ("false", "gradients"),
     "weight_predictor.layers": ("[decoder.stage1.*]", "networks"),
     "weight_predictor.head": ("full", "networks"),
@@ -66,7 +63,7 @@ ITERATION: dict[str, tuple[str, str]] = {
     "weight_predictor.hidden_size": ("9", "networks"),
     "weight_predictor.num_layers": ("1", "networks"),
     "weight_predictor.bound": ("2", "gradients"),
-    "weight_predictor.sharing": ("shared", "draws"),
+    "weight_predictor.sharing": ("shared", "random numbers"),
     "video.frames": ("4", "gradients"),
     "video.height": ("4", "networks"),
     "video.width": ("4", "networks"),
@@ -79,30 +76,30 @@ ITERATION: dict[str, tuple[str, str]] = {
     "video.detach": ("false", "gradients"),
     "loss.lambda_gp": ("5", "gradients"),
     "loss.epsilon_drift": ("0.01", "gradients"),
-    "loss.base_fake_share": ("0.25", "draws"),
+    "loss.base_fake_fraction": ("0.25", "random numbers"),
     "loss.lambda_adv": ("2", "gradients"),
     "loss.lambda_base": ("2", "gradients"),
     "loss.lambda_vae": ("0.2", "gradients"),
     "loss.beta": ("2", "gradients"),
     "loss.lambda_update": ("2", "gradients"),
     "loss.lambda_video": ("2", "gradients"),
-    "loss.video_frames": ("3", "draws"),
-    "loss.own_frames": ("3", "draws"),
-    "loss.own_share": ("1", "draws"),
-    "loss.judged_frame": ("random", "draws"),
-    "training.batch_size": ("3", "pictures"),
-    "training.n_critic": ("2", "pictures"),
+    "loss.video_frames": ("3", "random numbers"),
+    "loss.rollout_frames": ("3", "random numbers"),
+    "loss.rollout_fraction": ("1", "random numbers"),
+    "loss.adversarial_frame": ("random", "random numbers"),
+    "training.batch_size": ("3", "images"),
+    "training.n_critic": ("2", "images"),
     "training.lr_vae": ("0.001", "learned"),
     "training.lr_predictor": ("0.001", "learned"),
-    "training.lr_discriminator": ("0.001", "learned"),
+    "training.lr_critic": ("0.001", "learned"),
     "training.adam_betas": ("[0.5,0.9]", "learned"),
     "training.adam_betas_predictor": ("[0.5,0.9]", "learned"),
     "training.clip_vae": ("0.001", "learned"),
     "training.clip_predictor": ("0.001", "learned"),
-    "training.clip_discriminator": ("0.001", "learned"),
+    "training.clip_critic": ("0.001", "learned"),
     "training.ema_decay": ("0.1", "learned"),
     "training.diffaugment": ("[color]", "gradients"),
-    "training.seed": ("1", "pictures"),
+    "training.seed": ("1", "images"),
     "runtime.precision": ("bf16", "gradients"),
 }
 
@@ -132,14 +129,13 @@ INSTEAD: dict[str, list[str]] = {"training.epochs": ["training.steps=null"]}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two folders of pictures that are neither square nor opaque, and one with a broken picture among them."""
-    made = [tmp_path_factory.mktemp(name) for name in ("pictures", "others", "broken")]
+    """Two folders of images that are neither square nor opaque, and one with a broken image among them."""
+    made = [tmp_path_factory.mktemp(name) for name in ("images", "others", "broken")]
     for folder, index in itertools.product(made, range(8)):
-        picture = Image.new("RGBA", (20, 28), (0, 0, 0, 0))
-        colour = (30 * index, 100, 20 * made.index(folder), 255)
-        picture.paste(colour, (2 + index, 6, 12, 20))
-        picture.save(folder / f"{index}.png")
-    (made[2] / "broken.png").write_bytes(b"no picture")
+        image = Image.new("RGBA", (20, 28), (0, 0, 0, 0))
+        image.paste((30 * index, 100, 20 * made.index(folder), 255), (2 + index, 6, 12, 20))
+        write_image(folder / f"{index}.png", image)
+    (made[2] / "broken.png").write_bytes(b"no image")
     return made
 
 
@@ -147,44 +143,33 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def iteration(overrides: list[str]) -> dict[str, Any]:
-    """Two iterations of a run, of the first one each stage, and what is learned in both."""
+    """Each stage of a run's first iteration, and what is learned in two: Adam's first is the same for all betas."""
     config = load_config(None, overrides)
-    device = choose_device(config.runtime.device)
-    images = open_images(config.data, config.image, batch_size=config.training.batch_size, seed=config.training.seed,
-                         device=device, progress=False)  # fmt: skip
-    batches = images.batches()
-    state = TrainingState(config, device)
-    networks = {name: tensor.clone() for name, tensor in state.networks().items()}
+    state, images = new_state(config), training.open_shard(config, torch.device("cpu"), SINGLE_PROCESS)
+    networks = {name: tensor.clone() for name, tensor in state.tensors().items()}
     with torch.no_grad():  # an update of zero, as at the start, would hide what becomes of it
         for name, parameter in state.generator.predictor.named_parameters():
             if name.startswith(("to_update", "code")):
-                parameter.normal_(std=0.5, generator=torch.Generator(device).manual_seed(0))
-    random = Draws(config, device)
-    steps, _ = build_steps(config, state, random.augment, steps=2)
-    found: dict[str, Any] = {}
-    for step in (1, 2):  # Adam's first step is the same for all decay rates
-        pictures = [next(batches) for _ in range(config.training.n_critic)]
-        draws = [random.critic(state.generator, step, repeat) for repeat in range(len(pictures))]
-        last = random.generator(state.generator, step)
-        if step == 1:
-            # Before anything is learned; a pass changes nothing.
-            passes = [steps.critic_pass(pictures[0], draws[0]), steps.generator_pass(pictures[-1], last)]
-            gradients = [done.gradients for done in passes]
-            found = {"pictures": pictures, "networks": networks, "draws": [*draws, last], "gradients": gradients}
-        for x, numbers in zip(pictures, draws, strict=True):
-            steps.critic_step(x, numbers)
-        steps.generator_step(pictures[-1], last)
+                parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
+    noise, steps, batches = NoiseSampler(config, state.device), EagerSteps(state), images.batches()
+    first = [next(batches) for _ in range(config.training.n_critic)]
+    numbers = [*(noise.critic(1, repeat) for repeat in range(len(first))), noise.generator(1)]
+    passes = [steps.critic_pass(first[0], numbers[0]), steps.generator_pass(first[-1], numbers[-1])]  # change nothing
+    batches = itertools.chain(first, batches)
+    for step in (1, 2):
+        training.iteration(steps, noise, batches, step)
         state.step = step
-    return found | {"learned": state.networks()}
+    gradients = [one.gradients for one in passes]
+    return dict(zip(STAGES, (first, networks, numbers, gradients, state.tensors()), strict=True))
 
 
 @pytest.fixture(scope="module")
 def plain_iteration(folders: list[Path]) -> dict[str, Any]:
-    return iteration(small(Path("nowhere"), folders[0], *BASE))
+    return iteration(small(NOWHERE, folders[0], *BASE))
 
 
 def test_an_iteration_is_the_same_again(plain_iteration: dict[str, Any], folders: list[Path]) -> None:
-    again = iteration(small(Path("nowhere"), folders[0], *BASE))
+    again = iteration(small(NOWHERE, folders[0], *BASE))
     assert list(again) == list(STAGES)
     assert all(same(again[stage], plain_iteration[stage]) for stage in STAGES)  # else a dead setting would seem alive
 
@@ -192,7 +177,7 @@ def test_an_iteration_is_the_same_again(plain_iteration: dict[str, Any], folders
 @pytest.mark.parametrize("key", ITERATION)
 def test_a_setting_changes_the_stage_it_is_for(key: str, plain_iteration: dict[str, Any], folders: list[Path]) -> None:
     value, first = ITERATION[key]
-    changed = iteration(small(Path("nowhere"), folders[0], *BASE, f"{key}={folders[1] if value is OTHER else value}"))
+    changed = iteration(small(NOWHERE, folders[0], *BASE, f"{key}={folders[1] if value is OTHER else value}"))
     differs = [stage for stage in STAGES if not same(changed[stage], plain_iteration[stage])]
     assert differs, f"{key} changes nothing"
     assert (differs[0], differs[-1]) == (first, "learned")
@@ -201,47 +186,31 @@ def test_a_setting_changes_the_stage_it_is_for(key: str, plain_iteration: dict[s
 # --------------------------------------------------------------------------------------------------------------- a run
 
 
-class Colours(PictureFeatures):
-    """Stands for an image network: a picture's 4 x 4 pixels. Counts the pictures that it has seen."""
-
-    name, num_features, seen = "colours", 48, 0
-
-    def __init__(self, *_: object) -> None:
-        super().__init__()
-        self.place = torch.nn.Parameter(torch.zeros(()))
-
-    def of_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        Colours.seen += len(pixels)
-        return torch.nn.functional.adaptive_avg_pool2d(pixels, 4).flatten(1)
-
-
-def run(folder: Path, pictures: Path, *overrides: str) -> dict[str, Any]:
-    """What a short run leaves below `folder`, without what is slow to draw: curves, and clips but for their rate."""
-    Colours.seen = 0
+def run(folder: Path, images: Path, *overrides: str) -> dict[str, Any]:
+    """What a short run leaves below `folder`, without what is slow to make: curves, and clips but for their rate."""
+    features = Colours()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quality_check, "load_features", Colours)
+        patch.setattr(quality, "load_features", lambda *_: features)
         patch.setattr(run_directory, "plot_losses", lambda runs, path: path.touch())
         patch.setattr(run_directory, "write_video", lambda path, frames, fps: path.write_text(f"{fps}"))
-        assert training.train(load_config(None, small(folder, pictures, *BASE, *overrides))) == 0
+        assert train(*small(folder, images, *BASE, *overrides)) == 0
     (lock,) = folder.rglob("run.lock")
-    place = lock.parent
+    path = lock.parent
     return {
-        "place": place.relative_to(folder),
-        "files": sorted(f"{path.relative_to(place)}" for path in place.rglob("*") if "tfevents" not in path.name),
-        "metrics": [(line["step"], sorted(line)) for line in metrics_of(place)],
-        "measured": Colours.seen,
-        "sample size": {Image.open(path).size for path in place.glob("samples/*.png")},
-        "clip": {path.read_text() for path in place.glob("clips/*")},
+        "place": path.relative_to(folder),
+        "files": sorted(f"{file.relative_to(path)}" for file in path.rglob("*") if "tfevents" not in file.name),
+        "metrics": [(line["step"], sorted(line)) for line in metrics_of(path)],
+        "measured": features.seen,
+        "sample size": {Image.open(file).size for file in path.glob("samples/*.png")},
+        "clip": {file.read_text() for file in path.glob("clips/*")},
     }
 
 
 @pytest.fixture(scope="module")
 def plain_run(tmp_path_factory: pytest.TempPathFactory, folders: list[Path]) -> dict[str, Any]:
-    with pictures_drawn("clips"):
-        return run(tmp_path_factory.mktemp("plain"), folders[0])
+    return run(tmp_path_factory.mktemp("plain"), folders[0])
 
 
-@pytest.mark.pictures("clips")
 @pytest.mark.parametrize("key", RUN)
 def test_a_setting_changes_what_a_run_leaves(
     key: str, plain_run: dict[str, Any], folders: list[Path], tmp_path: Path
@@ -256,13 +225,6 @@ def test_a_setting_changes_what_a_run_leaves(
 # ------------------------------------------------------------------------------------ settings with a test of their own
 
 
-def outcome(overrides: list[str]) -> str:
-    """How a run ends that is refused before it begins, without what it was given."""
-    with pytest.raises(UserError) as error:
-        training.train(load_config(None, overrides))
-    return str(error.value)
-
-
 OWN: dict[str, Callable[..., None]] = {}
 """Key -> its test, which is collected below."""
 
@@ -272,46 +234,36 @@ def own(key: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 
 @own("data.on_broken")
-def test_broken_pictures_are_refused_or_left_out(folders: list[Path]) -> None:
-    assert "broken.png" in outcome(small(Path("nowhere"), folders[2], "data.on_broken=error"))
-    assert len(iteration(small(Path("nowhere"), folders[2], *BASE, "data.on_broken=skip"))["pictures"]) == 1
-
-
-def opened(*overrides: str) -> Any:
-    config = load_config(None, overrides)
-    return open_images(config.data, config.image, batch_size=2, seed=0, device="cpu", progress=False)
+def test_broken_images_are_refused_or_left_out(folders: list[Path]) -> None:
+    assert "broken.png" in refused(*small(NOWHERE, folders[2], "data.on_broken=error"))
+    assert len(iteration(small(NOWHERE, folders[2], *BASE, "data.on_broken=skip"))["images"]) == 1
 
 
 @own("data.memory_gb")
-def test_pictures_beyond_the_memory_stream(folders: list[Path]) -> None:
-    places = [opened(f"data.root={folders[0]}", f"data.memory_gb={number}").storage for number in (4, 0)]
-    assert places == ["memory", "stream"]
+def test_images_beyond_the_memory_stream(folders: list[Path]) -> None:
+    assert [training_images(folders[0], memory_gb=limit).storage for limit in (4.0, 0.0)] == ["memory", "stream"]
 
 
 @own("data.workers")
 def test_workers_are_processes(folders: list[Path]) -> None:
     for count in (0, 1, 2):
         before = len(multiprocessing.active_children())
-        images = opened(f"data.root={folders[0]}", "data.memory_gb=0", f"data.workers={count}", "image.size=16")
-        batches = images.batches()
+        batches = training_images(folders[0], memory_gb=0.0, workers=count).batches()
         next(batches)
         assert len(multiprocessing.active_children()) - before == count
         batches.close()
 
 
 @own("weight_predictor.update_size")
-def test_another_update_size_is_refused(folders: list[Path]) -> None:
-    assert "update_size is 5" in outcome(small(Path("nowhere"), folders[0], *BASE, "weight_predictor.update_size=5"))
-
-
 @own("runtime.device")
-def test_a_gpu_that_is_not_there_is_refused(folders: list[Path]) -> None:
-    assert "cuda:99" in outcome(small(Path("nowhere"), folders[0], *BASE, "runtime.device=cuda:99"))
-
-
 @own("runtime.step")
-def test_a_graph_is_refused_on_a_cpu(folders: list[Path]) -> None:
-    assert "cuda_graph" in outcome(small(Path("nowhere"), folders[0], *BASE, "runtime.step=cuda_graph"))
+@pytest.mark.parametrize(("setting", "words"), [
+    ("weight_predictor.update_size=5", "update_size is 5"),
+    ("runtime.device=cuda:99", "cuda:99"),
+    ("runtime.step=cuda_graph", "cuda_graph"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused(setting: str, words: str, folders: list[Path]) -> None:
+    assert words in refused(*small(NOWHERE, folders[0], *BASE, setting))
 
 
 @own("runtime.timeout_minutes")
@@ -326,7 +278,7 @@ def test_other_processes_are_waited_for_so_long(folders: list[Path], monkeypatch
 
     monkeypatch.setattr(distributed, "dist", SimpleNamespace(rendezvous=rendezvous))
     for minutes in (1, 2):
-        overrides = small(Path("nowhere"), folders[0], *BASE, f"runtime.timeout_minutes={minutes}")
+        overrides = small(NOWHERE, folders[0], *BASE, f"runtime.timeout_minutes={minutes}")
         assert training.main(overrides) == 2
     assert waits == [60, 120]
 

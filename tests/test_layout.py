@@ -1,80 +1,70 @@
-"""The layout that README's "The code" promises: every module has its place, and imports only what stands below it.
-
-And that the requirements list what is imported, and nothing else.
-"""
+"""Sizes and imports of the modules, the examples in their docstrings, and what the requirements list."""
 
 import ast
-import re
+import doctest
+import importlib
+import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from lowest_versions import requirements
+from conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
+from studies.lowest_versions import requirements
 
-PROJECT = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]
-TESTS = [*ROOT.glob("tests/*.py")]
-
-IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml"}
-"""Requirement -> its name in an import, where - and _ are not all the difference."""
-
-BEHIND = {"torch.utils.tensorboard": "tensorboard"}
-"""Module of one package -> another package, which it imports and does not bring."""
-
-COMMANDS = {"pytest-xdist", "ruff", "mypy"}
-"""Requirements that are run, not imported."""
-
-
-def places() -> dict[str, int]:
-    """Module -> number of its row in README's table, from the top."""
-    table = (ROOT / "README.md").read_text().split("## The code")[1].split("\n## ")[0]
-    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    return {name: number for number, row in enumerate(rows) for name in re.findall(r"`(\w+)\.py`", row)}
+MODULES = {path.stem: path for path in ROOT.glob("*.py")}
+PROJECT = [*MODULES.values(), *ROOT.glob("data/*.py")]
+ALL = [*PROJECT, *ROOT.glob("studies/*.py"), *ROOT.glob("tests/*.py")]
+IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml"}  # where - and _ are not all the difference
+COMMANDS = {"pytest-xdist", "ruff", "mypy"}  # are run, not imported
 
 
 def imported(path: Path) -> set[str]:
     """Names of the modules that a file imports, inside functions too."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add(node.module or "")
-    return found
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+    return names | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
 
 
-def test_every_module_has_its_row() -> None:
-    assert set(places()) == {path.stem for path in ROOT.glob("*.py")}
+def test_at_most_20_modules_stand_on_at_most_6_floors_with_75_imports_between_them_and_none_of_studies() -> None:
+    needs = {name: {one.partition(".")[0] for one in imported(path)} for name, path in MODULES.items()}
+    assert "studies" not in set().union(*needs.values())
+    needs = {name: others & MODULES.keys() for name, others in needs.items()}
+    assert len(needs) <= 20
+    assert sum(map(len, needs.values())) <= 75
+    floors = 0
+    while needs:
+        lowest = {name for name, others in needs.items() if not others & needs.keys()}
+        assert lowest, f"a circle: {needs}"
+        needs = {name: others for name, others in needs.items() if name not in lowest}
+        floors += 1
+    assert floors <= 6
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("*.py")))
-def test_nothing_imports_upwards(name: str) -> None:
-    where = places()
-    above = {other for other in imported(ROOT / f"{name}.py") if other in where and where[other] < where[name]}
-    assert not above, f"{name}.py imports {', '.join(sorted(above))}, which README lists above it"
+def test_no_file_is_longer_than_480_lines_and_no_function_than_80() -> None:
+    for path in ALL:
+        assert len(path.read_text().splitlines()) <= 480, path
+        functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+        assert [node.name for node in functions if (node.end_lineno or 0) - node.lineno >= 80] == [], path
 
 
-def packages(paths: list[Path]) -> set[str]:
-    """Names of the packages from elsewhere that these files import."""
-    names = {name for path in paths for name in imported(path)}
-    own = {path.stem for path in [*PROJECT, *TESTS]}
-    tops = {name.partition(".")[0] for name in names}
-    return tops - own - sys.stdlib_module_names | {BEHIND[name] for name in names if name in BEHIND}
+def test_examples_in_docstrings_do_what_they_say() -> None:
+    for name, path in MODULES.items():
+        if name != "sampling" and ">>> " in path.read_text():  # test_sampling.py has a run for the examples there
+            assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
-def listed(name: str) -> set[str]:
-    """Names by which the packages of a requirements file are imported, with those of files that it includes."""
-    names = {requirement.name for requirement in requirements(ROOT / name)} - COMMANDS
-    return {IMPORTED_AS.get(name, name.replace("-", "_")) for name in names}
+def test_commands_start_without_what_they_may_not_need() -> None:
+    slow = {"torch_fidelity", "torchmetrics", "torchvision", "torch._dynamo", "matplotlib", "tensorboard"}  # 0.5 to 3 s
+    code = f"import sys, training, generate, evaluate; print({slow} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.strip() == "set()", result.stderr
 
 
-@pytest.mark.parametrize(
-    ("paths", "file"),
-    [(PROJECT, "requirements.txt"), ([*PROJECT, *TESTS], "requirements-dev.txt")],
-    ids=["project", "tests"],
-)
-def test_requirements_are_what_is_imported(paths: list[Path], file: str) -> None:
-    missing, unused = packages(paths) - listed(file), listed(file) - packages(paths)
-    assert not missing, f"{file} lacks {', '.join(sorted(missing))}"
-    assert not unused, f"nothing imports {', '.join(sorted(unused))} of {file}"
+def test_requirements_are_what_is_imported() -> None:
+    own = {"studies", *(path.stem for path in ALL)}
+    for paths, file in ((PROJECT, "requirements.txt"), (ALL, "requirements-dev.txt")):
+        # torch.utils.tensorboard imports another package, and does not bring it.
+        names = {name.replace("torch.utils.tensorboard", "tensorboard") for path in paths for name in imported(path)}
+        packages = {name.partition(".")[0] for name in names} - own - sys.stdlib_module_names
+        listed = {requirement.name for requirement in requirements(ROOT / file)} - COMMANDS
+        assert packages == {IMPORTED_AS.get(name, name.replace("-", "_")) for name in listed}, file

@@ -1,4 +1,4 @@
-"""The objectives against float64 computations by hand."""
+"""The loss terms against float64 computations by hand; DiffAugment: off by default, repeatable, differentiable."""
 
 import math
 
@@ -7,12 +7,21 @@ import torch
 from torch import nn
 
 import losses
+from configuration import LossConfig
+from losses import AUGMENTATION_NUMBERS, diffaugment
 from model_definitions import Discriminator
 
 
 def critic_64() -> Discriminator:
     torch.manual_seed(0)
     return Discriminator(16, 3, (4, 8)).double()
+
+
+def two_batches(size: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Real images and generated ones (size, 3, 16, 16), and ε (size,)."""
+    torch.manual_seed(1)
+    shape = (size, 3, 16, 16)
+    return torch.rand(shape, dtype=dtype), torch.rand(shape, dtype=dtype), torch.rand(size, dtype=dtype)
 
 
 class QuadraticCritic(nn.Module):
@@ -28,16 +37,15 @@ class QuadraticCritic(nn.Module):
 
 
 def test_gradient_penalty_equals_the_hand_computation() -> None:
-    torch.manual_seed(0)
-    x_real, x_fake, b = torch.rand(4, 3, 5, 5), torch.rand(4, 3, 5, 5), torch.rand(3, 5, 5)
-    epsilon = torch.rand(4)
+    x_real, x_fake, epsilon = two_batches(4)
+    b = torch.rand(3, 16, 16)
     critic = QuadraticCritic(0.3, b)
     penalty = losses.gradient_penalty(critic, x_real, x_fake, epsilon)
     penalty.backward()
 
     expected, slope = 0.0, 0.0
-    for real, fake, share in zip(x_real.double(), x_fake.double(), epsilon.double(), strict=True):
-        x_hat = share * real + (1 - share) * fake
+    for real, fake, e in zip(x_real.double(), x_fake.double(), epsilon.double(), strict=True):
+        x_hat = e * real + (1 - e) * fake
         gradient = 0.3 * x_hat + b.double()
         norm = math.sqrt(gradient.square().sum())
         expected += (norm - 1) ** 2 / 4
@@ -47,59 +55,43 @@ def test_gradient_penalty_equals_the_hand_computation() -> None:
 
 
 def test_penalty_on_the_critic_equals_a_float64_double_backward() -> None:
-    torch.manual_seed(1)
     critic = critic_64()
-    x_real, x_fake = torch.rand(3, 3, 16, 16).double(), torch.rand(3, 3, 16, 16).double()
-    epsilon = torch.rand(3).double()
+    x_real, x_fake, epsilon = two_batches(3, torch.float64)
     single = Discriminator(16, 3, (4, 8))
     single.load_state_dict(critic.state_dict())
-    penalty = losses.gradient_penalty(single, x_real.float(), x_fake.float(), epsilon.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # which the penalty leaves out
+        penalty = losses.gradient_penalty(single, x_real.float(), x_fake.float(), epsilon.float())
     gradients = torch.autograd.grad(penalty, [single.stages.stage1.conv.weight, single.to_score.weight])
 
-    # The reference takes each picture alone, and the textbook's autograd.grad with create_graph.
+    # The reference takes each image alone, and the textbook's autograd.grad with create_graph.
     total = 0.0
-    for index in range(3):
-        share = epsilon[index]
-        x_hat = (share * x_real[index] + (1 - share) * x_fake[index])[None].requires_grad_()
+    for real, fake, e in zip(x_real, x_fake, epsilon, strict=True):
+        x_hat = (e * real + (1 - e) * fake)[None].requires_grad_()
         (gradient,) = torch.autograd.grad(critic(x_hat).sum(), x_hat, create_graph=True)
         total = total + (gradient.norm() - 1).square() / 3
     reference = torch.autograd.grad(total, [critic.stages.stage1.conv.weight, critic.to_score.weight])
     assert penalty.item() == pytest.approx(total.item(), rel=1e-5)
-    for got, wanted in zip(gradients, reference, strict=True):
-        assert torch.allclose(got.double(), wanted, rtol=1e-4, atol=1e-6)
+    for gradient, expected in zip(gradients, reference, strict=True):
+        assert torch.allclose(gradient.double(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_penalty_is_finite_where_the_critic_is_flat() -> None:
-    flat = QuadraticCritic(0.0, torch.zeros(3, 4, 4))
-    penalty = losses.gradient_penalty(flat, torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4), torch.rand(2))
+    flat = QuadraticCritic(0.0, torch.zeros(3, 16, 16))
+    penalty = losses.gradient_penalty(flat, *two_batches(2))
     penalty.backward()
     assert penalty.item() == pytest.approx(1, abs=1e-4)
     assert torch.isfinite(flat.a.grad)
 
 
-def test_penalty_stays_in_fp32_under_autocast() -> None:
-    torch.manual_seed(0)
-    critic = Discriminator(16, 3, (4, 8))
-    arguments = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16), torch.rand(2)
-    plain = losses.gradient_penalty(critic, *arguments)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = losses.gradient_penalty(critic, *arguments)
-    assert torch.equal(plain, mixed)
-
-
 def test_critic_loss_is_the_sum_of_its_parts() -> None:
-    torch.manual_seed(0)
     critic = critic_64()
-    x_real, x_fake, epsilon = (
-        torch.rand(4, 3, 16, 16).double(),
-        torch.rand(4, 3, 16, 16).double(),
-        torch.rand(4).double(),
-    )
-    loss = losses.critic_loss(critic, x_real, x_fake, epsilon, lambda_gp=7.0, epsilon_drift=0.5)
+    x_real, x_fake, epsilon = two_batches(4, torch.float64)
+    loss = losses.critic_loss(critic, x_real, x_fake, epsilon, LossConfig(lambda_gp=7.0, epsilon_drift=0.5))
     real, fake = critic(x_real), critic(x_fake)
     assert torch.allclose(loss.score_real, real)
     assert torch.allclose(loss.score_fake, fake)
     assert loss.wasserstein.item() == pytest.approx((fake.mean() - real.mean()).item())
+    assert loss.penalty.item() == pytest.approx(losses.gradient_penalty(critic, x_real, x_fake, epsilon).item())
     assert loss.drift.item() == pytest.approx(real.square().mean().item())
     expected = loss.wasserstein + 7 * loss.penalty + 0.5 * loss.drift
     assert loss.total.item() == pytest.approx(expected.item())
@@ -111,38 +103,76 @@ def test_vae_loss_matches_the_formula_and_torch_distributions() -> None:
     mu, logvar = torch.randn(5, 7), torch.randn(5, 7)
     reconstruction, kl = losses.vae_loss(x, x_rec, mu, logvar)
     assert reconstruction.item() == pytest.approx(((x - x_rec).double() ** 2).sum().item() / 5, rel=1e-6)
-    normal = torch.distributions.Normal
-    reference = torch.distributions.kl_divergence(
-        normal(mu.double(), (0.5 * logvar.double()).exp()),
-        normal(torch.zeros(5, 7).double(), torch.ones(5, 7).double()),
-    )
+    posterior = torch.distributions.Normal(mu.double(), (0.5 * logvar.double()).exp())
+    prior = torch.distributions.Normal(torch.zeros(()).double(), torch.ones(()).double())
+    reference = torch.distributions.kl_divergence(posterior, prior)
     assert kl.item() == pytest.approx(reference.sum(1).mean().item(), rel=1e-6)
-
-
-def test_kl_is_zero_exactly_at_the_prior() -> None:
-    x = torch.rand(2, 1, 2, 2)
-    reconstruction, kl = losses.vae_loss(x, x, torch.zeros(2, 3), torch.zeros(2, 3))
-    assert (reconstruction.item(), kl.item()) == (0, 0)
+    at_prior = losses.vae_loss(x, x, torch.zeros(5, 3), torch.zeros(5, 3))
+    assert [term.item() for term in at_prior] == [0, 0]
 
 
 def test_generator_loss_weighs_every_term() -> None:
     terms = {"reconstruction": 2.0, "kl": 3.0, "update": 5.0, "video": 7.0}
-    loss = losses.generator_loss(
-        score_fake=torch.tensor([1.0, 3.0]),
-        score_base=torch.tensor([-4.0, 2.0]),
-        **{name: torch.tensor(value) for name, value in terms.items()},
-        lambda_adv=0.5,
-        lambda_base=0.25,
-        lambda_vae=0.1,
-        beta=2.0,
-        lambda_update=0.01,
-        lambda_video=10.0,
-    )
+    factors = {"lambda_adv": 0.5, "lambda_base": 0.25, "lambda_vae": 0.1, "beta": 2.0, "lambda_update": 0.01,
+               "lambda_video": 10.0}  # fmt: skip
+    scores = {"score_fake": torch.tensor([1.0, 3.0]), "score_base": torch.tensor([-4.0, 2.0])}
+    values = {name: torch.tensor(value) for name, value in terms.items()}
+    loss = losses.generator_loss(**scores, **values, weights=LossConfig(**factors))
     assert loss.adversarial.item() == -2
     assert loss.adversarial_base.item() == 1
+    assert {name: getattr(loss, name).item() for name in terms} == terms
     assert loss.total.item() == pytest.approx(-0.5 * 2 + 0.25 * 1 + 0.1 * (2 + 2 * 3) + 0.01 * 5 + 10 * 7)
 
 
-def test_video_loss_by_hand() -> None:
-    frames, video = torch.zeros(2, 3, 1, 2, 2), torch.full((2, 3, 1, 2, 2), 0.5)
-    assert losses.video_loss(frames, video).item() == pytest.approx(4 * 0.25)
+# ------------------------------------------------------------------------------------------------------- DiffAugment
+
+
+def numbers_of(batch: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(batch, AUGMENTATION_NUMBERS, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", ["color", "translation", "cutout"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_each_kind_changes_each_image_by_its_numbers_and_passes_gradients(kind: str, channels: int) -> None:
+    x, numbers = torch.rand(6, channels, 16, 16, requires_grad=True), numbers_of(6)
+    assert diffaugment(x, [], numbers) is x
+    y = diffaugment(x, [kind], numbers)
+    assert y.shape == x.shape
+    assert torch.equal(y, diffaugment(x, [kind], numbers))
+    assert not torch.equal(y, x)
+    assert not torch.equal(y, diffaugment(x, [kind], numbers_of(6, seed=1)))
+    assert torch.autograd.grad(y.sum(), x)[0].abs().sum() > 0
+    assert torch.allclose(y[2:3], diffaugment(x[2:3], [kind], numbers[2:3]), atol=1e-6)
+
+
+def test_colour_changes_brightness_saturation_and_contrast_as_far_as_it_says() -> None:
+    x = torch.rand(1, 3, 8, 8)
+
+    def colour(brightness: float, saturation: float, contrast: float) -> torch.Tensor:
+        return diffaugment(x, ["color"], torch.tensor([[brightness, saturation, contrast, 0, 0, 0, 0]]))
+
+    assert torch.allclose(colour(0.5, 0.5, 0.5), x, atol=1e-6)
+    assert torch.allclose(colour(1, 0.5, 0.5), x + 0.5, atol=1e-6)
+    assert torch.allclose(colour(0.5, 0, 0.5), x.mean(1, keepdim=True).expand_as(x), atol=1e-6)
+    assert torch.allclose(colour(0.5, 0.5, 0), (x + x.mean()) / 2, atol=1e-6)
+
+
+def test_translation_moves_whole_pixels_up_to_an_eighth() -> None:
+    x = torch.rand(64, 3, 16, 16)
+    offsets = set()
+    for image, moved in zip(x, diffaugment(x, ["translation"], numbers_of(64)), strict=True):
+        fits = [
+            (dy, dx)
+            for dy in range(-2, 3)
+            for dx in range(-2, 3)
+            if torch.equal(moved[:, 2 : 14, 2 : 14], image[:, 2 + dy : 14 + dy, 2 + dx : 14 + dx])
+        ]  # fmt: skip
+        assert len(fits) == 1
+        offsets.add(fits[0])
+    assert len(offsets) > 15  # of 25
+
+
+def test_cutout_greys_a_quarter_where_it_lies_inside() -> None:
+    y = diffaugment(torch.ones(1, 3, 16, 16), ["cutout"], torch.full((1, AUGMENTATION_NUMBERS), 0.5))
+    assert (y == 0.5).float().mean().item() == pytest.approx(0.25)
+    assert (y == 1).float().mean().item() == pytest.approx(0.75)

@@ -1,67 +1,52 @@
-"""The networks' shapes and ranges, and the generator's path: update, gradients, independence of the batch."""
+"""The three networks: what they take and give, how they begin, what the predictor keeps, and calibrated scores."""
 
 import pytest
 import torch
-from torch.func import functional_call
+from conftest import small_generator
 
-import generator_path
-import weight_updates
-from configuration import UserError
-from generator_path import Generator
-from model_definitions import VAE, Discriminator
-from score_calibration import ScoreCalibration
-from video_synth import VideoSynthesizer
-from weight_predictor import WeightPredictorRNN
-from weight_updates import tensor_scale
-
-HEADS = ["full", "low_rank", "per_channel"]
+from generator import state_rows
+from model_definitions import NORM_EPSILON, VAE, Discriminator, FirstFrameNorm, ScoreCalibration, WeightPredictorRNN
 
 
-def small_generator(
-    head: str = "full", layers: tuple[str, ...] = ("decoder.stage1.*", "decoder.stage2.*"), **options
-) -> Generator:
+def test_the_three_networks_are_built_with_the_sources_arguments_sizes_and_layers() -> None:
+    """What other code may rely on: `from model_definitions import VAE, Discriminator, WeightPredictorRNN`."""
     torch.manual_seed(0)
-    vae = VAE(16, 3, 8, (4, 6))
-    options = {"head": head, "rank": 2, "hidden_size": 10, "bound": 0.5} | options
-    return Generator(vae, VideoSynthesizer(4), list(layers), **options)
-
-
-def moved(generator: Generator, size: float = 0.3) -> Generator:
-    """Gives the zero head weights, as after some training, so that updates are not zero."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        generator.predictor.to_update.weight.normal_(std=size)
-    return generator
+    vae, critic, predictor = VAE(), Discriminator(), WeightPredictorRNN(3 * 16 * 16, 10)
+    x = vae.decode(torch.randn(2, 128))
+    x_rec, mu, logvar = vae(x)
+    assert x.shape == x_rec.shape == (2, 3, 128, 128)
+    assert mu.shape == logvar.shape == (2, 128)
+    for network in (vae.encoder, critic.stages):
+        assert [stage.conv.weight.shape[:2] for stage in network] == [(32, 3), (64, 32), (128, 64), (256, 128)]
+    assert vae.decoder.get_parameter("stage1.weight").shape == (32, 3, 4, 4)
+    kinds = [{type(part).__name__ for part in net.modules() if not [*part.children()]} for net in (vae, critic.stages)]
+    assert kinds[0] == {"Conv2d", "ReLU", "MaxPool2d", "Linear", "Unflatten", "ConvTranspose2d", "Sigmoid"}
+    assert kinds[1] == {"Conv2d", "LeakyReLU", "MaxPool2d"}
+    assert critic(x).shape == (2,)
+    assert torch.equal(critic.probability(x), torch.full((2,), 0.5))  # before any score was seen
+    critic.calibration.fit(critic(x).detach(), critic(1 - x).detach())
+    p = critic.probability(torch.cat([x, 1 - x]))
+    assert p.shape == (4,)
+    assert 0 <= p.min() < 0.5 < p.max() <= 1
+    assert predictor(torch.rand(2, 5, 3, 16, 16)).shape == (2, 5, 10)
+    assert (predictor.gru.input_size, predictor.gru.hidden_size, predictor.gru.num_layers) == (768, 128, 2)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
     ("size", "widths"), [(16, (4,)), (16, (4, 4, 4, 4)), (32, (4, 6, 8)), (64, (4, 6)), (128, (4, 4, 4, 4))]
 )
-def test_shapes_and_ranges(size: int, widths: tuple[int, ...], channels: int) -> None:
+def test_other_sizes_keep_shapes_and_ranges(size: int, widths: tuple[int, ...], channels: int) -> None:
     torch.manual_seed(0)
     x = torch.rand(2, channels, size, size)
     vae = VAE(size, channels, 5, widths)
     mu, logvar = vae.encode(x)
     assert mu.shape == logvar.shape == (2, 5)
-    for picture in (vae.decode(torch.randn(2, 5)), vae(x)[0]):
-        assert picture.shape == x.shape
-        assert 0 <= picture.min() <= picture.max() <= 1
-    discriminator = Discriminator(size, channels, widths)
-    assert discriminator(x).shape == discriminator.probability(x).shape == (2,)
-    codes = WeightPredictorRNN(channels * size * size, 7)(torch.rand(2, 3, channels, size, size))
-    assert codes.shape == (2, 3, 7)
-
-
-def test_the_source_networks_are_the_defaults() -> None:
-    predictor = WeightPredictorRNN(3 * 8 * 8, 11)
-    assert (predictor.gru.input_size, predictor.gru.hidden_size, predictor.gru.num_layers) == (192, 128, 2)
-    vae, discriminator = VAE(), Discriminator()
-    assert vae.image_shape == (3, 128, 128)
-    kinds = {type(module).__name__ for module in vae.modules() if not list(module.children())}
-    assert kinds == {"Conv2d", "ReLU", "MaxPool2d", "Linear", "Unflatten", "ConvTranspose2d", "Sigmoid"}
-    kinds = {type(module).__name__ for module in discriminator.stages.modules() if not list(module.children())}
-    assert kinds == {"Conv2d", "LeakyReLU", "MaxPool2d"}
+    for image in (vae.decode(torch.randn(2, 5)), vae(x)[0]):
+        assert image.shape == x.shape
+        assert 0 <= image.min() <= image.max() <= 1
+    critic = Discriminator(size, channels, widths)
+    assert critic(x).shape == critic.probability(x).shape == (2,)
 
 
 def test_a_size_that_stages_cannot_halve_is_refused() -> None:
@@ -69,171 +54,58 @@ def test_a_size_that_stages_cannot_halve_is_refused() -> None:
         VAE(16, 3, 8, (4,) * 5)
 
 
-def test_reconstruction_uses_the_given_noise() -> None:
+def test_a_reconstruction_uses_the_given_noise() -> None:
     torch.manual_seed(0)
     vae, x, noise = VAE(16, 3, 8, (4, 6)), torch.rand(2, 3, 16, 16), torch.randn(2, 8)
     x_rec, mu, logvar = vae(x, noise)
     assert torch.equal(x_rec, vae.decode(mu + (0.5 * logvar).exp() * noise))
-    assert not torch.equal(vae(x)[0], vae(x)[0])  # drawn anew without it
+    assert not torch.equal(vae(x)[0], vae(x)[0])  # sampled anew without it
 
 
 def test_signals_neither_die_nor_explode_at_the_start() -> None:
     torch.manual_seed(0)
-    vae, discriminator = VAE(), Discriminator()
-    x = vae.decode(torch.randn(8, 128))
-    assert 0.02 < x.std() < 0.4
-    assert 0.01 < discriminator(torch.rand(8, 3, 128, 128)).abs().mean() < 100
+    assert 0.02 < VAE().decode(torch.randn(8, 128)).std() < 0.4
+    assert 0.01 < Discriminator()(torch.rand(8, 3, 128, 128)).abs().mean() < 100
 
 
-# --------------------------------------------------------------------------------------------------------- the path
+# ----------------------------------------------------------------------------------------------------- the predictor
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_updated_equals_base_at_step_zero(head: str) -> None:
-    generator = small_generator(head)
-    output = generator(torch.randn(3, 8), generator.draw_motion(3))
-    assert not output.relative_update.any()
-    assert torch.allclose(output.x_fake, output.x_base, atol=1e-6)
-
-
-@pytest.mark.parametrize("layers", [("decoder.stage1.*",), ("decoder.*.weight",), ("decoder.stage2.bias",)])
-@pytest.mark.parametrize("head", HEADS)
-def test_vmap_equals_a_loop_over_changed_copies_of_the_decoder(head: str, layers: tuple[str, ...]) -> None:
-    generator = moved(small_generator(head, layers))
-    z = torch.randn(4, 8)
-    output = generator(z, generator.draw_motion(4))
-    scales = generator.scales()
-    own = dict(generator.vae.named_parameters())
-    for row in range(4):
-        changed = dict(own)
-        for name, delta in generator.spec.split(output.relative_update[row] * scales).items():
-            changed[name] = own[name] + delta
-        decoder = {
-            name.removeprefix("decoder."): value for name, value in changed.items() if name.startswith("decoder.")
-        }
-        alone = functional_call(generator.vae.decoder, decoder, (z[row : row + 1],), strict=True)
-        assert torch.allclose(output.x_fake[row : row + 1], alone, atol=1e-5)
-    assert (output.x_fake - output.x_base).abs().max() > 1e-3
-
-
-def test_a_picture_does_not_depend_on_its_batch() -> None:
-    generator = moved(small_generator())
-    z, motion = torch.randn(5, 8), generator.draw_motion(5)
-    together = generator(z, motion).x_fake
-    alone = generator(z[1:3], type(motion)(*(part[1:3] for part in motion))).x_fake
-    assert torch.allclose(together[1:3], alone, atol=1e-5)
-
-
-def test_a_shared_update_is_one_for_the_batch() -> None:
-    generator = moved(small_generator(shared=True))
-    z, motion = torch.randn(5, 8), generator.draw_motion(5)
-    output = generator(z, motion)
-    assert output.relative_update.shape == (1, generator.spec.total_size)
-    separate = generator.predictor.to_update(output.states[:, -1]).mean(0)
-    assert torch.allclose(output.relative_update[0], 0.5 * torch.tanh(separate / 0.5), atol=1e-6)
-    frames = generator.draw_frames(generator.features(z), output.states)
-    assert torch.allclose(frames[:, -1], output.x_fake, atol=1e-6)
-
-
-def test_updates_stay_within_the_bound() -> None:
-    generator = moved(small_generator(bound=0.2), size=50)
-    output = generator(torch.randn(3, 8), generator.draw_motion(3))
-    assert output.relative_update.abs().max() <= 0.2 + 1e-6
-    assert output.relative_update.abs().max() > 0.19
-
-
-def test_the_frame_chooses_the_update() -> None:
-    generator = moved(small_generator())
-    z, motion = torch.randn(3, 8), generator.draw_motion(3)
-    frames = generator.draw_frames(generator.features(z), generator(z, motion).states)
-    assert frames.shape == (3, 4, 3, 16, 16)
-    chosen = generator(z, motion, torch.tensor([0, 2, 3])).x_fake
-    for row, frame in enumerate([0, 2, 3]):
-        assert torch.allclose(chosen[row], frames[row, frame], atol=1e-5)
-    assert torch.allclose(generator(z, motion).x_fake, frames[:, -1], atol=1e-5)
-
-
-def test_hidden_state_carries_over_a_cut_video() -> None:
-    generator = moved(small_generator())
-    video = torch.rand(2, 6, 3, 16, 16)
-    whole, _ = generator.predictor.watch(video)
-    first, hidden = generator.predictor.watch(video[:, :2])
-    second, _ = generator.predictor.watch(video[:, 2:], hidden)
-    assert torch.allclose(torch.cat([first, second], 1), whole, atol=1e-5)
-    assert torch.allclose(generator.predictor(video), generator.predictor.to_update(whole))
-
-
-# --------------------------------------------------------------------------------------------------------- gradients
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_generator_gradients_reach_theta_and_the_gru_and_match_finite_differences(
-    head: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In float64, along random directions, through predictor, bound, vmap and critic."""
-    generator = moved(small_generator(head)).double()
-    torch.manual_seed(2)
-    discriminator = Discriminator(16, 3, (4, 6)).double()
-    z = torch.randn(3, 8).double()
-    motion = type(generator.draw_motion(3))(*(part.double() for part in generator.draw_motion(3)))
-    # A unit of measure, held while θ is nudged, as its gradient is.
-    scales = {parameter.shape: tensor_scale(parameter) for parameter in generator.vae.decoder.parameters()}
-    for module in (generator_path, weight_updates):
-        monkeypatch.setattr(module, "tensor_scale", lambda weight: scales[weight.shape])
+def test_frames_are_normalised_by_the_first_ones_statistics() -> None:
+    torch.manual_seed(0)
+    norm, frames = FirstFrameNorm(12).double(), torch.rand(2, 4, 12).double()
     with torch.no_grad():
-        x_base = generator.vae.decode(z)
-        fixed_video = generator.synthesizer(x_base, motion)
-    # What the GRU watches, the picture and its video, is detached from θ.
-    generator.synthesizer.forward = lambda images, motion: fixed_video
-    generator.reduced = lambda images: x_base
-
-    def loss() -> torch.Tensor:
-        output = generator(z, motion)
-        score = discriminator(torch.cat([output.x_fake, output.x_base]))
-        return -score.mean() + output.update.mean_square()
-
-    named = dict(generator.named_parameters())
-    gradients = torch.autograd.grad(loss(), list(named.values()), allow_unused=True)
-    by_name = dict(zip(named, gradients, strict=True))
-    for name in ("vae.decoder.projection.weight", "vae.decoder.stage1.weight", "vae.decoder.stage2.bias",
-                 "predictor.gru.weight_ih_l0", "predictor.gru.weight_hh_l1", "predictor.norm.weight",
-                 "predictor.to_update.weight"):  # fmt: skip
-        assert by_name[name].abs().max() > 0, name
-        direction = torch.randn_like(named[name])
-        expected = (by_name[name] * direction).sum().item()
-        step = 1e-6
-        with torch.no_grad():
-            named[name].add_(direction, alpha=step)
-            above = loss().item()
-            named[name].add_(direction, alpha=-2 * step)
-            below = loss().item()
-            named[name].add_(direction, alpha=step)
-        assert (above - below) / (2 * step) == pytest.approx(expected, rel=1e-4, abs=1e-8), name
+        norm.weight.uniform_(0.5, 2)
+        norm.bias.uniform_(-1, 1)
+    normalised, statistics = norm(frames, None)
+    for row in range(2):
+        first = frames[row, 0]
+        mean = first.sum() / 12
+        deviation = ((first - mean).square().sum() / 12 + NORM_EPSILON).sqrt()
+        for t in range(4):
+            assert torch.allclose(normalised[row, t], (frames[row, t] - mean) / deviation * norm.weight + norm.bias)
+    brighter = torch.cat([frames[:, :1], 1.5 * frames[:, 1:]], dim=1)  # a LayerNorm of each frame would not see it
+    assert torch.equal(norm(brighter, None)[0][:, 0], normalised[:, 0])
+    assert (norm(brighter, None)[0][:, 1:] - normalised[:, 1:]).abs().mean() > 0.1
+    assert torch.equal(norm(frames[:, 2:], statistics)[0], normalised[:, 2:])
+    assert not torch.allclose(norm(frames[:, 2:], None)[0], normalised[:, 2:])
+    assert norm(torch.full((1, 2, 12), 0.5).double(), None)[0].isfinite().all()  # a blank image
 
 
-def test_detach_video_decides_whether_theta_is_reached_through_the_video() -> None:
-    for detach in (True, False):
-        generator = moved(small_generator(detach_video=detach))
-        x_base = torch.rand(2, 3, 16, 16, requires_grad=True)
-        _, states, _ = generator.watch(x_base, generator.draw_motion(2))
-        assert states.requires_grad
-        (gradient,) = torch.autograd.grad(states.sum(), x_base, allow_unused=True)
-        assert (gradient is None) == detach
-
-
-def test_update_size_given_by_hand_is_checked() -> None:
-    size = small_generator().head.update_size
-    assert small_generator(update_size=size).predictor.to_update.out_features == size
-    with pytest.raises(UserError, match=f"write {size} or auto"):
-        small_generator(update_size=size + 1)
+def test_a_video_is_encoded_in_parts_as_in_one_go_and_some_of_the_videos_too() -> None:
+    predictor, video = small_generator().double().predictor, torch.rand(3, 6, 3, 16, 16).double()
+    whole, end = predictor.encode(video)
+    first, state = predictor.encode(video[:, :2])
+    second, last = predictor.encode(video[1:, 2:], state_rows(state, slice(1, None)))
+    assert torch.allclose(first, whole[:, :2], atol=1e-12)
+    assert torch.allclose(second, whole[1:, 2:], atol=1e-12)
+    for part, expected in zip(last, state_rows(end, slice(1, None)), strict=True):
+        assert torch.allclose(part, expected, atol=1e-12)
+    torch.nn.init.normal_(predictor.to_update.weight)
+    assert torch.allclose(predictor(video), whole @ predictor.to_update.weight.T)
 
 
 # ------------------------------------------------------------------------------------------------------- calibration
-
-
-def test_probability_is_one_half_before_any_score_was_seen() -> None:
-    x = torch.rand(4, 3, 16, 16)
-    assert torch.equal(Discriminator(16, 3, (4,)).probability(x), torch.full((4,), 0.5))
 
 
 def test_calibration_recovers_the_true_probability_of_shifted_normals() -> None:
@@ -242,41 +114,14 @@ def test_calibration_recovers_the_true_probability_of_shifted_normals() -> None:
     calibration = ScoreCalibration()
     calibration.fit(7 + 2 * torch.randn(20_000), 4 + 2 * torch.randn(20_000))
     score = torch.linspace(0, 11, 12)
-    truth = torch.sigmoid(0.75 * (score - 5.5))
-    assert torch.allclose(calibration(score), truth, atol=0.02)
+    assert torch.allclose(calibration(score), torch.sigmoid(0.75 * (score - 5.5)), atol=0.02)
 
 
-def test_calibration_forgets_old_scores_and_survives_separable_ones() -> None:
-    calibration = ScoreCalibration()
-    calibration.fit(torch.randn(64) - 100, torch.randn(64) + 100)  # an old critic, upside down
-    calibration.fit(torch.linspace(1, 2, 64), torch.linspace(-2, -1, 64))
-    assert torch.isfinite(calibration.slope)
-    p = calibration(torch.tensor([-1.5, 0.0, 1.5]))
-    assert p[0] < 0.1
-    assert p[1] == pytest.approx(0.5, abs=0.05)
-    assert p[2] > 0.9
-
-
-def test_calibration_of_a_critic_that_sees_no_difference_is_one_half() -> None:
-    calibration = ScoreCalibration()
-    calibration.fit(torch.full((8,), 3.0), torch.full((8,), 3.0))
-    assert calibration(torch.tensor([3.0])).item() == pytest.approx(0.5, abs=1e-6)
-
-
-def test_checkpoints_that_remember_training_scores_are_read_still() -> None:
-    calibration = ScoreCalibration()
-    old = {
-        "slope": torch.tensor(2.0),
-        "intercept": torch.tensor(-1.0),
-        "seen": torch.tensor(9),
-        "recent": torch.ones(2, 4),
-    }
-    calibration.load_state_dict(old)
-    assert (calibration.slope, calibration.intercept) == (2, -1)
-
-
-def test_separable_scores_get_platts_cautious_probability() -> None:
+def test_separable_scores_get_platts_cautious_probability_whatever_was_fitted_before() -> None:
     """Eight real scores at 1 and eight generated at -1: (8 + 1) / (8 + 2), not certainty."""
     calibration = ScoreCalibration()
+    calibration.fit(torch.randn(64) - 100, torch.randn(64) + 100)  # an old critic, upside down
     calibration.fit(torch.ones(8), -torch.ones(8))
-    assert torch.allclose(calibration(torch.tensor([1.0, -1.0])), torch.tensor([0.9, 0.1]), atol=1e-4)
+    assert torch.allclose(calibration(torch.tensor([1.0, 0.0, -1.0])), torch.tensor([0.9, 0.5, 0.1]), atol=1e-4)
+    calibration.fit(torch.full((8,), 3.0), torch.full((8,), 3.0))
+    assert calibration(torch.tensor([3.0])).item() == pytest.approx(0.5, abs=1e-6)  # no difference between them

@@ -1,82 +1,60 @@
-"""Distances against references by hand in float64; features that need no download."""
+"""Distances against float64 references; features without a download; scores, calibration, and quality in the loop."""
 
+import math
 import sys
 import urllib.error
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import Colours, fast_outputs, metrics_of, networks_and_noise, same, small, train, untimed_metrics
 
 import quality
-from configuration import UserError
-from quality import (
-    PictureFeatures,
-    frechet_distance,
-    kernel_distance,
-    load_features,
-    picture_features,
-    precision_recall,
-)
+from checkpoints import load_checkpoint
+from configuration import UserError, load_config
+from image_data import open_images
+from quality import evaluation_seeds, frechet_distance, image_features, kernel_distance, load_features, precision_recall
+from sampling import Sampler
+
+IN_LOOP = ("output.evaluate_every=2", "output.evaluate_images=10", "output.best_metric=quality/kid", "data.holdout=0.4",
+           "output.checkpoint_every=100", "output.sample_every=100", "output.log_every=1")  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def features() -> PictureFeatures:
-    return load_features("efficientnet-lite0")
-
-
-def two_sets(real: int = 12, fake: int = 9, width: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+def two_sets(real: int = 12, fake: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
     random = torch.Generator().manual_seed(1)
-    return torch.randn(real, width, generator=random), 0.5 + 2 * torch.randn(fake, width, generator=random)
+    return torch.randn(real, 5, generator=random), 0.5 + 2 * torch.randn(fake, 5, generator=random)
 
 
 def test_kernel_distance_is_the_unbiased_estimate_with_the_cubic_kernel() -> None:
     real, fake = two_sets(real=7, fake=7)
-    x, y = real.double().tolist(), fake.double().tolist()
-
-    def kernel(a: list[float], b: list[float]) -> float:
-        return (sum(p * q for p, q in zip(a, b, strict=True)) / 5 + 1) ** 3
-
-    within = sum(kernel(s[i], s[j]) for s in (x, y) for i in range(7) for j in range(7) if i != j) / 42
-    between = sum(kernel(a, b) for a in x for b in y) / 49
+    x, y = real.double(), fake.double()
+    within = sum(((s @ s.T / 5 + 1) ** 3).fill_diagonal_(0).sum() for s in (x, y)) / (7 * 6)
+    between = ((x @ y.T / 5 + 1) ** 3).mean()
     mean, spread = kernel_distance(real, fake, subsets=3, subset_size=7)  # each subset is the whole set
-    assert mean == pytest.approx(within - 2 * between, rel=1e-10)
+    assert mean == pytest.approx(float(within - 2 * between), rel=1e-10)
     assert spread == pytest.approx(0, abs=1e-10)
 
 
 def test_kernel_distance_takes_seeded_subsets_and_no_larger_ones_than_there_are() -> None:
     real, fake = two_sets()
     before = torch.get_rng_state()
-    first = kernel_distance(real, fake, subsets=4, subset_size=6, seed=1)
-    assert first == kernel_distance(real, fake, subsets=4, subset_size=6, seed=1)
-    assert first != kernel_distance(real, fake, subsets=4, subset_size=6, seed=2)
+    first, again, other = (kernel_distance(real, fake, subsets=4, subset_size=6, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
     assert first[1] > 0
     assert kernel_distance(real, fake, subset_size=500)[0] == kernel_distance(real, fake, subset_size=9)[0]
-    assert torch.equal(before, torch.get_rng_state())  # training's own draws are not touched
+    assert torch.equal(before, torch.get_rng_state())
 
 
-def test_kernel_distance_is_near_zero_for_samples_of_the_same_pictures() -> None:
-    random = torch.Generator().manual_seed(0)
-    drawn = torch.rand(400, 8, generator=random)
-    same = kernel_distance(drawn[:200], drawn[200:], subsets=10, subset_size=100)[0]
-    other = kernel_distance(drawn[:200], drawn[200:] + 0.2, subsets=10, subset_size=100)[0]
-    assert abs(same) < 0.02 * other
-
-
-def test_frechet_distance_equals_the_formula_by_symmetric_roots() -> None:
+def test_frechet_distance_equals_the_formula_by_eigenvalues() -> None:
     real, fake = two_sets(40, 30)
-
-    def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        centred = x.double() - x.double().mean(0)
-        return x.double().mean(0), centred.T @ centred / (len(x) - 1)
-
-    def root(matrix: torch.Tensor) -> torch.Tensor:
-        values, vectors = torch.linalg.eigh(matrix)
-        return vectors * values.clamp_min(0).sqrt() @ vectors.T
-
-    (mean, cov), (mean_fake, cov_fake) = moments(real), moments(fake)
-    cross = root(root(cov) @ cov_fake @ root(cov)).trace()
-    wanted = (mean - mean_fake).square().sum() + cov.trace() + cov_fake.trace() - 2 * cross
-    assert frechet_distance(real, fake) == pytest.approx(float(wanted), rel=1e-9)
-    assert frechet_distance(real[:4], real[:4]) == pytest.approx(0, abs=1e-6)  # fewer pictures than features
+    cov, cov_fake = (x.double().T.cov() for x in (real, fake))
+    cross = torch.linalg.eigvals(cov @ cov_fake).real.sqrt().sum()
+    shift = real.double().mean(0) - fake.double().mean(0)
+    expected = shift.square().sum() + cov.trace() + cov_fake.trace() - 2 * cross
+    assert frechet_distance(real, fake) == pytest.approx(float(expected), rel=1e-9)
+    assert frechet_distance(real[:4], real[:4]) == pytest.approx(0, abs=1e-6)  # fewer images than features
 
 
 def test_precision_and_recall_by_hand() -> None:
@@ -88,54 +66,52 @@ def test_precision_and_recall_by_hand() -> None:
 
 
 @pytest.mark.parametrize("measure", [kernel_distance, frechet_distance, precision_recall])
-def test_what_cannot_be_compared_is_refused(measure) -> None:
+def test_features_that_cannot_be_compared_are_refused(measure) -> None:
     with pytest.raises(ValueError, match=r"features must be \(N, D\)"):
         measure(torch.zeros(9, 4), torch.zeros(9, 5))
     with pytest.raises(ValueError, match="at least"):
         measure(torch.zeros(9, 4), torch.zeros(1, 4))
 
 
-def test_offline_features_of_any_picture(features: PictureFeatures) -> None:
+def test_the_nearest_of_an_image_among_its_own_kind_is_another_one() -> None:
+    known = torch.tensor([[0.0], [1.0], [3.0], [7.0], [7.0]])
+    index = torch.tensor([2, 0, 3])
+    assert quality.nearest(known[index], known, index).values.tolist() == [2, 1, 0]  # the last has a twin, which counts
+    assert quality.nearest(known[index], known).values.tolist() == [0, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def features() -> quality.ImageFeatures:
+    before = torch.get_rng_state()
+    features = load_features("efficientnet-lite0")
+    assert torch.equal(before, torch.get_rng_state())
+    return features
+
+
+def test_offline_features_of_any_image(features: quality.ImageFeatures) -> None:
     assert features.name == "EfficientNet-Lite0 (ImageNet), 96 px input"
-    assert not features.is_inception
-    assert not features.training
-    random = torch.Generator().manual_seed(0)
+    assert (features.num_features, features.is_inception, features.training) == (1280, False, False)
+    torch.manual_seed(0)
     for size, channels in ((32, 3), (32, 1), (130, 3)):
-        pictures = torch.rand(3, channels, size, size + 2, generator=random)
-        found = picture_features(features, pictures)
-        assert found.shape == (3, features.num_features)
-        assert torch.allclose(
-            found, picture_features(features, iter(pictures.split(1))), atol=1e-4
-        )  # alone as together
-    grey = torch.rand(1, 1, 32, 32, generator=random)
-    assert torch.equal(features(grey), features(grey.expand(1, 3, 32, 32)))
-    assert torch.equal(features(grey), features(grey.mul(255).round() / 255))  # as a file would hold it
-    with pytest.raises(ValueError, match="floating pictures"):
+        images = torch.rand(3, channels, size, size + 2)
+        together, alone = image_features(features, images), image_features(features, iter(images.split(1)))
+        assert together.shape == (3, 1280)
+        assert torch.allclose(together, alone, atol=1e-4)
+    grey = torch.rand(1, 1, 32, 32)
+    for equal in (grey.expand(1, 3, 32, 32), grey.mul(255).round() / 255):  # in colour; as a file would hold it
+        assert torch.equal(features(grey), features(equal))
+    with pytest.raises(ValueError, match="floating images"):
         features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-
-
-def test_features_tell_what_a_picture_shows(features: PictureFeatures) -> None:
-    y, x = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="ij")
-    disc = ((x.square() + y.square()).sqrt() < 0.7).float().expand(1, 3, -1, -1)
-    ring = disc - ((x.square() + y.square()).sqrt() < 0.5).float()
-    moved = disc.roll(1, dims=3)
-    a, b, c = picture_features(features, torch.cat([disc, moved, ring]))
-    assert (a - b).norm() < 0.5 * (a - c).norm()
-
-
-def test_pictures_that_are_no_numbers_are_told(features: PictureFeatures) -> None:
     with pytest.raises(UserError, match="NaN or infinite"):
-        picture_features(features, torch.full((1, 3, 32, 32), torch.nan))
+        image_features(features, torch.full((1, 3, 32, 32), torch.nan))
 
 
-def test_features_that_cannot_be_had_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_features_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="features 'vgg' are unknown; choose one of efficientnet-lite0, inception"):
         load_features("vgg")
 
-    def no_network(*_: object, **__: object) -> None:
-        raise urllib.error.URLError("Name or service not known")
-
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    no_network = Mock(side_effect=urllib.error.URLError("Name or service not known"))
     monkeypatch.setattr(module, "load_state_dict_from_url", no_network)
     with pytest.raises(UserError, match=r"cannot be downloaded.*Name or service not known.*use efficientnet-lite0"):
         load_features("inception")
@@ -144,7 +120,115 @@ def test_features_that_cannot_be_had_are_told_in_one_line(monkeypatch: pytest.Mo
         load_features("efficientnet-lite0")
 
 
-def test_building_features_leaves_random_numbers_alone() -> None:
-    before = torch.get_rng_state()
-    assert quality.load_features("efficientnet-lite0").num_features == 1280
-    assert torch.equal(before, torch.get_rng_state())
+def test_real_features_are_cached_and_never_stale(tmp_path: Path) -> None:
+    features, images = Colours(), torch.arange(3 * 16, dtype=torch.uint8).view(3, 1, 4, 4)
+    uncached = quality.real_features(Colours(), images, None)
+
+    def computed(images: torch.Tensor, cache: Path = tmp_path) -> int:
+        """How many images went through the network."""
+        before = features.seen
+        assert torch.allclose(quality.real_features(features, images, cache)[:, :16], images.flatten(1) / 255)
+        return features.seen - before
+
+    assert (computed(images), computed(images)) == (3, 0)
+    assert computed(images + 1) == 3  # other pixels under the same names
+    features.name = "another network"
+    assert computed(images) == 3
+    for damage in ("a flipped bit in a feature", "a file cut short"):
+        for file in tmp_path.iterdir():
+            content = bytearray(file.read_bytes())
+            if damage == "a file cut short":
+                del content[100:]
+            elif (place := content.find(uncached.numpy().tobytes())) >= 0:
+                content[place] ^= 1
+            file.write_bytes(content)
+        assert (computed(images), computed(images)) == (3, 0), damage
+    assert len(list(tmp_path.iterdir())) == 3  # nothing half written is left
+    assert computed(images, tmp_path / "gone" / "cache") == 3
+    assert not (tmp_path / "gone").exists()
+    (tmp_path / "file").touch()
+    assert computed(images, tmp_path / "file") == 3  # no place for a folder
+
+
+@pytest.mark.parametrize("count", [0, 2, 63, 64, 65, 129, 1000])
+def test_no_image_is_left_alone_in_its_batch(count: int) -> None:
+    batches = list(quality.seed_batches(range(count)))
+    assert [seed for batch in batches for seed in batch] == list(range(count))
+    assert all(2 <= len(batch) <= 64 for batch in batches)
+
+
+def test_reliability_by_hand() -> None:
+    # 10 bins: at 0.9, 3 of 4 are real; at 0.2, 1 of 4: error 0.5 · |0.9 - 0.75| + 0.5 · |0.2 - 0.25|.
+    result = quality.reliability(torch.tensor([0.9, 0.9, 0.9, 0.2]), torch.tensor([0.9, 0.2, 0.2, 0.2]))
+    assert result.error == pytest.approx(0.1, abs=1e-6)
+    assert result.probability == pytest.approx([0.2, 0.9], abs=1e-6)
+    assert result.real_fraction == pytest.approx([0.25, 0.75])
+    assert result.images == [4, 4]
+    result = quality.reliability(torch.full((50,), 0.5), torch.full((70,), 0.5))
+    assert result.error == pytest.approx(0, abs=1e-6)
+    # Of perfect probabilities 0.5, a bin of 2 N images is off by sqrt(1 / (4 π N)) on average.
+    assert result.expected_error == pytest.approx(math.sqrt(1 / (4 * math.pi * 50)), rel=0.25)
+
+
+def test_the_probability_is_fitted_to_the_present_scores(sampler: Sampler) -> None:
+    _, _, critic, _ = networks_and_noise()
+    real = torch.randint(220, 256, (40, 3, 16, 16), dtype=torch.uint8)  # bright
+    state = SimpleNamespace(generator_ema=sampler.generator, critic=critic, step=2)
+    quality.calibrate(state, sampler.config, real)
+    fake = quality.decode_shard(sampler, evaluation_seeds(40))["updated"]
+    with torch.no_grad():
+        p_real, p_fake = (critic.calibration(quality.scores(critic, images)) for images in (real, fake))
+    assert p_real.mean() > 0.8
+    assert p_fake.mean() < 0.2
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
+    """Five steps, measured after 2, 4 and 5."""
+    folder = tmp_path_factory.mktemp("measured")
+    with fast_outputs():
+        assert train(*small(folder, image_folder, "training.steps=5", *IN_LOOP)) == 0
+    return folder / "run"
+
+
+def test_the_gaps_are_the_critics_on_images_it_was_and_was_not_trained_on(tmp_path: Path, image_folder: Path) -> None:
+    config, generator, critic, _ = networks_and_noise(*small(tmp_path, image_folder, *IN_LOOP))
+    images = open_images(config.data, config.image, batch_size=1, seed=0, device="cpu")
+    networks = SimpleNamespace(generator_ema=generator, critic=critic, step=3)
+    metrics = quality.QualityCheck(config, images).measure(networks)
+    sampler = Sampler(generator, config, 3, tmp_path)
+    with torch.no_grad():
+        _, x_fake = sampler.decode(sampler.inputs(list(evaluation_seeds(10))))
+        fake = critic(quality.as_bytes(x_fake).float() / 255).mean()
+        for name, real in (("heldout", images.held_out().float() / 255), ("train", images.fixed_sample(10))):
+            assert metrics[f"quality/{name}_gap"] == pytest.approx((critic(real).mean() - fake).item(), abs=1e-5)
+
+
+def test_quality_is_measured_at_its_steps_and_the_best_checkpoint_kept(run: Path) -> None:
+    measured = {line["step"]: line for line in metrics_of(run) if "quality/kid" in line}
+    assert list(measured) == [2, 4, 5]
+    names = {"step", *(f"quality/{name}" for name in ("kid", "kid_std", "kid_base", "train_gap", "heldout_gap"))}
+    assert all(set(line) == names and all(map(math.isfinite, line.values())) for line in measured.values())
+    best = load_checkpoint(run / "checkpoints" / "best.pt")
+    assert best["step"] == min(measured, key=lambda step: measured[step]["quality/kid"])
+    assert best["best"]["value"] == measured[best["step"]]["quality/kid"]
+    saved = {path.name for path in (run / "checkpoints").glob("step_*.pt")}
+    assert saved == {f"step_{step:06d}.pt" for step in measured}
+    with pytest.raises(UserError, match=r"output.best_metric=quality/kid needs output.evaluate_every"):
+        load_config(None, ["output.best_metric=quality/kid"])
+
+
+@pytest.mark.usefixtures("without_slow_outputs")
+def test_measuring_and_resuming_change_nothing_that_is_learned(run: Path, tmp_path: Path, image_folder: Path) -> None:
+    plain = small(tmp_path, image_folder, "training.steps=5", "data.holdout=0.4", "output.log_every=1", name="plain")
+    assert train(*plain) == 0
+    assert not (tmp_path / "plain" / "cache").exists()
+    for steps in (2, 5):
+        assert train(*small(tmp_path, image_folder, f"training.steps={steps}", *IN_LOOP, name="resumed")) == 0
+    assert untimed_metrics(tmp_path / "resumed") == untimed_metrics(run)
+    learned = ("step", "generator", "generator_ema", "critic", "optimizers", "images")
+    for name, file, parts in (("plain", "latest.pt", learned), ("resumed", "latest.pt", ("best", *learned)),
+                              ("resumed", "best.pt", ("best", *learned))):  # fmt: skip
+        one, other = (load_checkpoint(folder / "checkpoints" / file) for folder in (tmp_path / name, run))
+        for part in parts:
+            assert same(one[part], other[part]), (name, file, part)

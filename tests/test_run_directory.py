@@ -1,21 +1,21 @@
-"""A run's folder: full disks and lost folders cost as little as can be, and nothing else is ever written over."""
+"""A run's folder: full disks and lost folders cost as little as can be, nothing else is written over; and its plot."""
 
+import io
 import itertools
-import os
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Done, assert_one_line, before_step, final, metrics_of, refused, small, start_command, train
+from conftest import before_step, final, metrics_of, refused, small, start_command, train, whole_command
+from PIL import Image
 
 import checkpoints
+import training
 from checkpoints import load_checkpoint
+from run_directory import Records, RunDirectory, loss_figure, read_metrics
 
 # ------------------------------------------------------------------------------------------------------- a hostile disk
 
@@ -31,39 +31,33 @@ def failing_save(monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
     monkeypatch.setattr(checkpoints.torch, "save", full)
 
 
-def test_a_full_disk_is_tried_again(tmp_path: Path, picture_folder: Path, monkeypatch, capsys) -> None:
+@pytest.mark.usefixtures("without_slow_outputs")
+def test_a_full_disk_is_tried_again(tmp_path: Path, image_folder: Path, monkeypatch, capsys) -> None:
     failing_save(monkeypatch, 2)
-    assert train(*small(tmp_path, picture_folder, "training.steps=6", "output.checkpoint_every=2")) == 0
+    assert train(*small(tmp_path, image_folder, "training.steps=6", "output.checkpoint_every=2")) == 0
     shown = capsys.readouterr().out
     assert shown.count("No space left on device; no checkpoint was written yet; training goes on") == 2
     assert final(tmp_path / "run")["step"] == 6
 
 
-def test_a_disk_that_stays_full_ends_the_run_with_one_line(
-    tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = small(tmp_path, picture_folder, "output.checkpoint_every=2")
+@pytest.mark.usefixtures("without_slow_outputs")
+def test_a_disk_that_stays_full_ends_the_run_with_one_line(tmp_path: Path, image_folder: Path, monkeypatch) -> None:
+    arguments = small(tmp_path, image_folder, "output.checkpoint_every=2")
     assert train(*arguments, "training.steps=2") == 0
     failing_save(monkeypatch, 1000)
     text = refused(*arguments, "training.steps=100")
-    assert "training stopped at step 8" in text
-    assert "No space left" in text
-    assert "latest.pt is whole" in text
+    for words in ("training stopped at step 8", "No space left", "latest.pt is whole"):
+        assert words in text
     assert final(tmp_path / "run")["step"] == 2
+    assert "training stopped at step 1" in refused(*small(tmp_path, image_folder, "training.steps=1", name="other"))
 
 
-def test_a_last_checkpoint_that_fails_is_an_error(
-    tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failing_save(monkeypatch, 1000)
-    assert "training stopped at step 1" in refused(*small(tmp_path, picture_folder, "training.steps=1"))
-
-
+@pytest.mark.usefixtures("without_slow_outputs")
 def test_a_run_folder_that_disappears_ends_the_run_with_one_line(
-    tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before_step(monkeypatch, 4, lambda: (tmp_path / "run").rename(tmp_path / "moved"))
-    text = refused(*small(tmp_path, picture_folder, "training.steps=50", "output.checkpoint_every=2",
+    text = refused(*small(tmp_path, image_folder, "training.steps=50", "output.checkpoint_every=2",
                           "output.log_every=1", "output.sample_every=1", "output.tensorboard=true"))  # fmt: skip
     assert "training stopped at step 4" in text
     assert "moved or deleted" in text
@@ -71,9 +65,8 @@ def test_a_run_folder_that_disappears_ends_the_run_with_one_line(
     assert load_checkpoint(tmp_path / "moved" / "checkpoints" / "latest.pt")["step"] == 2
 
 
-@pytest.mark.pictures
 def test_samples_clips_curves_and_tensorboard_that_cannot_be_written_stop_nothing(
-    tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     names = ("samples", "clips", "loss_curves.png", "tensorboard")
 
@@ -83,84 +76,113 @@ def test_samples_clips_curves_and_tensorboard_that_cannot_be_written_stop_nothin
             shutil.rmtree(path) if path.is_dir() else path.unlink()
             path.mkdir() if name.endswith(".png") else path.write_text("no folder")
 
-    before_step(monkeypatch, 3, spoil)
-    overrides = ["training.steps=5", "output.sample_every=1", "output.log_every=1", "output.tensorboard=true"]
-    assert train(*small(tmp_path, picture_folder, *overrides)) == 0
+    before_step(monkeypatch, 2, spoil)
+    overrides = ["training.steps=3", "output.sample_every=1", "output.log_every=1", "output.tensorboard=true"]
+    assert train(*small(tmp_path, image_folder, *overrides)) == 0
     shown = capsys.readouterr().err
     for name in names:
         assert len(re.findall(rf"^warning: .*; training goes on without {name}/?$", shown, re.MULTILINE)) == 1, shown
     assert "Traceback" not in shown
-    assert final(tmp_path / "run")["step"] == 5
-    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    assert final(tmp_path / "run")["step"] == 3
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3]
 
 
+@pytest.mark.usefixtures("without_slow_outputs")
 def test_metrics_that_could_not_be_written_are_written_later(
-    tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    write, calls = os.write, itertools.count(1)
+    original, calls = Path.open, itertools.count(1)
 
-    def full(descriptor: int, data: bytes) -> int:
-        if data.startswith(b'{"step"') and next(calls) in (2, 5):  # the second time it is the last line
-            return write(descriptor, data[:100])  # half a line fits
-        return write(descriptor, data)
+    class Full(io.FileIO):
+        def write(self, data: bytes) -> int:  # half a line fits; the second time it is the run's last line
+            return super().write(data[:100] if data and next(calls) in (2, 5) else data)
 
-    monkeypatch.setattr(os, "write", full)
-    assert train(*small(tmp_path, picture_folder, "training.steps=5", "output.log_every=1")) == 0
-    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4]
+    def unbuffered(path: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        return Full(path, "r+") if options.get("buffering") == 0 else original(path, mode, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", unbuffered)
+    assert train(*small(tmp_path, image_folder, "training.steps=5", "output.log_every=1")) == 0
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
     shown = capsys.readouterr().err
     assert shown.count("training goes on without metrics.jsonl") == 2
-    assert "can be written again" in shown
+    assert shown.count("can be written again") == 2  # the last line with the checkpoint
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="needs to mount a tmpfs")
-def test_a_small_disk_that_fills_during_a_save_loses_nothing(tmp_path: Path, picture_folder: Path, capsys) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("no right to mount here")
-    try:
-        arguments = small(disk, picture_folder, "output.checkpoint_every=1", "output.keep_checkpoints=100",
-                          "video.height=4", "video.width=4")  # fmt: skip
-        text = refused(*arguments, "training.steps=100")
-        assert "No space left on device" in text
-        assert "is whole" in text
-        saved = sorted((disk / "run" / "checkpoints").glob("step_*.pt"))
-        assert len(saved) > 1
-        for path in saved:
-            load_checkpoint(path)
-        newest = int(saved[-1].stem[5:])
-        for path in saved[:-1]:  # make room: the same command goes on
-            path.unlink()
-        assert train(*arguments, f"training.steps={newest + 1}") == 0
-        assert f"resuming {disk / 'run'} after step {newest}" in capsys.readouterr().out
-    finally:
-        subprocess.run(["umount", disk], check=True)
+# -------------------------------------------------------------------------------------------------- whose folder it is
 
 
-# ----------------------------------------------------------------------------------------------- a folder that is taken
+@pytest.mark.usefixtures("without_slow_outputs")
+def test_a_second_run_into_one_folder_is_refused_until_the_first_is_dead(tmp_path: Path, image_folder: Path) -> None:
+    arguments = small(tmp_path, image_folder, "training.steps=1000000", "output.log_every=1", "data.memory_gb=0")
+    with start_command("training.py", *arguments, stderr=None) as first:
+        assert any(line.startswith("step 2/") for line in first.stdout)
+        text = refused(*arguments)
+        assert text.startswith(f"output.name: process {first.pid} on")
+        assert "output.name=run-2" in text
+        first.kill()  # its data loading workers live on for some seconds: they don't hold the lock
+        first.wait()
+        assert train(*arguments, "training.max_minutes=1e-6") == 0
 
 
-def test_a_second_run_into_one_folder_is_refused_until_the_first_is_dead(tmp_path: Path, picture_folder: Path) -> None:
-    arguments = small(tmp_path, picture_folder, "training.steps=1000000", "output.log_every=1", "data.memory_gb=0")
-    first = start_command("training.py", *arguments, stderr=None)
-    for line in first.stdout:
-        if line.startswith("step 2/"):
-            break
-    text = refused(*arguments)
-    assert text.startswith(f"output.name: process {first.pid} on")
-    assert "output.name=run-2" in text
-    first.kill()  # its data loading workers live on for some seconds: they don't hold the lock
-    first.wait()
-    first.stdout.close()
-    assert train(*arguments, "training.max_minutes=1e-6") == 0
+def train_and_report_folders(arguments: list[str]) -> int:
+    class Reported(RunDirectory):
+        def __init__(self, *arguments: Any) -> None:
+            print("a run directory")
+            super().__init__(*arguments)
+
+    training.RunDirectory = Reported
+    return whole_command(arguments)
 
 
-def test_a_folder_that_holds_something_else_is_never_touched(
-    run_training: Callable[..., Done], tmp_path: Path, picture_folder: Path
+def test_only_the_first_of_several_processes_has_a_run_directory(launch, tmp_path: Path, image_folder: Path) -> None:
+    ended = launch(2, train_and_report_folders, small(tmp_path, image_folder, "training.steps=1"))
+    assert [(one.status, one.output.count("a run directory")) for one in ended] == [(0, 1), (0, 0)]
+
+
+# ------------------------------------------------------------------------------------------------------------- the plot
+
+
+def records(steps: int, **values: float) -> Records:
+    """`values` of metrics such as critic_gap, growing with the step."""
+    return [{"step": step, **{name.replace("_", "/", 1): value * step for name, value in values.items()}}
+            for step in range(1, steps + 1)]  # fmt: skip
+
+
+def lines(figure: Any, title: str) -> list[tuple[list[float], list[float], str, str]]:
+    """(steps, values, colour, style) of each line of the panel whose title begins so."""
+    (axis,) = (axis for axis in figure.axes if axis.get_title().startswith(title))
+    return [(list(line.get_xdata()), list(line.get_ydata()), line.get_color(), line.get_linestyle())
+            for line in axis.lines]  # fmt: skip
+
+
+def test_the_lines_of_one_run_are_its_metrics() -> None:
+    figure = loss_figure({"run": records(3, critic_gap=2.0, score_real=1.0, score_base=-1.0, critic_penalty=0.0)})
+    assert [line[:2] for line in lines(figure, "critic: Wasserstein")] == [([1, 2, 3], [2, 4, 6])]
+    real, base = lines(figure, "scores")
+    assert (real[1], base[1]) == ([1, 2, 3], [-1, -2, -3])
+    assert real[2] != base[2]
+    assert lines(figure, "gradient penalty") == []  # 0 has no place on a logarithmic axis
+    assert figure.legends == []
+    assert not any(axis.get_title().startswith("kernel distance") for axis in figure.axes)
+
+
+def test_several_runs_have_a_colour_each_and_metrics_a_style() -> None:
+    one, two = records(3, score_real=1.0, score_base=2.0), records(2, score_real=5.0, quality_kid=1.0)
+    figure = loss_figure({"one": one, "two": two})
+    (real, base, other) = lines(figure, "scores")
+    assert real[2] == base[2] != other[2]
+    assert real[3] == other[3] != base[3]
+    assert other[:2] == ([1, 2], [5, 10])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]
+    assert [line[:2] for line in lines(figure, "kernel distance")] == [([1, 2], [1, 2])]
+
+
+def test_a_run_that_has_no_line_yet_plots_its_curves_without_a_warning(
+    tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "precious").write_text("old")
-    (tmp_path / "run-2").mkdir()
-    done = run_training(*small(tmp_path, picture_folder, "training.steps=1"))
-    assert_one_line(done, ["something else than a run", "output.name=run-3"])
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
+    monkeypatch.setattr(RunDirectory, "save_clip", lambda *_: None)
+    overrides = small(tmp_path, image_folder, "training.steps=2", "output.sample_every=1", "output.log_every=50")
+    assert train(*overrides) == 0  # the curves are due at step 1, the first line of metrics at the end
+    assert "warning" not in capsys.readouterr().err
+    assert Image.open(tmp_path / "run" / "loss_curves.png").size[0] > 1000
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == [2]

@@ -1,17 +1,21 @@
-"""Which tensors are updated, by which head, and how far."""
+"""Which tensors are updated, by which head, how far, and how the update decodes."""
 
-import itertools
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import generator_of, motion_rows, moved, networks_and_noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
-from configuration import UserError
-from generator_path import Generator
+import evaluate
+from configuration import UserError, WeightPredictorConfig
+from generator import build_generator
 from model_definitions import VAE
-from video_synth import VideoSynthesizer
-from weight_updates import DenseUpdate, bounded_update, build_head, build_update_spec, check_update_size, weight_scales
+from training_step import EagerSteps, TrainingState
+from weight_updates import HEADS, DenseUpdate, UpdateSpec, bounded_update, build_update_spec, check_update_size
 
 LAYERS = {
     "last layer": ["decoder.stage1.*"],
@@ -28,8 +32,15 @@ def vae() -> VAE:
     return VAE(16, 3, 8, (4, 6))
 
 
+def weights_of(vae: VAE) -> dict[str, Tensor]:
+    return dict(vae.decoder.named_parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------- the spec
+
+
 @pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
-def test_spec_counts_every_weight_once_in_decoder_order(vae: VAE, layers: list[str]) -> None:
+def test_a_spec_counts_every_weight_once_in_decoder_order(vae: VAE, layers: list[str]) -> None:
     spec = build_update_spec(vae, layers)
     shapes = {name: tuple(tensor.shape) for name, tensor in vae.named_parameters()}
     offset = 0
@@ -43,146 +54,34 @@ def test_spec_counts_every_weight_once_in_decoder_order(vae: VAE, layers: list[s
     assert [tensor.name for tensor in spec.tensors] == order
 
 
-def test_the_source_sizes_by_hand() -> None:
+def test_the_sources_sizes_by_hand() -> None:
     vae = VAE()
-    last = build_update_spec(vae, ["decoder.stage1.*"])
-    assert last.total_size == 32 * 3 * 4 * 4 + 3
+    assert build_update_spec(vae, ["decoder.stage1.*"]).total_size == 32 * 3 * 4 * 4 + 3
     both = build_update_spec(vae, ["decoder.stage1.*", "decoder.stage2.*"])
     assert both.total_size == 32 * 3 * 16 + 3 + 64 * 32 * 16 + 32
-    assert build_head("full", both).update_size == 34339
-    assert build_head("per_channel", both).update_size == 2 * 3 + 2 * 32
+    assert HEADS["full"](both, 4).update_size == 34339
+    assert HEADS["per_channel"](both, 4).update_size == 2 * 3 + 2 * 32
     # rank 3 is all that a tensor of 3 output channels can have
-    assert build_head("low_rank", both, rank=4).update_size == 3 * (3 + 32 * 16) + 3 + 4 * (32 + 64 * 16) + 32
-
-
-def test_mean_square_and_share_at_the_bound_of_a_dense_update_by_hand() -> None:
-    update = DenseUpdate(torch.tensor([[1.0, -2.0], [0.0, 1.0]]))
-    assert update.mean_square().item() == pytest.approx(6 / 4)
-    assert update.at_bound(2.0).item() == 0.25
-    assert update.at_bound(2.2).item() == 0
+    assert HEADS["low_rank"](both, 4).update_size == 3 * (3 + 32 * 16) + 3 + 4 * (32 + 64 * 16) + 32
 
 
 def test_split_and_flatten_are_inverse(vae: VAE) -> None:
     spec = build_update_spec(vae, LAYERS["all weights"])
-    named = dict(vae.named_parameters())
-    flat = spec.flatten(named)
-    for name, piece in spec.split(flat).items():
+    named = weights_of(vae)
+    pieces = spec.split(spec.flatten(named))
+    assert list(pieces) == ["projection.weight", "stage2.weight", "stage1.weight"]
+    for name, piece in pieces.items():
         assert torch.equal(piece, named[name])
-    with pytest.raises(ValueError, match="not 3"):
-        spec.split(torch.zeros(2, 3))
-
-
-@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
-@pytest.mark.parametrize("kind", ["full", "low_rank", "per_channel"])
-def test_heads_give_zero_for_a_zero_code_and_move_off_it(vae: VAE, kind: str, layers: list[str]) -> None:
-    spec = build_update_spec(vae, layers)
-    torch.manual_seed(0)
-    head = build_head(kind, spec, rank=2)
-    relative = torch.randn(spec.total_size)
-    code = torch.zeros(5, head.update_size, requires_grad=True)
-    u = head(code, relative, 0.5)
-    assert u.shape == (5, spec.total_size)
-    assert not u.any()
-    gradient = torch.autograd.grad(u.square().sum() + (u * torch.randn_like(u)).sum(), code)[0]
-    assert gradient.abs().sum() > 0  # or it would stay at zero for ever
-
-
-def test_low_rank_update_has_that_rank_in_output_channels_by_the_rest(vae: VAE) -> None:
-    spec = build_update_spec(vae, ["decoder.stage2.weight"])  # (in 6, out 4, 4, 4)
-    torch.manual_seed(0)
-    head = build_head("low_rank", spec, rank=2)
-    code = 3 * torch.randn(
-        5, head.update_size
-    )  # far into tanh, which would raise the rank if it came after the product
-    u = spec.split(head(code, torch.zeros(spec.total_size), 0.3))["decoder.stage2.weight"]
-    by_output = u.transpose(1, 2).flatten(2)
-    assert torch.linalg.matrix_rank(by_output).tolist() == [2] * 5
-    a = code[:, : 4 * 2].view(5, 4, 2)
-    v = code[:, 4 * 2 :].view(5, 2, 6 * 16)
-    assert torch.allclose(by_output, a.tanh() @ (head.start_factors[0] + v).tanh() * (0.3 / 2), atol=1e-6)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**32), st.floats(-8, 8), st.floats(1e-3, 10), st.integers(1, 6))
-def test_an_update_of_low_rank_stays_within_its_bound(seed: int, size: float, bound: float, rank: int) -> None:
-    spec = build_update_spec(VAE(16, 3, 8, (4, 6)), ["decoder.stage1.*", "decoder.projection.weight"])
-    head = build_head("low_rank", spec, rank).double()
-    random = torch.Generator().manual_seed(seed)
-    code = 10**size * torch.randn(2, head.update_size, generator=random, dtype=torch.float64)
-    update = head(code, torch.zeros(spec.total_size), bound)
-    assert update.abs().max() <= bound * (1 + 1e-12)
-    as_large = head(torch.full((1, head.update_size), 1e3, dtype=torch.float64), torch.zeros(spec.total_size), bound)
-    assert torch.allclose(as_large, torch.full_like(as_large, bound))  # and it can reach it everywhere
-
-
-LOW_RANK_LAYERS = [("decoder.stage1.*", "decoder.stage2.*"), ("decoder.*",), ("decoder.stage2.weight",)]
-
-
-@pytest.mark.parametrize("layers", LOW_RANK_LAYERS)
-def test_an_update_in_factors_is_the_dense_one(layers: tuple[str, ...]) -> None:
-    """In float64: pictures, mean square and gradients with respect to the code, v₀, θ and the features."""
-    torch.manual_seed(0)
-    generator = Generator(VAE(16, 3, 8, (4, 6)), VideoSynthesizer(2), list(layers), head="low_rank", rank=3, bound=0.4)
-    generator.double()
-    features = generator.features(torch.randn(5, 8).double()).detach().requires_grad_()
-    code = torch.randn(5, generator.head.update_size).double().requires_grad_()
-    factored = generator.head.factors(code, 0.4)
-    dense = DenseUpdate(factored.relative())
-    scores, found = torch.randn(5, 3, 16, 16).double(), []
-    for update in (factored, dense):
-        pictures = generator.draw(features, update)
-        loss = (scores * pictures).sum() + 100 * update.mean_square()
-        weights = [features, code, *generator.head.parameters(), *generator.vae.decoder.parameters()]
-        gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True, materialize_grads=True)
-        found.append((pictures, update.mean_square(), *gradients))
-    for ours, wanted in zip(*found, strict=True):
-        assert (ours - wanted).norm() <= 1e-12 * wanted.norm()
-    assert found[0][3].abs().min() > 0  # every number of the code matters
-    assert (found[0][0] - generator.draw_base(features)).abs().mean() > 1e-3
-
-
-def test_share_at_the_bound_counts_the_predicted_numbers(vae: VAE) -> None:
-    spec = build_update_spec(vae, ["decoder.stage1.*"])  # A is (3, 1), V (1, 4 · 16), a bias of 3
-    head = build_head("low_rank", spec, rank=1)
-    code = torch.zeros(2, head.update_size)
-    code[0, :2] = 5  # two of A's three
-    code[1, -1] = -5  # one bias
-    assert head.factors(code, 0.3).at_bound(0.3).item() == pytest.approx(3 / 12)
-
-
-def test_per_channel_scales_whole_output_channels(vae: VAE) -> None:
-    spec = build_update_spec(vae, ["decoder.stage2.weight"])
-    head = build_head("per_channel", spec)
-    weights = torch.randn(spec.total_size)
-    factors = torch.tensor([0.5, -1.0, 0.0, 2.0])
-    u = head(factors, weights, 0.2).view(6, 4, 4, 4)
-    for channel, factor in enumerate(factors):
-        wanted = factor * weights.view(6, 4, 4, 4)[:, channel]
-        assert torch.allclose(u[:, channel], 0.2 * torch.tanh(wanted / 0.2))
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20), st.floats(1e-3, 10))
-def test_bound_holds_for_any_prediction_and_keeps_its_sign(values: list[float], bound: float) -> None:
-    u = torch.tensor(values, dtype=torch.float64)
-    limited = bounded_update(u, bound)
-    assert (limited.abs() <= bound * (1 + 1e-12)).all()
-    assert (limited * u >= 0).all()
-
-
-def test_bound_leaves_small_updates_alone() -> None:
-    u = torch.linspace(-1e-3, 1e-3, 11, dtype=torch.float64)
-    assert torch.allclose(bounded_update(u, 0.5), u, rtol=1e-5)
 
 
 def test_scales_are_each_tensors_rms_with_a_floor_for_zero_biases(vae: VAE) -> None:
     spec = build_update_spec(vae, ["decoder.stage1.*"])
-    named = dict(vae.named_parameters())
-    pieces = spec.split(weight_scales(spec, named))
-    rms = named["decoder.stage1.weight"].detach().double().square().mean().sqrt()
-    assert torch.allclose(pieces["decoder.stage1.weight"].double(), rms.expand(4, 3, 4, 4))
-    assert torch.allclose(pieces["decoder.stage1.bias"], torch.tensor(0.01))
-    assert not weight_scales(spec, named).requires_grad
+    scales = spec.scales(weights_of(vae))
+    pieces = spec.split(scales)
+    rms = vae.get_parameter("decoder.stage1.weight").detach().double().square().mean().sqrt()
+    assert torch.allclose(pieces["stage1.weight"].double(), rms.expand(4, 3, 4, 4))
+    assert torch.allclose(pieces["stage1.bias"], torch.tensor(0.01))
+    assert not scales.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -190,30 +89,192 @@ def test_scales_are_each_tensors_rms_with_a_floor_for_zero_biases(vae: VAE) -> N
     [
         (["decoder.stage9.*"], ["decoder.stage9.*", "did you mean 'decoder.stage"]),
         (["decodr.stage1.weight"], ["decodr.stage1.weight", "did you mean 'decoder.stage1.weight'"]),
-        (["encoder.*"], ["encoder.*", "draw no picture"]),
+        (["encoder.*"], ["encoder.*", "decode no image"]),
         (["decoder.stage1.*", "decoder.stage1.weight"], ["decoder.stage1.weight", "remove it"]),
+        (["decoder.stage1.*", "decoder.stage2.*"], ["decoder.stage2.*", "stage2.weight, which is frozen"]),
     ],
 )
-def test_wrong_patterns_name_themselves_and_the_nearest(vae: VAE, layers: list[str], words: list[str]) -> None:
+def test_wrong_patterns_name_themselves_and_the_nearest(layers: list[str], words: list[str]) -> None:
+    vae = VAE(16, 3, 8, (4, 6))
+    vae.decoder.stage2.requires_grad_(False)
     with pytest.raises(UserError) as error:
         build_update_spec(vae, layers)
     for word in words:
         assert word in str(error.value)
 
 
-def test_frozen_tensors_are_refused() -> None:
-    vae = VAE(16, 3, 8, (4, 6))
-    vae.decoder.stage1.weight.requires_grad_(False)
-    with pytest.raises(UserError, match=r"stage1\.weight, which is frozen"):
-        build_update_spec(vae, ["decoder.stage1.*"])
-
-
-@pytest.mark.parametrize(
-    ("kind", "given_size"), list(itertools.product(["full", "low_rank", "per_channel"], [1, 10**6]))
-)
-def test_a_wrong_update_size_is_answered_with_the_right_one(vae: VAE, kind: str, given_size: int) -> None:
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_wrong_update_size_is_answered_with_the_right_one(vae: VAE, kind: str) -> None:
     spec = build_update_spec(vae, ["decoder.stage1.*"])
-    head = build_head(kind, spec, rank=2)
+    head = HEADS[kind](spec, 2)
     assert check_update_size("auto", head, spec) == check_update_size(head.update_size, head, spec) == head.update_size
-    with pytest.raises(UserError, match=f"write {head.update_size} or auto"):
-        check_update_size(given_size, head, spec)
+    for wrong in (1, 10**6):
+        with pytest.raises(UserError, match=rf"'{kind}' head .* write {head.update_size} or auto"):
+            check_update_size(wrong, head, spec)
+
+
+# ------------------------------------------------------------------------------------------------------------- heads
+
+
+@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("kind", HEADS)
+def test_heads_give_zero_for_a_zero_code_and_move_off_it(vae: VAE, kind: str, layers: list[str]) -> None:
+    spec = build_update_spec(vae, layers)
+    torch.manual_seed(0)
+    head = HEADS[kind](spec, 2)
+    code = torch.zeros(5, head.update_size, requires_grad=True)
+    update = head(code, 0.5, weights_of(vae)).dense().numbers
+    assert update.shape == (5, spec.total_size)
+    assert not update.any()
+    loss = update.square().sum() + (update * torch.randn_like(update)).sum()
+    assert torch.autograd.grad(loss, code)[0].abs().sum() > 0  # or it would stay at zero for ever
+
+
+def test_a_low_rank_update_has_that_rank_in_output_channels_by_the_rest(vae: VAE) -> None:
+    spec = build_update_spec(vae, ["decoder.stage2.weight"])  # (in 6, out 4, 4, 4)
+    torch.manual_seed(0)
+    head = HEADS["low_rank"](spec, 2)
+    code = 3 * torch.randn(5, head.update_size)  # far into tanh, which would raise the rank if it came last
+    update = spec.split(head(code, 0.3, weights_of(vae)).dense().numbers)["stage2.weight"]
+    by_output = update.transpose(1, 2).flatten(2)
+    assert torch.linalg.matrix_rank(by_output).tolist() == [2] * 5
+    a = code[:, : 4 * 2].view(5, 4, 2)
+    v = code[:, 4 * 2 :].view(5, 2, 6 * 16)
+    assert torch.allclose(by_output, a.tanh() @ (head.start_factors[0] + v).tanh() * (0.3 / 2), atol=1e-6)
+
+
+def test_a_per_channel_update_scales_whole_output_channels(vae: VAE) -> None:
+    spec = build_update_spec(vae, ["decoder.stage2.weight"])
+    weights, factors = weights_of(vae), torch.tensor([0.5, -1.0, 0.0, 2.0])
+    update = HEADS["per_channel"](spec, 4)(factors[None], 0.2, weights).dense().numbers.view(6, 4, 4, 4)
+    relative = weights["stage2.weight"] / weights["stage2.weight"].square().mean().sqrt()
+    for channel, factor in enumerate(factors):
+        assert torch.allclose(update[:, channel], 0.2 * torch.tanh(factor * relative[:, channel] / 0.2))
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32), st.floats(-8, 8), st.floats(1e-3, 10), st.integers(1, 6))
+def test_no_prediction_leaves_the_bound(kind: str, seed: int, size: float, bound: float, rank: int) -> None:
+    vae = VAE(16, 3, 8, (4, 6)).double()
+    spec = build_update_spec(vae, ["decoder.stage1.*", "decoder.projection.weight"])
+    head, random = HEADS[kind](spec, rank).double(), torch.Generator().manual_seed(seed)
+    code = 10**size * torch.randn(2, head.update_size, generator=random, dtype=torch.float64)
+    assert head(code, bound, weights_of(vae)).dense().numbers.abs().max() <= bound * (1 + 1e-12)
+    largest = head(torch.full_like(code, 1e9), bound, weights_of(vae)).dense().numbers
+    assert torch.allclose(largest.abs(), torch.full_like(largest, bound))  # and it is reached everywhere
+
+
+def test_the_bound_leaves_small_updates_and_every_sign_alone() -> None:
+    u = torch.linspace(-1e-3, 1e-3, 11, dtype=torch.float64)
+    assert torch.allclose(bounded_update(u, 0.5), u, rtol=1e-5)
+    assert (bounded_update(1e6 * u, 0.5) * u >= 0).all()
+
+
+class BrightnessHead(nn.Module):
+    """One predicted number for all weights, times a trained one."""
+
+    def __init__(self, spec: UpdateSpec, rank: int) -> None:
+        super().__init__()
+        self.spec, self.update_size = spec, 1
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, code: Tensor, bound: float, weights: dict[str, Tensor]) -> DenseUpdate:
+        numbers = bounded_update(self.gain * code.expand(-1, self.spec.total_size), bound)
+        return DenseUpdate(self.spec, numbers, self.spec.scales(weights))
+
+
+def test_a_new_head_is_one_class_in_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is built from the settings, decodes, learns with the predictor, and is named in errors."""
+    assert WeightPredictorConfig.__dataclass_fields__["head"].metadata["choices"] == tuple(
+        HEADS
+    )  # what the setting takes
+    monkeypatch.setitem(HEADS, "brightness", BrightnessHead)
+    config, _, critic, noise = networks_and_noise()
+    config.weight_predictor.head = "brightness"
+    generator = moved(build_generator(config))
+    state = TrainingState(generator, critic, config, torch.device("cpu"))
+    x, numbers = torch.rand(4, 3, 16, 16), noise.generator(1)
+    update = generator(numbers.z, numbers.motion).update.numbers
+    assert update.shape == (4, generator.spec.total_size)
+    assert (update == update[:, :1]).all()
+    assert update[:, 0].abs().min() > 0
+    metrics = EagerSteps(state).generator_step(x, numbers)
+    assert metrics["generator/video"] > 0
+    assert generator.head.gain != 1
+    assert any(parameter is generator.head.gain for parameter in state.parameters["predictor"])
+    with pytest.raises(UserError, match=r"'brightness' head .* predicts 1; write 1 or auto"):
+        check_update_size(2, generator.head, generator.spec)
+
+
+# -------------------------------------------------------------------------------------------- decoding with factors
+
+
+@pytest.mark.parametrize("layers", ["decoder.stage1.*, decoder.stage2.*", "decoder.*", "decoder.stage2.weight"])
+def test_an_update_in_factors_is_the_dense_one(layers: str) -> None:
+    """In float64: images, mean square and gradients with respect to the code, v₀, θ and the features."""
+    generator = generator_of(f"weight_predictor.layers=[{layers}]", "weight_predictor.rank=3").double()
+    features = generator.features(torch.randn(5, 6).double()).detach().requires_grad_()
+    code = torch.randn(5, generator.head.update_size).double().requires_grad_()
+    factored = generator.head(code, 0.4, dict(generator.vae.decoder.named_parameters()))
+    assert not isinstance(factored, DenseUpdate)
+    scores, results = torch.randn(5, 3, 16, 16).double(), []
+    for update in (factored, factored.dense()):
+        images = generator.decode(features, update)
+        loss = (scores * images).sum() + 100 * update.mean_square()
+        weights = [features, code, *generator.head.parameters(), *generator.vae.decoder.parameters()]
+        gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True, materialize_grads=True)
+        results.append((images, update.mean_square(), *gradients))
+    for ours, expected in zip(*results, strict=True):
+        assert (ours - expected).norm() <= 1e-12 * expected.norm()
+    assert results[0][3].abs().min() > 0  # every number of the code matters
+    assert (results[0][0] - generator.decode_base(features)).abs().mean() > 1e-3
+
+
+# ---------------------------------------------------------------------------------------- how much is at the bound
+
+
+def test_mean_square_and_saturation_of_a_dense_update_by_hand(vae: VAE) -> None:
+    spec = build_update_spec(vae, ["decoder.stage2.bias", "decoder.stage1.bias"])  # 4 and 3 numbers
+    numbers = torch.tensor([[1.0, -2, 0, 0, 2, 0, 0], [0, 1.91, 1.89, 0, 0, 0, -1.0]])
+    update = DenseUpdate(spec, numbers, spec.scales(weights_of(vae)))
+    assert update.mean_square().item() == pytest.approx((1 + 4 + 4 + 1.91**2 + 1.89**2 + 1) / 14)
+    saturated = update.saturated(2.0)  # from 1.9 on
+    assert list(saturated) == ["decoder.stage2.bias", "decoder.stage1.bias"]
+    assert saturated["decoder.stage2.bias"].tolist() == [[False, True, False, False], [False, True, False, False]]
+    assert saturated["decoder.stage1.bias"].tolist() == [[True, False, False], [False, False, False]]
+
+
+def test_saturation_of_a_factored_update_counts_the_predicted_numbers(vae: VAE) -> None:
+    """Of A, whose bound is 1, and of biases; V is v₀ at the start, and would count what nobody predicted."""
+    spec = build_update_spec(vae, ["decoder.stage1.*"])  # A is (3, 1), V (1, 4 · 16), a bias of 3
+    head = HEADS["low_rank"](spec, 1)
+    torch.nn.init.constant_(head.start_factors[0], 5)
+    code = torch.zeros(2, head.update_size)
+    code[0, :2] = torch.tensor([5.0, -5.0])  # two of A's three
+    code[1, -1] = -5  # one bias
+    saturated = head(code, 0.3, weights_of(vae)).saturated(0.3)
+    assert saturated["decoder.stage1.weight"].tolist() == [[True, True, False], [False, False, False]]
+    assert saturated["decoder.stage1.bias"].tolist() == [[False, False, False], [False, False, True]]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_training_and_evaluation_report_the_same_saturated_fraction(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the same updates, of which the evaluation takes three and then one."""
+    config, generator, critic, noise = networks_and_noise(f"weight_predictor.head={head}", "weight_predictor.bound=0.3")
+    moved(generator, 1.0)
+    numbers = noise.generator(1)
+    state = TrainingState(generator, critic, config, torch.device("cpu"))
+    metrics, _ = EagerSteps(state).generator_pass(torch.rand(4, 3, 16, 16), numbers)
+
+    def inputs(seeds: list[int]) -> SimpleNamespace:
+        rows = slice(seeds[0], seeds[-1] + 1)
+        return SimpleNamespace(z=numbers.z[rows], motion=motion_rows(numbers.motion, rows))
+
+    sampler = evaluate.Sampler(generator, config, 1, Path())
+    monkeypatch.setattr(sampler, "inputs", inputs)
+    monkeypatch.setattr(evaluate, "seed_batches", lambda seeds: [seeds[:3], seeds[3:]])
+    parts, _ = evaluate.update_statistics(sampler, range(4))
+    fraction = metrics["update/saturated_fraction"].item()
+    assert 0.05 < fraction < 0.95
+    assert parts[-1].saturated_fraction == pytest.approx(fraction, rel=1e-6)

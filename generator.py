@@ -1,0 +1,424 @@
+"""The one path that makes images: training, samples and every command decode through it.
+
+    z --VAE decoder θ--> x_base --VideoSynthesizer--> video --WeightPredictorRNN--> Δ --VAE decoder θ + Δ--> x_fake
+
+`Generator` owns the VAE, the video synthesis, the predictor and the update head; the `build_*` functions make these
+parts, and the critic, as the settings describe them.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn import functional
+
+from configuration import Config
+from model_definitions import VAE, ConstantUpdate, Discriminator, PredictorState, WeightPredictorRNN
+from video_synth import MOTIONS, Motion, VideoSynthesizer
+from weight_updates import (
+    HEADS,
+    DenseUpdate,
+    FactoredUpdate,
+    Update,
+    UpdateHead,
+    build_update_spec,
+    check_update_size,
+)
+
+VIDEO_SIZE = 64
+"""Side of the GRU's video frames, unless the settings say otherwise: motion can be seen in small frames too."""
+
+
+class GeneratorOutput(NamedTuple):
+    """What one pass through the generator makes."""
+
+    features: Tensor
+    """(B, ...), z behind the decoder layers that no update changes."""
+    x_base: Tensor
+    """(B, C, H, W) in [0, 1], decoded with θ."""
+    video: Tensor
+    """(B, T, C, height, width) in [0, 1], the synthetic video that the GRU encoded; without a GRU x_base, T times."""
+    states: Tensor
+    """(B, T, hidden_size), the GRU's hidden state at each frame; (B, T, 0) without a GRU."""
+    predictor_state: PredictorState | None
+    """What the predictor keeps of the video; None without a GRU."""
+    update: Update
+    """Δ of B images; of one where it is shared, constant or off (zeros)."""
+    x_fake: Tensor
+    """(B, C, H, W) in [0, 1], decoded with θ + Δ; x_base itself where the update is off."""
+
+
+class Generator(nn.Module):
+    """VAE, synthetic video, weight predictor and update head, with the one path through them.
+
+    Args:
+        vae: its decoder makes the images.
+        synthesizer: makes the video that the predictor encodes.
+        predictor: a GRU, or the constant that is its control.
+        head: turns the predicted code into an update.
+        config: `weight_predictor` (update, input_video, bound, sharing) and `video.detach` are read.
+    """
+
+    def __init__(
+        self,
+        vae: VAE,
+        synthesizer: VideoSynthesizer,
+        predictor: WeightPredictorRNN | ConstantUpdate,
+        head: UpdateHead,
+        config: Config,
+    ) -> None:
+        super().__init__()
+        settings = config.weight_predictor
+        self.vae = vae
+        self.synthesizer = synthesizer
+        self.head = head
+        self.predictor = predictor
+        self.spec = head.spec
+        self.update = settings.update
+        self.input_video = settings.input_video
+        self.bound = settings.bound
+        self.shared = settings.sharing == "shared"
+        self.detach_video = config.video.detach
+        self.video_size = synthesizer.video_size(vae.image_shape)
+        if self.update == "off":  # a constant that stays at zero
+            self.predictor.requires_grad_(False)
+            self.head.requires_grad_(False)
+        # Decoder layers before the first updated one give the same with θ and θ + Δ: they run once for both.
+        updated_layers = {tensor.decoder_name.split(".")[0] for tensor in self.spec.tensors}
+        order = list(vae.decoder._modules)
+        self._split = min(order.index(name) for name in updated_layers)
+
+    def forward(self, z: Tensor, motion: Motion, frame: Tensor | None = None) -> GeneratorOutput:
+        """One pass: base image, its video, the update predicted at `frame`, and the image decoded with it.
+
+        Args:
+            z: (B, latent_dim) from N(0, I).
+            motion: of the synthetic video, from `sample_motion`.
+            frame: (B,) number of the frame whose update decodes x_fake; None takes the last frame's.
+        """
+        features = self.features(z)
+        x_base = self.decode_base(features)
+        video, states, predictor_state = self.encode_video(x_base, motion)
+        update = self.predict(states_at(states, frame))
+        x_fake = x_base if self.update == "off" else self.decode(features, update)
+        return GeneratorOutput(features, x_base, video, states, predictor_state, update, x_fake)
+
+    def fakes(self, z: Tensor, motion: Motion, frame: Tensor | None, n_base: int) -> Tensor:
+        """Images for the critic, (B, C, H, W): the first `n_base` decoded with θ, the others with θ + Δ.
+
+        Args:
+            z: (B, latent_dim) from N(0, I).
+            motion: of the synthetic videos of the B - n_base updated images.
+            frame: (B - n_base,) as for `forward`.
+        """
+        features = self.features(z)
+        x_base = self.decode_base(features)
+        if n_base == len(x_base):
+            return x_base
+        _, states, _ = self.encode_video(x_base[n_base:], motion)
+        x_updated = self.decode(features[n_base:], self.predict(states_at(states, frame)))
+        return torch.cat([x_base[:n_base], x_updated])
+
+    # The steps of the path, for callers that need only some of them.
+
+    def features(self, z: Tensor) -> Tensor:
+        """z (B, latent_dim) through the decoder layers that no update changes."""
+        return self.vae.decoder[: self._split](z)
+
+    def decode_base(self, features: Tensor) -> Tensor:
+        """`features` -> x_base (B, C, H, W), decoded with θ."""
+        return self.vae.decoder[self._split :](features)
+
+    def encode_video(self, x_base: Tensor, motion: Motion) -> tuple[Tensor, Tensor, PredictorState | None]:
+        """The GRU encodes the image itself and then its synthetic video: what moves shows against what doesn't.
+
+        Args:
+            x_base: (B, C, H, W).
+
+        Returns:
+            The video (B, T, C, height, width), the GRU's hidden states at its frames (B, T, hidden_size), and the
+            predictor's state. The hidden state at frame t predicts the update that decodes frame t + 1; at the last
+            frame that is frame T, which is frame 0 again.
+        """
+        x_base = x_base.detach() if self.detach_video else x_base
+        images = self.video_images(x_base)
+        frames = self.synthesizer.frames
+        if self.update != "predicted":
+            video = images[:, None].expand(-1, frames, -1, -1, -1)
+            return video, *self.predictor.encode(video)
+        if self.input_video == "static":
+            first = torch.zeros(len(images), 1, device=images.device)
+            video = self.synthesizer(images, motion, first).expand(-1, frames, -1, -1, -1)
+        else:
+            video = self.synthesizer(images, motion)
+        states, state = self.predictor.encode(torch.cat([self.downscale(images)[:, None], video], dim=1))
+        return video, states[:, 1:], state
+
+    def continue_video(self, output: GeneratorOutput, motion: Motion, rollout_count: int, frames: int) -> Tensor:
+        """The GRU's hidden states (B, frames + 1, hidden_size) while it encodes `frames` more after the video.
+
+        For the first `rollout_count` images these are the frames that it has itself decoded, instead of the synthetic
+        video (scheduled sampling, Bengio et al. 2015, https://arxiv.org/abs/1506.03099): at generation there may be no
+        others.
+
+        Args:
+            output: of `forward` for the same `motion`.
+
+        Returns:
+            State number k predicts the update that decodes frame T + k; the first is the one at the video's end.
+        """
+        if self.update != "predicted" or not frames:
+            return output.states[:, -1:].expand(-1, frames + 1, -1)
+        assert output.predictor_state is not None
+        first = self.synthesizer.frames
+        times = torch.arange(first, first + frames, device=output.states.device).expand(len(output.states), -1)
+        if self.input_video == "static":
+            times = torch.zeros_like(times)
+        states = []
+        if rollout_count:
+            states.append(self._rollout(output, motion, times[:rollout_count]))
+        if rollout_count < len(output.states):
+            rest = slice(rollout_count, None)
+            images = self.video_images(output.x_base.detach())[rest]
+            video = self.synthesizer(images, Motion(*(numbers[rest] for numbers in motion)), times[rest])
+            encoded, _ = self.predictor.encode(video, state_rows(output.predictor_state, rest))
+            states.append(torch.cat([output.states[rest, -1:], encoded], dim=1))
+        return torch.cat(states)
+
+    def _rollout(self, output: GeneratorOutput, motion: Motion, times: Tensor) -> Tensor:
+        """`continue_video` of the first R images by their own frames: times (R, K) -> (R, K + 1, hidden_size)."""
+        assert output.predictor_state is not None
+        first = slice(len(times))
+        states = [output.states[first, -1]]
+        state: PredictorState | None = state_rows(output.predictor_state, first)
+        features = output.features[first].detach()
+        with torch.no_grad():
+            noise = self.synthesizer.noise(Motion(*(numbers[first] for numbers in motion)), times, self.video_size)
+        for k in range(times.shape[1]):
+            with torch.no_grad():  # gradients go back through the GRU's states, not through decoded frames
+                decoded = self.decode(features, self.predict(states[-1]))
+                frame = (self.downscale(decoded) + noise[:, k]).clamp(0, 1)
+            hidden, state = self.predictor.encode(frame[:, None], state)
+            states.append(hidden[:, 0])
+        return torch.stack(states, dim=1)
+
+    def video_images(self, x_base: Tensor) -> Tensor:
+        """x_base (B, C, H, W) -> the images of which the GRU gets videos: rolled by one for the control `other`."""
+        return x_base.roll(1, 0) if self.input_video == "other" else x_base
+
+    def downscale(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> (B, C, height, width), the size of the video."""
+        size = self.video_size
+        return images if size == images.shape[-2:] else functional.interpolate(images, size=size, mode="area")
+
+    def predict(self, states: Tensor, frozen: bool = False) -> Update:
+        """The GRU's hidden states (B, hidden_size) -> updates Δ of B images; a shared one is the batch's mean.
+
+        Args:
+            frozen: keep gradients from θ, to which a head may have related the update.
+        """
+        code = self.predictor.to_update(states)
+        code = code.to(torch.promote_types(code.dtype, torch.float32))  # bf16 under autocast; fp64 in tests
+        if self.shared:
+            code = code.mean(dim=0, keepdim=True)
+        return self.head(code, self.bound, self._weights(self.vae.decoder, frozen))
+
+    def decode(self, features: Tensor, update: Update, frozen: bool = False) -> Tensor:
+        """`features` (B, ...) and updates of B images, or one for all -> x_fake (B, C, H, W), decoded with θ + Δ.
+
+        An image depends on its own z and update alone, never on the rest of the batch.
+
+        Args:
+            frozen: keep gradients from θ: they reach the update alone.
+        """
+        layers = self.vae.decoder[self._split :]
+        weights = self._weights(layers, frozen)
+        if isinstance(update, FactoredUpdate) and len(update.v[0]) == len(features):
+            return decode_factored(layers, features, update, weights)
+        return decode_dense(layers, features, update.dense(), weights)
+
+    def decode_frames(self, features: Tensor, states: Tensor, times: Tensor, frozen: bool = False) -> Tensor:
+        """Frames of the weight-driven video: (B, K, C, H, W).
+
+        Args:
+            features: (B, ...).
+            states: hidden states (B, T, hidden_size).
+            times: (B, K), which of an image's T states decode its K frames.
+            frozen: as for `decode`.
+        """
+        states, count = states_at(states, times), times.shape[1]
+        if self.shared:
+            frames = [self.decode(features, self.predict(state, frozen), frozen) for state in states.unbind(1)]
+            return torch.stack(frames, 1)
+        update = self.predict(states.flatten(0, 1), frozen)
+        return self.decode(features.repeat_interleave(count, 0), update, frozen).unflatten(0, (-1, count))
+
+    def sample_motion(self, batch: int, generator: torch.Generator | None = None) -> Motion:
+        """The motion of `batch` synthetic videos at full strength, on the generator's device."""
+        return self.synthesizer.sample_motion(batch, self.vae.image_shape, self.vae.to_mu.weight.device, generator)
+
+    @staticmethod
+    def _weights(layers: nn.Module, frozen: bool) -> dict[str, Tensor]:
+        """The parameters of `layers` by name; without gradient where `frozen`."""
+        return {name: weight.detach() if frozen else weight for name, weight in layers.named_parameters()}
+
+
+def state_rows(state: PredictorState, rows: slice) -> PredictorState:
+    """The predictor's state of some of the videos."""
+    return PredictorState(state.hidden[:, rows].contiguous(), state.mean[rows], state.deviation[rows])
+
+
+def states_at(states: Tensor, times: Tensor | None) -> Tensor:
+    """Picks hidden states (B, T, hidden_size) at times of each image's own.
+
+    Args:
+        times: (B,) or (B, K) frame numbers; None takes the last frame's.
+
+    Returns:
+        (B, hidden_size) for (B,) or None, (B, K, hidden_size) for (B, K).
+    """
+    if times is None:
+        return states[:, -1]
+    rows = torch.arange(len(states), device=states.device)
+    return states[rows.view(-1, *[1] * (times.dim() - 1)), times]
+
+
+# ---------------------------------------------------------------------------------------------- decoding with θ + Δ
+
+
+def decode_dense(
+    decoder: nn.Sequential, features: Tensor, update: DenseUpdate, weights: Mapping[str, Tensor]
+) -> Tensor:
+    """Decodes each image with its own weights θ + Δ, written out: one pass under `vmap`.
+
+    Args:
+        decoder: any layers.
+        features: (B, ...), the input.
+        update: of B images, or one for all.
+        weights: name of a parameter of `decoder` -> θ.
+    """
+    deltas = update.spec.split(update.numbers * update.scales)
+
+    def decode(features: Tensor, deltas: dict[str, Tensor]) -> Tensor:
+        updated = {**weights, **{name: weights[name] + delta for name, delta in deltas.items()}}
+        # Autocast doesn't reach convolutions inside vmap: the weights take the type that it gave the features.
+        updated = {name: weight.to(features.dtype) for name, weight in updated.items()}
+        return functional_call(decoder, updated, (features,), strict=True)
+
+    if len(update.numbers) == 1:  # one update for all (or one image): an ordinary pass
+        return decode(features, {name: delta[0] for name, delta in deltas.items()})
+    return vmap(lambda one, delta: decode(one[None], delta)[0])(features, deltas)
+
+
+def decode_factored(
+    decoder: nn.Sequential, features: Tensor, update: FactoredUpdate, weights: Mapping[str, Tensor]
+) -> Tensor:
+    """As `decode_dense`, with Δ = rms θ · A V, without ever writing Δ out.
+
+    A layer is linear in its weights, so its output is θ's, which is the same work for the whole batch, and Δ's, which
+    passes through `rank` channels: A (V x). A transposed convolution is a matrix product followed by `fold`, which adds
+    up overlapping patches; so is V's.
+
+    Args:
+        decoder: Linear, ConvTranspose2d, and layers without weights.
+        features, weights: as for `decode_dense`.
+        update: of B images.
+    """
+    factors = {
+        tensor.decoder_name: (None if a is None else a * scale, v if a is not None else v * scale)
+        for tensor, a, v, scale in zip(update.spec.tensors, update.a, update.v, update.scales, strict=True)
+    }
+    h = features
+    for name, layer in decoder.named_children():
+        if not isinstance(layer, nn.Linear | nn.ConvTranspose2d):
+            h = layer(h)
+            continue
+        x = h
+        own = {key: weights[f"{name}.{key}"] for key in ("weight", "bias")}
+        h = functional_call(layer, own, (x,), strict=True)
+        a, v = factors.get(f"{name}.weight", (None, None))
+        if a is not None and v is not None:
+            if isinstance(layer, nn.Linear):
+                h = h + (a @ (v @ x[:, :, None]))[:, :, 0]
+            else:
+                kernel, padding = layer.kernel_size, layer.padding
+                assert not isinstance(padding, str)  # only other convolutions take it by name
+                # (B, rank, in · kernel) -> (B, rank · kernel, in): what each input channel adds to each patch.
+                taps = v.unflatten(2, (layer.in_channels, -1)).transpose(2, 3).flatten(1, 2)
+                patches = taps @ x.flatten(2)
+                thin = functional.fold(patches, h.shape[2:], kernel, padding=padding, stride=layer.stride)
+                h = h + (a @ thin.flatten(2)).unflatten(2, h.shape[2:])
+        _, shift = factors.get(f"{name}.bias", (None, None))
+        if shift is not None:
+            h = h + shift.view(*shift.shape, *[1] * (h.dim() - 2))
+    return h
+
+
+# ------------------------------------------------------------------------------------- the parts, from the settings
+
+
+def build_vae(config: Config) -> VAE:
+    """The VAE, freshly initialised from torch's global random state, as are all other parts."""
+    return VAE(config.image.size, config.image.channels, config.vae.latent_dim, config.vae.channels)
+
+
+def build_synthesizer(config: Config) -> VideoSynthesizer:
+    """What makes the synthetic video; it holds no weights."""
+    video, side = config.video, min(config.image.size, VIDEO_SIZE)
+    strengths = {name: getattr(video, name) for name in MOTIONS if hasattr(video, name)}
+    return VideoSynthesizer(video.frames, strengths, video.height or side, video.width or side)
+
+
+def build_head(config: Config, vae: VAE) -> UpdateHead:
+    """The update head for the decoder tensors that `weight_predictor.layers` names.
+
+    Raises:
+        UserError: patterns that don't fit the VAE.
+    """
+    settings = config.weight_predictor
+    return HEADS[settings.head](build_update_spec(vae, settings.layers), settings.rank)
+
+
+def build_predictor(
+    config: Config, synthesizer: VideoSynthesizer, head: UpdateHead
+) -> WeightPredictorRNN | ConstantUpdate:
+    """The GRU that predicts the head's code from a video, or the constant that stands in its place.
+
+    Raises:
+        UserError: an `update_size` that isn't the head's.
+    """
+    settings, image = config.weight_predictor, config.image
+    update_size = check_update_size(settings.update_size, head, head.spec)
+    if settings.update != "predicted":
+        return ConstantUpdate(update_size)
+    height, width = synthesizer.video_size((image.size, image.size))
+    frame_size = image.channels * height * width
+    predictor = WeightPredictorRNN(frame_size, update_size, settings.hidden_size, settings.num_layers)
+    predictor.norm.requires_grad_(settings.train_gru)
+    predictor.gru.requires_grad_(settings.train_gru)
+    return predictor
+
+
+def build_generator(config: Config) -> Generator:
+    """The whole generator that the settings describe.
+
+    Raises:
+        UserError: `weight_predictor` settings that don't fit the VAE.
+    """
+    vae, synthesizer = build_vae(config), build_synthesizer(config)
+    head = build_head(config, vae)
+    return Generator(vae, synthesizer, build_predictor(config, synthesizer, head), head, config)
+
+
+def build_critic(config: Config) -> Discriminator:
+    """The critic that the settings describe."""
+    return Discriminator(config.image.size, config.image.channels, config.critic.channels)
+
+
+def stable_seed(*parts: object) -> int:
+    """A seed that depends on `parts` alone, the same on every machine and in every version of Python."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1  # torch takes 63 bits

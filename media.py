@@ -1,0 +1,373 @@
+"""Images and videos: pixels of what networks decode, labelled sheets, PNG files and video files.
+
+Two shapes meet here. Tensors are channels first, `(C, H, W)` in [0, 1], as networks decode them; pixels are channels
+last, `(H, W, 3)` uint8, as files hold them. `to_pixels` is the one way from the first to the second.
+
+A video's format follows from the file's ending. FFmpeg (through PyAV) writes all of them frame by frame; Pillow would
+keep a whole animation in memory.
+
+| ending | format | colours |
+|---|---|---|
+| .mp4 | H.264, plays in every browser | stored for 2 x 2 pixels together (4:2:0), so enlarge small frames |
+| .webp | animated WebP | 4:2:0 as well |
+| .gif | GIF, times in whole hundredths of a second | the 256 best of each frame; the slowest to write |
+| .png | animated PNG | exact |
+| none | a folder of numbered PNG files | exact |
+"""
+
+import math
+import os
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+from PIL import Image, ImageDraw, ImageFont
+
+from configuration import UserError
+from util import atomic_write, os_errors_as_user_errors
+
+Pixels = torch.Tensor | np.ndarray  # images as `to_pixels` takes them
+
+_CELL = 128  # the least height and width of a sheet's cell, in pixels: a 32 px image is shown four times as large
+_VIDEO_SIDE = 256  # the least height and width of a video written with scale=None: comfortable on a web page
+_GAP, _SEAM, _MARGIN = 8, 4, 20  # between labelled images; between those without labels; around a labelled sheet
+# Cells are often white themselves: a light grey sheet shows where each one ends.
+_SHEET, _INK = (240, 241, 243), (32, 34, 38)
+
+
+def to_pixels(image: Pixels) -> np.ndarray:
+    """Pixels of an image, or of a stack of them: (..., C, H, W) tensor -> (..., H, W, 3) uint8 array.
+
+    A tensor has 1 or 3 channels, on any device: floating values in [0, 1] (others are clamped), or uint8. An array is
+    taken to be pixels already: uint8, (..., H, W, 3), or (H, W) for one grey image. Grey becomes colour.
+
+    Raises `UserError` where values are NaN or infinite: they could only be shown as something they are not.
+    """
+    if isinstance(image, torch.Tensor):
+        if image.ndim < 3 or image.shape[-3] not in (1, 3):
+            raise ValueError(f"expected a tensor (..., 1 or 3, H, W), got {tuple(image.shape)}")
+        pixels = image.detach()
+        if pixels.is_floating_point():
+            low, high = torch.aminmax(pixels)  # both are NaN where any value is
+            if not bool(torch.isfinite(high - low)):
+                raise UserError("an image holds values that are NaN or infinite: has the training run diverged?")
+            # Rounded on its own device: a quarter of the bytes travel to the CPU.
+            pixels = pixels.float().clamp(0, 1).mul(255).round().to(torch.uint8)
+        elif pixels.dtype != torch.uint8:
+            raise ValueError(f"expected floating values in [0, 1] or uint8, got {pixels.dtype}")
+        array = pixels.movedim(-3, -1).cpu().numpy()
+    else:
+        array = np.asarray(image)
+        array = array[..., None] if array.ndim == 2 else array
+        if array.dtype != np.uint8 or array.ndim < 3 or array.shape[-1] not in (1, 3):
+            raise ValueError(f"expected a uint8 array (H, W) or (..., H, W, 3), got {array.dtype} {array.shape}")
+    return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:-1], 3)))
+
+
+def enlarge(pixels: np.ndarray, scale: int) -> np.ndarray:
+    """Every pixel as a square of `scale` x `scale`: (..., H, W, 3) -> (..., scale·H, scale·W, 3)."""
+    return pixels if scale == 1 else pixels.repeat(scale, axis=-3).repeat(scale, axis=-2)
+
+
+def scale_for(height: int, width: int, at_least: int = _CELL) -> int:
+    """The smallest whole factor that makes both sides at least `at_least` pixels."""
+    return max(1, -(-at_least // min(height, width)))
+
+
+def tile_images(images: Pixels, rows: int, columns: int, scale: int = 1) -> np.ndarray:
+    """Images close together, without labels: (N, C, H, W) in [0, 1], or pixels (N, H, W, 3) -> (height, width, 3).
+
+    They fill `rows` x `columns` places row by row, each pixel shown as `scale` x `scale`; places left over stay empty.
+    A single place has no border.
+    """
+    cells = enlarge(to_pixels(images), scale)
+    height, width = cells.shape[1:3]
+    pitch_y, pitch_x = height + _SEAM, width + _SEAM
+    sheet = np.full((rows * pitch_y - _SEAM, columns * pitch_x - _SEAM, 3), _SHEET, dtype=np.uint8)
+    for index, cell in enumerate(cells):
+        y, x = index // columns * pitch_y, index % columns * pitch_x
+        sheet[y : y + height, x : x + width] = cell
+    return sheet
+
+
+def labelled_grid(columns: Mapping[str, Pixels], *, scale: int | None = None) -> Image.Image:
+    """Images side by side: one column a label, one row a sample.
+
+    `columns` maps each label to a tensor (N, C, H, W) with values in [0, 1] (or an array of pixels, (N, H, W, 3)); N, H
+    and W are the same in all, channels may differ. `scale` is how large each pixel is shown; None makes every image at
+    least 128 px. Long labels wrap; Pillow's own font, used here, has Latin letters only. Returns an RGB image.
+
+    >>> labelled_grid({"real": torch.rand(2, 3, 32, 32), "generated": torch.rand(2, 3, 32, 32)}).mode
+    'RGB'
+    """
+    return Image.fromarray(next(labelled_frames({label: x[:, None] for label, x in columns.items()}, scale)))
+
+
+def labelled_frames(columns: Mapping[str, Pixels], scale: int | None = None) -> Iterator[np.ndarray]:
+    """The sheet of `labelled_grid` for every frame of videos, one at a time, ready for `write_video`.
+
+    `columns` maps each label to a tensor (N, T, C, H, W) with values in [0, 1] (or to pixels, (N, T, H, W, 3)), all of
+    one N, T, H and W. Yields T arrays (height, width, 3) uint8.
+    """
+    sizes = {(video.shape[1], *to_pixels(video[:, 0]).shape) for video in columns.values()}
+    if len(sizes) != 1:
+        shapes = ", ".join(f"{label}: {tuple(video.shape)}" for label, video in columns.items())
+        raise ValueError(f"columns must agree in samples, frames, height and width, got {shapes or 'none'}")
+    length, rows, height, width, _ = sizes.pop()
+    scale = scale_for(height, width) if scale is None else scale
+    height, width = scale * height, scale * width
+    sheet, top, lefts = _empty_sheet(list(columns), rows, height, width)
+    for t in range(length):
+        frame = sheet.copy()
+        for left, video in zip(lefts, columns.values(), strict=True):
+            for row, pixels in enumerate(enlarge(to_pixels(video[:, t]), scale)):
+                y = top + row * (height + _GAP)
+                frame[y : y + height, left : left + width] = pixels
+        yield frame
+
+
+def _empty_sheet(labels: list[str], rows: int, height: int, width: int) -> tuple[np.ndarray, int, list[int]]:
+    """The sheet with its text, (H, W, 3) uint8; the top of the first row of cells; the left edge of each column's."""
+    font = ImageFont.load_default(16)
+    texts, text_widths, text_heights = zip(*(_wrapped(label, font, width) for label in labels), strict=True)
+    pitch = max(width, *text_widths) + _GAP  # one for all columns: uneven ones look like a mistake
+    labels_bottom = _MARGIN + max(text_heights)
+    top = labels_bottom + _GAP
+    page_height = top + rows * (height + _GAP) - _GAP + _MARGIN
+    page = Image.new("RGB", (2 * _MARGIN + len(labels) * pitch - _GAP, page_height), _SHEET)
+    draw = ImageDraw.Draw(page)
+    # An anchor "d" is the bottom of the last line: labels end right above the images, however many lines others have.
+    lefts = [_MARGIN + column * pitch + (pitch - _GAP - width) // 2 for column in range(len(labels))]
+    for left, text in zip(lefts, texts, strict=True):
+        draw.multiline_text((left + width / 2, labels_bottom), text, _INK, font, anchor="md", align="center")
+    return np.asarray(page), top, lefts
+
+
+def _wrapped(text: str, font: Any, width: int) -> tuple[str, int, int]:
+    """The text in lines of at most about `width` pixels, a longer word alone; the width and height that it takes."""
+    letters = max(1, int(width / font.getlength("n")))  # few letters are wider
+    lines = textwrap.wrap(text, letters, break_long_words=False, break_on_hyphens=False)
+    line_height = sum(font.getmetrics())  # of any letters: sheets of "step 1" and "step 10" are frames of one video
+    return "\n".join(lines), math.ceil(max(map(font.getlength, lines), default=0)), len(lines) * line_height
+
+
+def save_image(path: str | Path, image: Image.Image | Pixels) -> None:
+    """Write one image as a PNG, whole or not at all: an `Image`, a tensor (C, H, W) in [0, 1], or pixels (H, W, 3).
+
+    Raises `UserError` where the name does not end in .png or the file cannot be written; an older file stays as it was.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise UserError(f"{path}: images are written as .png, not as '{path.suffix}'")
+    image = image if isinstance(image, Image.Image) else Image.fromarray(to_pixels(image))
+    with atomic_write(path) as part, os_errors_as_user_errors(path):
+        image.save(part, format="PNG")
+
+
+class _Format(NamedTuple):
+    container: str
+    encoder: str
+    pixels: str
+    max_side: int
+    max_fps: int  # faster animated images are shown by browsers at 10 frames/s
+    encoding: dict[str, str]
+    muxing: dict[str, str]
+    once: dict[str, str]  # on top of `muxing`, for a video that does not start again at its end
+
+
+_FORMATS = {
+    # crf 15: small images then lose more to 4:2:0 than to the encoder, and files stay small.
+    # mbtree off: with it, the same frames gave other bytes now and then, by what memory held from earlier videos.
+    # faststart: the index goes first, so that a browser plays before it has everything.
+    ".mp4": _Format("mp4", "libx264", "yuv420p", 16384, 240,
+                    {"crf": "15", "preset": "medium", "mbtree": "0"}, {"movflags": "+faststart"}, {}),
+    ".webp": _Format("webp", "libwebp", "bgra", 16383, 90, {"quality": "90"}, {"loop": "0"}, {"loop": "1"}),
+    ".gif": _Format("gif", "gif", "pal8", 65535, 50, {}, {"loop": "0"}, {"loop": "-1"}),
+    ".png": _Format("apng", "apng", "rgb24", 65535, 90, {"pred": "mixed"}, {"plays": "0"}, {"plays": "1"}),
+}  # fmt: skip
+
+
+_COLOURS: dict[str, Any] = {"dst_colorspace": Colorspace.ITU709, "dst_color_range": ColorRange.MPEG}
+
+
+@contextmanager
+def open_video(path: str | Path, *, fps: float, scale: int | None = 1, loop: bool = True) -> Iterator["VideoWriter"]:
+    """Open a video for writing; the file appears when the block ends, and not at all if it ends in an exception.
+
+    path   ends in .mp4, .webp, .gif or .png (animated); without an ending it is a folder of numbered PNG frames.
+           A missing parent folder is made; an existing file is replaced; a folder that holds something is refused.
+    fps    frames per second (a folder of frames does not record it).
+    scale  shows every pixel as a square of this many pixels; None enlarges small frames to at least 256 px a side.
+    loop   whether a .webp, .gif or .png starts again at its end; an .mp4 leaves that to its player.
+
+    Memory does not grow with the number of frames, in any format. Raises `UserError`, of one line, before the first
+    frame where that is possible: an unknown ending, a frame rate the format cannot show, no frames at all, a frame of
+    another size than the first, an encoder that this PyAV lacks, a path that cannot be written, a full disk.
+
+    >>> with open_video("clip.mp4", fps=8, scale=None) as video:    # doctest: +SKIP
+    ...     for frame in frames:                                    # (C, H, W) in [0, 1]
+    ...         video.write(frame)
+    """
+    as_folder = str(path).endswith(("/", os.sep)) or not Path(path).suffix
+    path = Path(path)
+    if not 0.001 <= fps < math.inf:
+        raise UserError(f"{path}: frames per second must be 0.001 or more, not {fps}")
+    if scale is not None and scale < 1:
+        raise UserError(f"{path}: scale must be a whole number from 1 up, not {scale}")
+    file_format = None if as_folder else _format_of(path, fps)
+    with atomic_write(path, folder=as_folder) as part:
+        writer = VideoWriter(path, part, scale)
+        if file_format is not None:
+            writer = _EncodedWriter(path, part, scale, file_format, fps, loop)
+        try:
+            yield writer
+            if writer.frames == 0:
+                raise UserError(f"{path}: a video needs at least one frame, and none came")
+            with os_errors_as_user_errors(path, av.FFmpegError):
+                writer._finish()
+        finally:
+            writer._release()
+
+
+class VideoWriter:
+    """Takes the frames of one video; `open_video` makes it. `frames` counts those written.
+
+    The class itself writes a folder of PNG files, not synced one by one: the folder appears when all are there.
+    """
+
+    def __init__(self, path: Path, part: Path, scale: int | None, max_side: int = 2**31 - 1) -> None:
+        self.frames = 0
+        self._path, self._part, self._scale, self._max_side = path, part, scale, max_side
+        self._shape: tuple[int, ...] = ()
+
+    def write(self, frame: Pixels) -> None:
+        """Append one frame: a tensor (C, H, W) in [0, 1] with 1 or 3 channels, or uint8 pixels (H, W, 3) or (H, W).
+
+        Raises `UserError` when its size differs from the first frame's, it holds NaN, or the disk is full.
+        """
+        pixels = to_pixels(frame)
+        if pixels.ndim != 3:
+            raise ValueError(f"expected one frame, got {tuple(frame.shape)}; write_video takes many")
+        height, width, _ = pixels.shape
+        self._shape = self._shape or pixels.shape
+        self._scale = self._scale or scale_for(height, width, _VIDEO_SIDE)
+        if pixels.shape != self._shape:
+            size = f"{self._shape[1]} x {self._shape[0]}"
+            raise UserError(f"{self._path}: frame {self.frames} is {width} x {height}, the ones before it {size}")
+        if self._scale * max(height, width) > self._max_side:
+            size = f"{self._scale * width} x {self._scale * height}"
+            raise UserError(f"{self._path}: a frame of {size} pixels is too large, {self._max_side} a side is the most")
+        with os_errors_as_user_errors(self._path, av.FFmpegError):
+            self._add(enlarge(pixels, self._scale))
+        self.frames += 1
+
+    def _add(self, pixels: np.ndarray) -> None:
+        Image.fromarray(pixels).save(self._part / f"{self.frames:06d}.png")
+
+    def _finish(self) -> None: ...  # writes what is left after the last frame
+
+    def _release(self) -> None: ...  # closes what an error left open
+
+
+def write_video(
+    path: str | Path, frames: Iterable[Pixels], *, fps: float, scale: int | None = 1, loop: bool = True
+) -> None:
+    """Write all frames: a tensor (T, C, H, W) in [0, 1], or anything that yields frames as `VideoWriter.write` takes
+    them, one at a time. The rest is as in `open_video`.
+    """
+    with open_video(path, fps=fps, scale=scale, loop=loop) as video:
+        for frame in frames:
+            video.write(frame)
+
+
+def _format_of(path: Path, fps: float) -> _Format:
+    ending = path.suffix.lower()
+    if ending not in _FORMATS:
+        known = ", ".join(_FORMATS)
+        raise UserError(f"{path}: videos end in {known}, or in nothing for a folder of frames; not in '{ending}'")
+    file_format = _FORMATS[ending]
+    if fps > file_format.max_fps:
+        raise UserError(f"{path}: a {ending} shows at most {file_format.max_fps} frames per second, not {fps:g}")
+    try:
+        av.Codec(file_format.encoder, "w")
+    except (av.FFmpegError, ValueError) as error:  # PyAV's UnknownCodecError is a ValueError alone
+        others = ", ".join(other for other in _FORMATS if other != ending)
+        missing = f"this build of PyAV has no encoder '{file_format.encoder}'"
+        raise UserError(f"{path}: {missing}; `pip install av` brings one, or write {others}") from error
+    return file_format
+
+
+class _EncodedWriter(VideoWriter):
+    """Frames through an encoder of FFmpeg into a file."""
+
+    def __init__(self, path: Path, part: Path, scale: int | None, file_format: _Format, fps: float, loop: bool) -> None:
+        super().__init__(path, part, scale, file_format.max_side)
+        self._format = file_format
+        self._fps = Fraction(fps).limit_denominator(1000)
+        self._tick = 1 / self._fps
+        self._options = file_format.muxing | ({} if loop else file_format.once)
+        if file_format.encoder == "gif":
+            self._tick = Fraction(1, 100)  # GIF counts in hundredths; rounding each frame's *time* keeps the total
+            self._options["final_delay"] = str(max(1, round(100 / self._fps)))
+        self._container: Any = None
+
+    def _add(self, pixels: np.ndarray) -> None:
+        if self._format.pixels == "yuv420p":  # colours are stored for 2 x 2 pixels together: even sides only
+            pixels = np.pad(pixels, ((0, pixels.shape[0] % 2), (0, pixels.shape[1] % 2), (0, 0)), mode="edge")
+        if self._container is None:
+            self._open(*pixels.shape[:2])
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        frame.pts, frame.time_base = round(self.frames / self._fps / self._tick), self._tick
+        if self._format.pixels == "yuv420p":
+            frame = frame.reformat(format="yuv420p", interpolation=Interpolation.AREA, **_COLOURS)
+        elif self._format.pixels == "pal8":
+            frame = _with_palette(frame)
+        self._container.mux(self._stream.encode(frame))
+
+    def _finish(self) -> None:
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+
+    def _release(self) -> None:
+        if self._container is not None:
+            with suppress(OSError, av.FFmpegError):  # what is in the file does not matter any more
+                self._container.close()
+
+    def _open(self, height: int, width: int) -> None:
+        self._container = av.open(str(self._part), "w", format=self._format.container, options=self._options)
+        encoder, options = self._format.encoder, self._format.encoding
+        self._stream = self._container.add_stream(encoder, rate=1 / self._tick, options=options)
+        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, self._format.pixels
+        codec = self._stream.codec_context
+        codec.time_base = self._tick
+        if self._format.pixels == "yuv420p":
+            codec.thread_count = 4  # a fixed number: H.264's bytes depend on it, and should not depend on the machine
+            # Without these tags a player guesses, and shows small images with the colours of old television.
+            codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
+            codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+
+
+def _with_palette(frame: av.VideoFrame) -> av.VideoFrame:
+    """An RGB frame in its 256 best colours.
+
+    Dithering would flicker from frame to frame. A colour kept for transparency (the filter's default, to store only
+    what changed) leaves single wrong pixels behind where everything moves.
+    """
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
+    split, best = graph.add("split"), graph.add("palettegen", "reserve_transparent=0")
+    use, sink = graph.add("paletteuse", "dither=none"), graph.add("buffersink")
+    graph.link_nodes(source, split, best)
+    split.link_to(use, 1, 0)
+    best.link_to(use, 0, 1)
+    graph.link_nodes(use, sink).configure()
+    graph.push(frame)
+    graph.push(None)
+    return graph.vpull()

@@ -1,0 +1,112 @@
+"""The studies as commands: help, mistakes in one line, and the two small ones from beginning to end."""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import read_video
+from PIL import Image
+
+from studies import loss_curves, preview_motion
+from studies.lowest_versions import requirements
+
+WRONG = {
+    "ablation": [
+        (["--arms", "of"], "there is no arm 'of'"),
+        (["--seeds", "0,0"], "--seeds must be different"),
+        (["training.seed=3"], "training.seed is set by the ablation itself"),
+        (["--quick", "image.size=33"], "image.size must be a power of two"),
+        (["--quick", "--report"], "has no evaluations of off"),
+        (["--report", "loss.beta=2"], "--report takes the settings of the folder's ablation"),
+        (["--jbos", "2"], "--jbos"),
+    ],
+    "benchmark": [
+        (["--rounds=0"], "--rounds must be"),
+        (["--device=cuda:99"], "cuda:99"),
+        (["--quick", "image.size=33"], "image.size"),
+        (["--quick", "data.root=nowhere"], "nowhere"),
+        (["training.diffaugment=[color]"], "training.diffaugment"),
+    ],
+    "golden": [(["--compare=nowhere"], "nowhere"), (["--what"], "--what")],
+    "hostile_images": [(["folder", "--what"], "--what")],
+    "loss_curves": [(["run"], "--out"), (["--out", "x.png"], "RUN"), (["run", "--out", "x.pdf"], "must be a .png")],
+    "lowest_versions": [(["--python"], "--python"), (["--python=nowhere"], "nowhere")],
+    "motion_report": [(["nowhere"], "nowhere"), (["run", "--video=3"], "--videos"), (["run", "--videos=1"], "2 to 4")],
+    "preview_motion": [
+        (["nowhere.png", "clip.mp4"], "nowhere.png"),
+        ([__file__, "clip.mp4"], "cannot read the image"),
+        (["{image}", "clip.xyz"], ".mp4"),
+        (["{image}", "clip.mp4", "--zoom=1.5"], "below 1"),
+        (["{image}", "clip.mp4", "--frames=0"], "1 to"),
+    ],
+    "torture": [(["sleep"], "sleep"), (["kills", "--kills=0"], "--kills")],
+}
+"""Study -> arguments that it refuses, and what its one line holds."""
+
+
+@pytest.fixture
+def image(image_folder: Path) -> str:
+    return str(next(image_folder.rglob("*.png")))
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_study_helps_and_refuses_in_one_line(name: str, image: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    main = importlib.import_module(f"studies.{name}").main
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    assert f"python -m studies.{name}" in capsys.readouterr().out
+    for arguments, words in WRONG[name]:
+        assert main([argument.format(image=image) for argument in arguments]) == 2, arguments
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        assert words in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    for name, steps in (("one", 4), ("two", 3)):
+        (tmp_path / name).mkdir()
+        records = [json.dumps({"step": step, "critic/gap": 2.0 * step}) for step in range(1, steps + 1)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(records) + "\n")
+    return tmp_path
+
+
+def test_loss_curves_compares_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = runs / "new" / "curves.png"
+    assert loss_curves.main([str(runs / "one"), f"{runs / 'two'}/", "--out", str(out)]) == 0
+    assert "one to step 4, two to step 3" in capsys.readouterr().out
+    assert Image.open(out).size[0] > 1000
+
+
+def test_loss_curves_names_the_run_that_cannot_be_plotted(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(runs / "one", runs / "damaged")
+    (runs / "damaged" / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    shutil.copytree(runs / "one", runs / "empty")
+    (runs / "empty" / "metrics.jsonl").write_text("")
+    for names, words in ((["."], "No such file"), (["damaged"], "is damaged"), (["empty"], "is empty"),
+                         (["one", "two/../one"], "given twice")):  # fmt: skip
+        assert loss_curves.main([*(str(runs / name) for name in names), "--out", str(runs / "x.png")]) == 2
+        line = capsys.readouterr().err
+        assert line.startswith("error: ")
+        assert line.count("\n") == 1
+        assert words in line
+    assert not (runs / "x.png").exists()
+
+
+def test_preview_motion_writes_a_clip_of_any_image(image: str, tmp_path: Path, capsys) -> None:
+    clip = tmp_path / "clip.webp"
+    assert preview_motion.main([image, str(clip), "--size", "24", "--frames", "5", "--noise", "0"]) == 0
+    assert "clip.webp: 5 frames" in capsys.readouterr().out
+    assert len(read_video(clip)) == 5
+
+
+def test_requirements_include_those_of_other_files(tmp_path: Path) -> None:
+    (tmp_path / "all.txt").write_text("-r some.txt\n# a comment\npytest>=8.0  # runs the tests\n")
+    (tmp_path / "some.txt").write_text("torch>=2.4\n")
+    assert [str(requirement) for requirement in requirements(tmp_path / "all.txt")] == ["torch>=2.4", "pytest>=8.0"]

@@ -1,0 +1,289 @@
+"""A step's random numbers, both objectives, the state they change, and what one iteration does."""
+
+import copy
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from types import FrameType
+
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    SMALL,
+    VARIED,
+    networks_and_noise,
+    new_state,
+    random_images,
+    run_iterations,
+    training_images,
+)  # fmt: skip
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import losses
+import training
+from configuration import LossConfig, load_config
+from distributed import World
+from generator import stable_seed
+from model_definitions import Discriminator
+from training_step import EagerSteps, NoiseSampler, critic_objective, generator_objective
+
+CPU = torch.device("cpu")
+
+
+def assert_equal(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert list(weights) == list(expected)
+    for name, value in weights.items():
+        assert torch.equal(value, expected[name]), name
+
+
+# ----------------------------------------------------------------------------------------------------- random numbers
+
+
+def test_random_numbers_depend_on_seed_step_and_repeat_alone() -> None:
+    _, _, _, noise = networks_and_noise()
+    first = noise.critic(7, 1)
+    noise.critic(8, 0)
+    again = noise.critic(7, 1)
+    assert torch.equal(first.z, again.z)
+    assert torch.equal(first.motion.phases, again.motion.phases)
+    for other in (noise.critic(7, 0), noise.critic(8, 1), noise.generator(7)):
+        assert not torch.equal(first.z, other.z)
+    assert stable_seed(0, 1, "critic", 2) != stable_seed(0, 12, "critic")
+    assert stable_seed(0, 1, "critic", 2) == 5730188251129072798  # on any machine
+
+
+@pytest.mark.parametrize(("sharing", "kinds"), [("shared", 1), ("per_sample", 4)])
+def test_a_shared_update_is_of_one_time_for_all_images(sharing: str, kinds: int) -> None:
+    _, _, _, noise = networks_and_noise(f"weight_predictor.sharing={sharing}", "loss.adversarial_frame=random",
+                                        "video.frames=1000", "loss.rollout_frames=1000")  # fmt: skip
+    numbers = noise.generator(1)
+    assert len(numbers.frame.unique()) == len(numbers.video_times.unique(dim=0)) == kinds
+
+
+def numbers_of(noise: tuple) -> dict[str, torch.Tensor]:
+    """All random numbers of a step by name, the motion's among them and `augment`'s two halves apart."""
+    numbers = noise._asdict()
+    numbers |= numbers.pop("motion")._asdict()
+    if "augment" in numbers:
+        numbers["augment updated"], numbers["augment base"] = numbers.pop("augment").chunk(2)
+    return {name: value for name, value in numbers.items() if isinstance(value, torch.Tensor)}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_numbers_of_all_processes_are_the_whole_batchs(size: int) -> None:
+    config = load_config(None, [*SMALL, *VARIED, "training.batch_size=8", "loss.base_fake_fraction=0.4"])  # 3 of 8
+    alone = NoiseSampler(config, CPU)
+    shards = [NoiseSampler(config, CPU, World(rank, size)) for rank in range(size)]
+    assert [noise.critic(5, 1).base_count for noise in shards] == [len(range(rank, 3, size)) for rank in range(size)]
+    for kind, arguments in (("critic", (5, 1)), ("generator", (5,))):
+        parts = [numbers_of(getattr(noise, kind)(*arguments)) for noise in shards]
+        for name, expected in numbers_of(getattr(alone, kind)(*arguments)).items():
+            only_updated = kind == "critic" and name in ("phases", "amplitudes", "noise", "frame")
+            rows = torch.full_like(expected, -1)
+            for rank, part in enumerate(parts):  # in the batch's order; row 0 of the updated images is its row 3
+                rows[(rank - (3 if only_updated else 0)) % size :: size] = part[name]
+            assert torch.equal(rows, expected), (kind, name)
+            assert len(expected.unique(dim=0)) > 1, (kind, name)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("count", [0, 1, 4, 6])
+def test_the_same_images_roll_out_however_many_processes_share_them(size: int, count: int) -> None:
+    config = load_config(None, [*SMALL, "training.batch_size=6", f"loss.rollout_fraction={count / 6}"])
+    rows: list[int] = []
+    for world in (World(rank, size) for rank in range(size)):
+        own = NoiseSampler(config, CPU, world).generator(1).rollout_count
+        rows += world.shard(torch.arange(6))[:own].tolist()
+    assert sorted(rows) == list(range(count))
+
+
+# ------------------------------------------------------------------------------------------------------ the objectives
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+def test_the_critic_sees_that_fraction_of_base_images(fraction: float) -> None:
+    config, generator, critic, noise = networks_and_noise(f"loss.base_fake_fraction={fraction}")
+    numbers = noise.critic(1, 0)
+    loss = critic_objective(generator, critic, random_images(1), numbers, config)
+    assert (n_base := numbers.base_count) == 4 * fraction
+    base = critic(generator.vae.decode(numbers.z))
+    assert torch.allclose(loss.score_fake[:n_base], base[:n_base], atol=1e-5)
+    assert ((loss.score_fake[n_base:] - base[n_base:]).abs() > 1e-5).all()
+
+
+def test_the_critic_step_leaves_the_generator_alone_and_the_other_way_round() -> None:
+    config, generator, critic, noise = networks_and_noise()
+    weights = list(generator.parameters())
+    loss = critic_objective(generator, critic, random_images(1), noise.critic(1, 0), config)
+    assert set(torch.autograd.grad(loss.total, weights, allow_unused=True)) == {None}
+    state = new_state(config)
+    for step, numbers, network in (("critic_step", noise.critic(1, 0), "critic"),
+                                   ("generator_step", noise.generator(1), "generator")):  # fmt: skip
+        before = {name: value.clone() for name, value in state.tensors().items()}
+        getattr(EagerSteps(state), step)(random_images(1), numbers)
+        changed = {
+            name.partition(".")[0] for name, value in state.tensors().items() if not torch.equal(value, before[name])
+        }
+        assert changed == {"critic": {"critic"}, "generator": {"generator", "generator_ema"}}[network]
+
+
+def test_the_generator_loss_reaches_the_gru_and_every_vae_layer() -> None:
+    config, generator, critic, noise = networks_and_noise("loss.lambda_video=1")
+    loss, _ = generator_objective(generator, critic, random_images(1), noise.generator(1), config)
+    assert loss.video > 0
+    names = dict(generator.named_parameters())
+    for name, gradient in zip(names, torch.autograd.grad(loss.total, list(names.values())), strict=True):
+        assert gradient.abs().max() > 0, name
+
+
+# ------------------------------------------------------------------------------------------------ the penalty and bf16
+
+
+def test_the_critics_own_input_gradient_equals_autograds() -> None:
+    """In float64, also where whole areas have one colour and every pixel of a window ties."""
+    torch.manual_seed(0)
+    critic = Discriminator(16, 3, (4, 8)).double()
+    x_real, x_fake, epsilon = (torch.rand(3, *shape).double() for shape in ((3, 16, 16), (3, 16, 16), ()))
+    x_real[:, :, :9] = x_fake[:, :, :9] = 1
+    own = losses.gradient_penalty(critic, x_real, x_fake, epsilon)
+    general = losses.gradient_penalty(lambda x: critic(x), x_real, x_fake, epsilon)
+    assert own.item() == pytest.approx(general.item(), rel=1e-12)
+    weights = [parameter for name, parameter in critic.named_parameters() if name.endswith("weight")]
+    for one, other in zip(torch.autograd.grad(own, weights), torch.autograd.grad(general, weights), strict=True):
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-14)
+
+
+def test_bf16_leaves_the_penalty_in_fp32_and_changes_the_rest() -> None:
+    torch.manual_seed(0)
+    critic, x, epsilon = Discriminator(16, 3, (4, 8)), torch.rand(3, 4, 3, 16, 16), torch.rand(4)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            critic(x[0])  # fills autocast's cache of bf16 weights, which the penalty must not use
+            loss = losses.critic_loss(critic, x[1], x[2], epsilon, LossConfig())
+        assert {part.dtype for part in loss} == {torch.float32}
+        gradient = torch.autograd.grad(loss.penalty, critic.to_score.weight, retain_graph=True)[0]
+        rest = torch.autograd.grad(loss.wasserstein, critic.to_score.weight)[0]
+        results.append((loss.penalty, gradient, rest))
+    (penalty, gradient, rest), (mixed_penalty, mixed_gradient, mixed_rest) = results
+    assert torch.equal(penalty, mixed_penalty)
+    assert torch.equal(gradient, mixed_gradient)
+    assert 1e-4 < (mixed_rest - rest).norm() / rest.norm() < 0.1
+
+
+@pytest.mark.parametrize("options", [["loss.lambda_video=0"], ["weight_predictor.sharing=shared"],
+                                     ["weight_predictor.head=full"], ["weight_predictor.head=low_rank"]])  # fmt: skip
+def test_bf16_steps_learn_almost_the_same(options: list[str]) -> None:
+    single, mixed = (
+        EagerSteps(new_state(load_config(None, [*SMALL, *options, f"runtime.precision={kind}"])))
+        for kind in ("fp32", "bf16")
+    )
+    weights = run_iterations(mixed, 1)
+    assert all(value.dtype in (torch.float32, torch.int64) for value in weights.values())
+    single.state.restore(copy.deepcopy(mixed.state.to_dict()))
+    noise = NoiseSampler(single.config, CPU)
+    for name, numbers in (("critic_pass", noise.critic(2, 0)), ("generator_pass", noise.generator(2))):
+        exact, rounded = (
+            torch.cat([part.flatten() for part in runner.run_pass(name, random_images(2), numbers).gradients])
+            for runner in (single, mixed)
+        )
+        assert rounded.dtype == torch.float32
+        assert 1e-4 < (exact - rounded).norm() / exact.norm() < 0.1, name
+
+
+# ----------------------------------------------------------------------------------------------------------- the state
+
+
+def test_a_checkpoint_of_another_memory_layout_goes_on_the_same() -> None:
+    """Fused Adam reads moments in the order of memory; those of an NCHW checkpoint must be laid out anew."""
+    runner = EagerSteps(new_state(load_config(None, SMALL)))
+    run_iterations(runner, 3)
+    saved = copy.deepcopy(runner.state.to_dict())
+    expected = run_iterations(runner, 2)
+    for optimizer in saved["optimizers"].values():
+        for moments in optimizer["state"].values():
+            moments |= {name: moments[name].contiguous() for name in ("exp_avg", "exp_avg_sq")}
+    runner.state.restore(saved)
+    assert_equal(run_iterations(runner, 2), expected)
+
+
+def test_gradients_of_another_memory_layout_are_applied_the_same() -> None:
+    weights = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        state = new_state(load_config(None, SMALL))
+        torch.manual_seed(1)
+        gradients = [torch.randn(parameter.shape) for parameter in state.parameters["critic"]]
+        gradients = [g.contiguous(memory_format=layout) if g.dim() == 4 else g for g in gradients]
+        state.apply_gradients("critic", {"critic": gradients})
+        weights.append(state.tensors())
+    assert_equal(*weights)
+
+
+# ------------------------------------------------------------------------------------------------------- one iteration
+
+
+class HostReads(TorchDispatchMode):
+    """Notes the operations for which a GPU would stop the host, or which a CUDA graph cannot hold."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "lift_fresh")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._overloadpacket.__name__
+        by_mask = name.startswith(("index", "_index")) and any(
+            isinstance(one, torch.Tensor) and one.dtype == torch.bool
+            for part in args if isinstance(part, list | tuple) for one in part
+        )  # fmt: skip
+        if name.startswith(self.WAITING) or by_mask:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [["weight_predictor.head=low_rank"], ["weight_predictor.head=full"],
+                                     ["weight_predictor.head=per_channel", "video.height=8"],
+                                     ["weight_predictor.sharing=shared", "training.diffaugment=[]"]])  # fmt: skip
+def test_no_pass_waits_for_the_device(options: list[str]) -> None:
+    """As a CUDA graph wants it."""
+    config = load_config(None, [*SMALL, *VARIED, *options])
+    runner, noise = EagerSteps(new_state(config)), NoiseSampler(config, CPU)
+    x_real, critic, generator = random_images(1), noise.critic(1, 0), noise.generator(1)
+    with HostReads() as reads:
+        runner.run_pass("critic_pass", x_real, critic)
+        runner.run_pass("generator_pass", x_real, generator)
+    assert reads.names == []
+    with HostReads() as reads:  # what would be noted
+        x_real[x_real > 0.5].sum().item()
+        torch.tensor(1.0)
+    assert set(reads.names) >= {"index", "_local_scalar_dense", "lift_fresh"}
+
+
+def test_one_iteration_touches_at_most_8_files_and_changes_file_at_most_100_times(image_folder: Path) -> None:
+    """So that a reader can follow it. With the default head and the video loss, and one critic step."""
+    config = load_config(None, [*SMALL, "training.n_critic=1"])
+    runner, noise = EagerSteps(new_state(config)), NoiseSampler(config, CPU)
+    batches = training_images(image_folder).batches()
+    training.iteration(runner, noise, batches, 1)  # what is only done once
+    stack: list[str] = []
+    files = ["training"]  # one after another, as functions are called and return
+
+    def follow(frame: FrameType, event: str, _: object) -> None:
+        path = Path(frame.f_code.co_filename)
+        if path.parent != ROOT or event not in ("call", "return"):
+            return
+        stack.append(path.stem) if event == "call" else stack.pop()
+        if stack and stack[-1] != files[-1]:
+            files.append(stack[-1])
+
+    sys.setprofile(follow)
+    try:
+        training.iteration(runner, noise, batches, 2)
+    finally:
+        sys.setprofile(None)
+    assert {"training_step", "generator", "weight_updates", "losses", "image_data"} <= set(files)
+    assert len(set(files)) <= 8, set(files)
+    assert len(files) - 1 <= 100, Counter(pairwise(files)).most_common(9)

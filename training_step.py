@@ -1,0 +1,420 @@
+"""One iteration in the order in which it happens: random numbers, the critic's step, the generator's step.
+
+A step is a *pass*, a pure function from images and random numbers to metrics and gradients, and a *tail* that changes
+the state: averaging over processes, clipping, Adam, the moving average. `EagerSteps` runs the passes as written here;
+`step_runners.py` compiles or records them.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from configuration import Config, TrainingConfig
+from distributed import SINGLE_PROCESS, World
+from generator import Generator, GeneratorOutput, build_synthesizer, stable_seed
+from losses import (
+    AUGMENTATION_NUMBERS,
+    CriticLoss,
+    GeneratorLoss,
+    critic_loss,
+    diffaugment,
+    generator_loss,
+    vae_loss,
+    video_loss,
+)
+from model_definitions import Discriminator, WeightPredictorRNN
+from util import channels_last_on
+from video_synth import Motion
+
+# ----------------------------------------------------------------------------------------------------- random numbers
+
+
+class CriticNoise(NamedTuple):
+    """The random numbers of one critic step, for a batch or a process's shard of it: B images."""
+
+    z: Tensor  #                (B, latent_dim)
+    motion: Motion  #           of the B - n_base images that are updated; without noise where there is no GRU
+    frame: Tensor | None  #     (B - n_base,) whose update decodes the image; None: the last
+    epsilon: Tensor  #          (B,)
+    augment_real: Tensor  #     (B, AUGMENTATION_NUMBERS)
+    augment_fake: Tensor  #     (B, AUGMENTATION_NUMBERS)
+
+    @property
+    def base_count(self) -> int:
+        """How many of these images are base images: a process's shard may hold one more than another's."""
+        return len(self.z) - len(self.motion.phases)
+
+
+class GeneratorNoise(NamedTuple):
+    """The random numbers of one generator step."""
+
+    z: Tensor  #                (B, latent_dim)
+    motion: Motion  #           without noise where there is no GRU
+    frame: Tensor | None  #     (B,)
+    posterior: Tensor  #        (B, latent_dim), the VAE's reparameterisation noise
+    rollout_count: int  #       so many images, the first ones, are rolled out on their own frames after the video
+    video_times: Tensor  #      (B, K) the frames after the video that the video loss looks at; 0 is its end
+    augment: Tensor  #          (2 B, AUGMENTATION_NUMBERS), for updated and base images
+
+
+class NoiseSampler:
+    """Samples what a step needs, on the device, as a pure function of (seed, step, part).
+
+    So what happens at step k depends on k alone: not on the steps before it, nor on how a step is run. Several
+    processes each sample the numbers of the whole batch and keep the rows of their own images, so that a step doesn't
+    depend on their number either.
+    """
+
+    def __init__(self, config: Config, device: torch.device, world: World = SINGLE_PROCESS) -> None:
+        self.config = config
+        self.device = device
+        self.world = world
+        self.rows = slice(world.rank, None, world.size)
+        self.random = torch.Generator(device)
+        self.synthesizer = build_synthesizer(config)
+
+    # Each line samples from the same generator, so their order is part of what a seed means. What only some settings
+    # need comes late: runs that differ in it share the numbers before it.
+
+    def critic(self, step: int, repeat: int) -> CriticNoise:
+        """For critic step number `repeat` of iteration `step`."""
+        batch, base = self.config.training.batch_size, base_fake_count(self.config)
+        # Of the images base, base + 1, ... of the batch, which are updated, this process has every world.size-th.
+        updated = slice((self.world.rank - base) % self.world.size, None, self.world.size)
+        self.random.manual_seed(stable_seed(self.config.training.seed, step, "critic", repeat))
+        z = self._normal(batch, self.config.vae.latent_dim)
+        epsilon = self._uniform(batch)
+        augment_real = self._uniform(batch, AUGMENTATION_NUMBERS)
+        augment_fake = self._uniform(batch, AUGMENTATION_NUMBERS)
+        motion = self._motion(batch - base, updated)
+        frame = self._adversarial_frame(batch - base)
+        return CriticNoise(
+            z=z[self.rows],
+            motion=motion,
+            frame=None if frame is None else frame[updated],
+            epsilon=epsilon[self.rows],
+            augment_real=augment_real[self.rows],
+            augment_fake=augment_fake[self.rows],
+        )
+
+    def generator(self, step: int) -> GeneratorNoise:
+        """For the generator step of iteration `step`."""
+        batch, loss, rows = self.config.training.batch_size, self.config.loss, self.rows
+        self.random.manual_seed(stable_seed(self.config.training.seed, step, "generator"))
+        z = self._normal(batch, self.config.vae.latent_dim)
+        posterior = self._normal(batch, self.config.vae.latent_dim)
+        augment_fake, augment_base = self._uniform(2 * batch, AUGMENTATION_NUMBERS).chunk(2)
+        motion = self._motion(batch, rows)
+        frame = self._adversarial_frame(batch)
+        video_times = self._integers(loss.rollout_frames + 1, batch, loss.video_frames)
+        return GeneratorNoise(
+            z=z[rows],
+            motion=motion,
+            frame=None if frame is None else frame[rows],
+            posterior=posterior[rows],
+            rollout_count=len(range(round(loss.rollout_fraction * batch))[rows]),
+            video_times=video_times[rows],
+            augment=torch.cat([augment_fake[rows], augment_base[rows]]),
+        )
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, device=self.device, generator=self.random)
+
+    def _uniform(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, device=self.device, generator=self.random)
+
+    def _integers(self, end: int, *shape: int) -> Tensor:
+        """0 to end - 1. A shared update is the mean over the batch at one time, so all rows are then the same."""
+        numbers = torch.randint(end, shape, device=self.device, generator=self.random)
+        return numbers[:1].expand_as(numbers) if self.config.weight_predictor.sharing == "shared" else numbers
+
+    def _motion(self, count: int, rows: slice) -> Motion:
+        image = self.config.image
+        has_gru = self.config.weight_predictor.update == "predicted"
+        shape = (image.channels, image.size, image.size)
+        return self.synthesizer.sample_motion(
+            count, shape, self.device, self.random, rows=rows, noise=has_gru, varied=True
+        )
+
+    def _adversarial_frame(self, count: int) -> Tensor | None:
+        is_random = self.config.loss.adversarial_frame == "random"
+        return self._integers(self.config.video.frames, count) if is_random else None
+
+
+def base_fake_count(config: Config) -> int:
+    """How many of the critic's generated images are base images, decoded with θ alone; all where no update is."""
+    if config.weight_predictor.update == "off":
+        return config.training.batch_size
+    return round(config.loss.base_fake_fraction * config.training.batch_size)
+
+
+# ------------------------------------------------------------------------------------------------------ the objectives
+
+
+def critic_objective(
+    generator: Generator, critic: Discriminator, x_real: Tensor, noise: CriticNoise, config: Config
+) -> CriticLoss:
+    """The critic's loss on real images (B, C, H, W) and as many generated ones: first base, then updated images.
+
+    A critic that never sees base images as fakes doesn't judge them, and they turn grey.
+    """
+    with torch.no_grad():  # this loss trains the critic alone
+        x_fake = generator.fakes(noise.z, noise.motion, noise.frame, noise.base_count)
+    if kinds := config.training.diffaugment:
+        x_real, x_fake = diffaugment(x_real, kinds, noise.augment_real), diffaugment(x_fake, kinds, noise.augment_fake)
+    return critic_loss(critic, x_real, x_fake, noise.epsilon, config.loss)
+
+
+def generator_objective(
+    generator: Generator, critic: Discriminator, x_real: Tensor, noise: GeneratorNoise, config: Config
+) -> tuple[GeneratorLoss, GeneratorOutput]:
+    """The loss of θ and the GRU together, on real images (B, C, H, W) and as many generated ones."""
+    # z -> x_base -> synthetic video -> Δ -> x_fake, decoded with θ + Δ
+    output = generator(noise.z, noise.motion, noise.frame)
+    has_update = generator.update != "off"  # else x_fake is x_base: scored once, with the weight of both
+    x_generated = torch.cat([output.x_fake, output.x_base]) if has_update else output.x_base
+    if kinds := config.training.diffaugment:
+        x_generated = diffaugment(x_generated, kinds, noise.augment[: len(x_generated)])
+    scores = critic(x_generated)
+    score_fake, score_base = scores.chunk(2) if has_update else (scores, scores)
+    x_rec, mu, logvar = generator.vae(x_real, noise.posterior)
+    reconstruction, kl = vae_loss(x_real, x_rec, mu, logvar)
+    loss = generator_loss(
+        score_fake=score_fake,
+        score_base=score_base,
+        reconstruction=reconstruction,
+        kl=kl,
+        update=output.update.mean_square(),
+        video=weight_driven_video_loss(generator, output, noise, config),
+        weights=config.loss,
+    )
+    return loss, output
+
+
+def weight_driven_video_loss(
+    generator: Generator, output: GeneratorOutput, noise: GeneratorNoise, config: Config
+) -> Tensor:
+    """How far the weight-driven video is from the synthetic one, at a few frames after it; a scalar.
+
+    Each frame is decoded with what the GRU knew one frame before it. Zero where λ_video is, or without an update.
+    """
+    if not config.loss.lambda_video or generator.update == "off":
+        return output.x_base.new_zeros(())
+    states = generator.continue_video(output, noise.motion, noise.rollout_count, config.loss.rollout_frames)
+    # θ decodes, but does not learn here: moving an image must not cost the image's own quality.
+    frames = generator.decode_frames(output.features.detach(), states, noise.video_times, frozen=True)
+    times = generator.synthesizer.frames + noise.video_times
+    target = generator.synthesizer(output.x_base.detach(), noise.motion, times, full_size=True)
+    return video_loss(frames, target)
+
+
+# ----------------------------------------------------------------------------------------------------------- the state
+
+
+class TrainingState:
+    """Networks, average and optimizers of a run, on `device`: all that training changes and a checkpoint holds.
+
+    Attributes:
+        step: iterations done.
+        generator: θ, the GRU and its head, as they train.
+        generator_ema: their exponential moving average, which makes samples.
+        critic: with the calibration of its probability.
+        parameters: network ("vae", "predictor", "critic") -> its trained parameters.
+        optimizers: "generator" (a group of parameters for the VAE, one for the predictor) and "critic".
+    """
+
+    def __init__(self, generator: Generator, critic: Discriminator, config: Config, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.step = 0
+        self.generator = channels_last_on(device, generator)
+        self.critic = channels_last_on(device, critic)
+        self.generator_ema = copy.deepcopy(self.generator).requires_grad_(False)
+        if isinstance(self.generator_ema.predictor, WeightPredictorRNN):
+            # A copy's weights are no longer one block of memory, and cuDNN would rearrange them at every call.
+            self.generator_ema.predictor.gru.flatten_parameters()
+        predictor_parameters = [*self.generator.predictor.parameters(), *self.generator.head.parameters()]
+        self.parameters: dict[str, list[nn.Parameter]] = {
+            "vae": list(self.generator.vae.parameters()),
+            "predictor": [parameter for parameter in predictor_parameters if parameter.requires_grad],
+            "critic": list(self.critic.parameters()),
+        }
+        # The predictor's learning rate is its own: at the VAE's, its first step would move the weights several times
+        # further than the VAE's own step does, since every weight's update sums a step of each GRU unit.
+        self.optimizers = {"generator": self._adam("vae", "predictor"), "critic": self._adam("critic")}
+
+    def _adam(self, *networks: str) -> torch.optim.Adam:
+        groups = [{"params": self.parameters[name], **adam_options(self.config.training, name)} for name in networks]
+        return torch.optim.Adam(groups, fused=True)
+
+    def apply_gradients(self, optimizer: str, gradients: dict[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+        """One optimizer step; a network's gradient longer than `training.clip_<network>` is scaled down to it first.
+
+        Args:
+            optimizer: "generator" or "critic".
+            gradients: network name -> gradients in the order of `parameters[name]`.
+
+        Returns:
+            `gradient_norm/<network>` before clipping, and where clipping is on `clipped_fraction/<network>`, 0 or 1;
+            scalars on the device.
+        """
+        metrics = {}
+        for network, values in gradients.items():
+            for parameter, gradient in zip(self.parameters[network], values, strict=True):
+                parameter.grad = _laid_out_like(parameter, gradient)
+            norm = get_total_norm(values) if values else torch.zeros((), device=self.device)  # without a predictor
+            metrics[f"gradient_norm/{network}"] = norm
+            longest = getattr(self.config.training, f"clip_{network}")
+            if longest is not None:
+                # A NaN norm turns every gradient into NaN; the log stops the run before the next checkpoint.
+                clip_grads_with_norm_(self.parameters[network], longest, norm)
+                metrics[f"clipped_fraction/{network}"] = (norm > longest).float()
+        self.optimizers[optimizer].step()
+        for network in gradients:
+            for parameter in self.parameters[network]:
+                parameter.grad = None  # frees the predictor's large gradients during the critic steps
+        return metrics
+
+    @torch.no_grad()
+    def update_ema(self, step: int) -> None:
+        """Moves the average towards the generator: average += (1 - decay) · (network - average).
+
+        Early on the decay is smaller, (1 + step) / (10 + step), so that the average doesn't remember the first weights.
+        """
+        weight = 1 - min(self.config.training.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.generator_ema.parameters()), list(self.generator.parameters()), weight)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that train, and the average, by the names that they have in a checkpoint."""
+        return {"generator": self.generator, "generator_ema": self.generator_ema, "critic": self.critic}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the networks hold, by name."""
+        return {f"{part}.{name}": x for part, net in self.networks().items() for name, x in net.state_dict().items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The state as plain dicts, numbers, strings and tensors; the tensors are the training ones, not copies."""
+        return {
+            "step": self.step,
+            **{name: network.state_dict() for name, network in self.networks().items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Takes over what `to_dict` gave, with the learning rates of the present settings.
+
+        Raises:
+            RuntimeError, KeyError, ValueError: `saved` is of other networks.
+        """
+        for name, network in self.networks().items():
+            network.load_state_dict(saved[name])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(saved["optimizers"][name])
+            groups = ("vae", "predictor") if name == "generator" else ("critic",)
+            for group, options in zip(groups, optimizer.param_groups, strict=True):
+                options |= adam_options(self.config.training, group)
+            for parameter, moments in optimizer.state.items():
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    moments[moment] = _laid_out_like(parameter, moments[moment])
+        self.step = saved["step"]
+
+
+def adam_options(training: TrainingConfig, network: str) -> dict[str, Any]:
+    """Adam's learning rate and decay rates for `vae`, `predictor` or `critic`."""
+    betas = training.adam_betas_predictor if network == "predictor" else training.adam_betas
+    return {"lr": getattr(training, f"lr_{network}"), "betas": (betas[0], betas[1])}
+
+
+def _laid_out_like(parameter: Tensor, values: Tensor) -> Tensor:
+    """`values` in the parameter's memory layout: fused Adam reads both in the order of memory, without a check."""
+    if values.stride() == parameter.stride():
+        return values
+    return torch.empty_like(parameter).copy_(values)
+
+
+# ----------------------------------------------------------------------------------------------------------- the steps
+
+
+class Pass(NamedTuple):
+    """What a pass computes."""
+
+    metrics: dict[str, Tensor]
+    """Scalars on the device; means over the images, so that they can be averaged over processes."""
+    gradients: Sequence[Tensor]
+    """In the order of `state.parameters`: of the critic, or of the VAE and then the predictor."""
+
+
+class EagerSteps:
+    """The two steps of an iteration; each operation runs as Python reaches it.
+
+    Args:
+        state: whose weights the steps change.
+        world: the processes that share a batch.
+        log: takes lines for the user.
+    """
+
+    def __init__(self, state: TrainingState, world: World = SINGLE_PROCESS, log: Callable[[str], None] = print) -> None:
+        self.state = state
+        self.config = state.config
+        self.world = world
+        self.log = log
+
+    def critic_step(self, x_real: Tensor, noise: CriticNoise) -> dict[str, Tensor]:
+        """One critic step on real images (B, C, H, W) in [0, 1]; returns its metrics, scalars on the device."""
+        metrics, gradients = self.run_pass("critic_pass", x_real, noise)
+        if self.world.size > 1:
+            gradients, metrics = self.world.average("critic", gradients, metrics)
+        return metrics | self.state.apply_gradients("critic", {"critic": gradients})
+
+    def generator_step(self, x_real: Tensor, noise: GeneratorNoise) -> dict[str, Tensor]:
+        """One step of θ, the GRU and their average; returns its metrics, scalars on the device."""
+        metrics, gradients = self.run_pass("generator_pass", x_real, noise)
+        if self.world.size > 1:
+            gradients, metrics = self.world.average("generator", gradients, metrics)
+        count = len(self.state.parameters["vae"])
+        norms = self.state.apply_gradients("generator", {"vae": gradients[:count], "predictor": gradients[count:]})
+        self.state.update_ema(self.state.step + 1)
+        return metrics | norms | {"update/relative_size": metrics["generator/update"].sqrt()}  # root of the mean square
+
+    def run_pass(self, name: str, x_real: Tensor, noise: CriticNoise | GeneratorNoise) -> Pass:
+        """Runs `critic_pass` or `generator_pass`, as this runner does."""
+        return getattr(self, name)(x_real, noise)
+
+    def critic_pass(self, x_real: Tensor, noise: CriticNoise) -> Pass:
+        """The critic's loss, its gradients and metrics. Changes nothing."""
+        state, config = self.state, self.config
+        with torch.autocast(x_real.device.type, torch.bfloat16, enabled=config.runtime.precision == "bf16"):
+            loss = critic_objective(state.generator, state.critic, x_real, noise, config)
+        gradients = torch.autograd.grad(loss.total, state.parameters["critic"])
+        metrics = {
+            "critic/total": loss.total,
+            "critic/gap": -loss.wasserstein,
+            "critic/penalty": loss.penalty,
+            "critic/drift": loss.drift,
+            "score/real": loss.score_real.mean(),
+        }
+        # A process's shard may hold fewer base images than another's: sums over it, divided by the batch's mean shard.
+        batch, base = config.training.batch_size, base_fake_count(config)
+        processes = batch // len(loss.score_fake)
+        if base:
+            metrics["score/base"] = loss.score_fake[: noise.base_count].sum() * processes / base
+        if batch > base:
+            metrics["score/updated"] = loss.score_fake[noise.base_count :].sum() * processes / (batch - base)
+        return Pass({name: value.detach() for name, value in metrics.items()}, gradients)
+
+    def generator_pass(self, x_real: Tensor, noise: GeneratorNoise) -> Pass:
+        """The loss of θ and the GRU, its gradients and metrics. Changes nothing."""
+        state, config = self.state, self.config
+        with torch.autocast(x_real.device.type, torch.bfloat16, enabled=config.runtime.precision == "bf16"):
+            loss, output = generator_objective(state.generator, state.critic, x_real, noise, config)
+        weights = [*state.parameters["vae"], *state.parameters["predictor"]]
+        # Only these: the critic's weights get no gradient here. Zero for what the loss doesn't reach (where a λ is 0).
+        gradients = torch.autograd.grad(loss.total, weights, allow_unused=True, materialize_grads=True)
+        metrics = {f"generator/{name}": value.detach() for name, value in loss._asdict().items()}
+        saturated = output.update.saturated(state.generator.bound).values()
+        metrics["update/saturated_fraction"] = torch.cat([part.flatten() for part in saturated]).float().mean()
+        return Pass(metrics, gradients)
