@@ -51,10 +51,6 @@ class World:
         self._watch = watch
         self._buckets: dict[str, Tensor] = {}
 
-    def shard_indices(self, count: int) -> range:
-        """Which of `count` things are this process's: every `size`-th, so that shards differ by one at most."""
-        return range(self.rank, count, self.size)
-
     def shard(self, x: Tensor) -> Tensor:
         """This process's rows of a tensor (N, ...) for all: (its shard of N, ...)."""
         return x if self.size == 1 else x[self.rank :: self.size]
@@ -130,7 +126,7 @@ class World:
     def gather_shards(self, x: Tensor) -> Tensor:
         """Puts together what the processes have made of their shards of N things, in the order of the N things.
 
-        (len(shard_indices(N)), ...) -> (N, ...), the same on all processes.
+        (this process's shard of N, ...) -> (N, ...), the same on all processes.
         """
         if self.size == 1:
             return x

@@ -37,6 +37,7 @@ from util import (
 )
 
 # isort: split
+# util came first: torch reads an environment variable that it sets
 import torch
 from torch import Tensor
 from tqdm import tqdm

@@ -32,6 +32,7 @@ from util import (
 )
 
 # isort: split
+# util came first: torch reads an environment variable that it sets
 import numpy as np
 import torch
 from PIL import Image

@@ -1,4 +1,4 @@
-"""The one path that makes images: training, samples and every command decode through it.
+"""The path from z to images: training, samples and every command decode through it.
 
     z --VAE decoder θ--> x_base --VideoSynthesizer--> video --WeightPredictorRNN--> Δ --VAE decoder θ + Δ--> x_fake
 
@@ -36,7 +36,7 @@ class GeneratorOutput(NamedTuple):
     """What one pass through the generator makes."""
 
     features: Tensor
-    """(B, ...), z behind the decoder layers that no update changes."""
+    """(B, ...), z after the decoder layers before the first updated one."""
     x_base: Tensor
     """(B, C, H, W) in [0, 1], decoded with θ."""
     video: Tensor
@@ -57,7 +57,7 @@ class Generator(nn.Module):
     Args:
         vae: its decoder makes the images.
         synthesizer: makes the video that the predictor encodes.
-        predictor: a GRU, or the constant that is its control.
+        predictor: a GRU, or the constant-update baseline.
         head: turns the predicted code into an update.
         config: `weight_predictor` (update, input_video, bound, sharing) and `video.detach` are read.
     """
@@ -97,7 +97,7 @@ class Generator(nn.Module):
         Args:
             z: (B, latent_dim) from N(0, I).
             motion: of the synthetic video, from `sample_motion`.
-            frame: (B,) number of the frame whose update decodes x_fake; None takes the last frame's.
+            frame: (B,) number of the GRU's state that predicts the update of x_fake; None takes the last.
         """
         features = self.features(z)
         x_base = self.decode_base(features)
@@ -125,7 +125,7 @@ class Generator(nn.Module):
     # The steps of the path, for callers that need only some of them.
 
     def features(self, z: Tensor) -> Tensor:
-        """z (B, latent_dim) through the decoder layers that no update changes."""
+        """z (B, latent_dim) through the decoder layers before the first updated one; by default there are none."""
         return self.vae.decoder[: self._split](z)
 
     def decode_base(self, features: Tensor) -> Tensor:
@@ -133,15 +133,15 @@ class Generator(nn.Module):
         return self.vae.decoder[self._split :](features)
 
     def encode_video(self, x_base: Tensor, motion: Motion) -> tuple[Tensor, Tensor, PredictorState | None]:
-        """The GRU encodes the image itself and then its synthetic video: what moves shows against what doesn't.
+        """The GRU encodes the image itself and then its synthetic video, to compare motion with the still image.
 
         Args:
             x_base: (B, C, H, W).
 
         Returns:
             The video (B, T, C, height, width), the GRU's hidden states at its frames (B, T, hidden_size), and the
-            predictor's state. The hidden state at frame t predicts the update that decodes frame t + 1; at the last
-            frame that is frame T, which is frame 0 again.
+            predictor's state. The hidden state at frame t predicts the update that decodes frame t + 1; the last one,
+            at T - 1, that of frame T, which equals frame 0.
         """
         x_base = x_base.detach() if self.detach_video else x_base
         images = self.video_images(x_base)
@@ -158,9 +158,9 @@ class Generator(nn.Module):
         return video, states[:, 1:], state
 
     def continue_video(self, output: GeneratorOutput, motion: Motion, rollout_count: int, frames: int) -> Tensor:
-        """The GRU's hidden states (B, frames + 1, hidden_size) while it encodes `frames` more after the video.
+        """The GRU's hidden states (B, frames + 1, hidden_size) while it encodes `frames` more frames after the video.
 
-        For the first `rollout_count` images these are the frames that it has itself decoded, instead of the synthetic
+        For the first `rollout_count` images these are decoded from its own predictions, instead of the synthetic
         video (scheduled sampling, Bengio et al. 2015, https://arxiv.org/abs/1506.03099): at generation there may be no
         others.
 
@@ -218,7 +218,7 @@ class Generator(nn.Module):
         """The GRU's hidden states (B, hidden_size) -> updates Δ of B images; a shared one is the batch's mean.
 
         Args:
-            frozen: keep gradients from θ, to which a head may have related the update.
+            frozen: keep gradients from θ, which the head `per_channel` scales.
         """
         code = self.predictor.to_update(states)
         code = code.to(torch.promote_types(code.dtype, torch.float32))  # bf16 under autocast; fp64 in tests
@@ -232,7 +232,7 @@ class Generator(nn.Module):
         An image depends on its own z and update alone, never on the rest of the batch.
 
         Args:
-            frozen: keep gradients from θ: they reach the update alone.
+            frozen: keep gradients from θ: only Δ gets them.
         """
         layers = self.vae.decoder[self._split :]
         weights = self._weights(layers, frozen)
@@ -316,7 +316,7 @@ def decode_dense(
 def decode_factored(
     decoder: nn.Sequential, features: Tensor, update: FactoredUpdate, weights: Mapping[str, Tensor]
 ) -> Tensor:
-    """As `decode_dense`, with Δ = rms θ · A V, without ever writing Δ out.
+    """As `decode_dense`, with Δ = rms θ · A V, without materialising Δ.
 
     A layer is linear in its weights, so its output is θ's, which is the same work for the whole batch, and Δ's, which
     passes through `rank` channels: A (V x). A transposed convolution is a matrix product followed by `fold`, which adds

@@ -1,7 +1,7 @@
 """The loss terms, each a pure function with its equation, and DiffAugment. Nothing here samples random numbers.
 
-Squared errors are *sums* over the values of an image and means over the batch. That is the scale of the critic's
-scores: their gradient has norm 1 with respect to the same Euclidean distance between images.
+Squared errors are *sums* over the values of an image and means over the batch. This matches the critic, whose gradient
+penalty uses the same Euclidean norm of an image.
 
 Papers: Kingma & Welling 2013 (VAE, https://arxiv.org/abs/1312.6114), Gulrajani et al. 2017 (WGAN-GP,
 https://arxiv.org/abs/1704.00028), Larsen et al. 2016 (VAE/GAN, https://arxiv.org/abs/1512.09300), Zhao et al. 2020
@@ -68,15 +68,10 @@ def gradient_penalty(critic: Callable[[Tensor], Tensor], x_real: Tensor, x_fake:
     with torch.autocast(x_real.device.type, enabled=False):
         epsilon = at_least_fp32(epsilon).view(-1, 1, 1, 1)
         x_hat = (epsilon * at_least_fp32(x_real) + (1 - epsilon) * at_least_fp32(x_fake)).detach()
-
-        def total_score(x: Tensor) -> Tensor:
-            return critic(x).sum()
-
-        # Scores of different images don't mix, so the gradient of their sum is each image's own gradient.
         if hasattr(critic, "input_gradient"):  # torch.compile of torch 2.11 cannot trace `method or other`
             gradient = critic.input_gradient(x_hat)
-        else:
-            gradient = torch.func.grad(total_score)(x_hat)
+        else:  # scores of different images don't mix, so the gradient of their sum is each image's own gradient
+            gradient = torch.func.grad(lambda x: critic(x).sum())(x_hat)
         # The small number inside the root keeps its derivative finite where the gradient vanishes.
         norm = (gradient.square().sum(dim=(1, 2, 3)) + 1e-12).sqrt()
         return (norm - 1).square().mean()
@@ -113,7 +108,7 @@ def generator_loss(
         score_fake, score_base: (B,) scores of the images decoded with θ + Δ and with θ.
         reconstruction, kl: from `vae_loss`.
         update: mean (Δ / rms θ)², the mean square size of the update relative to the weights it changes.
-        video: from `video_loss`, or zero where λ_video is.
+        video: from `video_loss`, or zero if λ_video is.
         weights: the factors λ and β.
     """
     adversarial, adversarial_base = -at_least_fp32(score_fake).mean(), -at_least_fp32(score_base).mean()
@@ -144,7 +139,7 @@ def vae_loss(x: Tensor, x_rec: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tens
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
-    """‖a - b‖² of each image: (B, C, H, W) twice -> (B,), at least in fp32."""
+    """‖a - b‖² of each image, two tensors (B, C, H, W) -> (B,), at least in fp32."""
     return (at_least_fp32(a) - at_least_fp32(b)).square().flatten(1).sum(dim=1)
 
 
@@ -166,7 +161,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 AUGMENTATION_NUMBERS = 7
-"""Uniform random numbers per image that DiffAugment uses: three for colour, two places for each of the others."""
+"""Uniform random numbers per image: three for colour, two coordinates each for translation and cutout."""
 
 
 def diffaugment(x: Tensor, kinds: Sequence[str], numbers: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The three networks: `VAE`, whose decoder is the generator, `WeightPredictorRNN`, and `Discriminator`, the critic.
+"""The three networks: `VAE`, whose decoder makes images, `WeightPredictorRNN`, and `Discriminator`, the critic.
 
 `generator.Generator` is the path that leads through the first two.
 """

@@ -1,4 +1,4 @@
-"""Trains the generator: VAE decoder θ, weight predictor (GRU) and Wasserstein critic, in one loop.
+"""Trains a VAE, a weight predictor (GRU) and a Wasserstein critic, in one loop.
 
 python training.py                                      the default settings of config.yaml
 python training.py --config configs/quick.yaml          small images, a few minutes on a laptop
@@ -6,7 +6,7 @@ python training.py data.root=my_images output.name=my-run training.steps=50000
 python training.py --dry-run                            check everything, show what would run, and stop
 torchrun --nproc-per-node=8 training.py                 one process on each of 8 GPUs
 
-The same command again goes on with a run that was stopped or killed.
+The same command again resumes a run that was stopped or killed.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from typing import Any
 from util import CommandParser, choose_device, describe_device, prepare_device, print_line, run_command
 
 # isort: split
+# util came first: torch reads an environment variable that it sets
 import torch
 from torch import Tensor, nn
 
@@ -36,14 +37,14 @@ from training_step import EagerSteps, NoiseSampler, TrainingState
 
 
 def build_networks(config: Config) -> tuple[Generator, Discriminator]:
-    """The four parts of the method, as the settings and the seed have them."""
+    """The generator, part by part, and the critic, from the settings and the seed."""
     torch.manual_seed(config.training.seed)
     vae = build_vae(config)  #                                     z -> image, by its decoder
     synthesizer = build_synthesizer(config)  #                     image -> synthetic video
     head = build_head(config, vae)  #                              code -> updates Δ of chosen decoder weights
     predictor = build_predictor(config, synthesizer, head)  #      synthetic video -> code, by a GRU
     generator = Generator(vae, synthesizer, predictor, head, config)
-    torch.manual_seed(config.training.seed + 1)  # the same critic whatever the generator is, to compare runs in pairs
+    torch.manual_seed(config.training.seed + 1)  # so that critics are the same whatever the generator's settings
     critic = build_critic(config)  #                               image -> Wasserstein score
     return generator, critic
 
@@ -52,7 +53,7 @@ def iteration(runner: EagerSteps, noise: NoiseSampler, batches: Iterator[Tensor]
     """n_critic critic steps and one step of the generator (Gulrajani et al. 2017, algorithm 1).
 
     Args:
-        batches: real images, (B, C, H, W) in [0, 1].
+        batches: real images, (B, C, H, W) in [0, 1]. The generator's step takes the last critic step's.
         step: the iteration's number, from 1.
 
     Returns:
@@ -68,9 +69,9 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
     """Runs the training that the settings describe, from its newest checkpoint on if it has one.
 
     Args:
-        accept_changes: go on with a run although settings that change what is learned have changed.
+        accept_changes: resume a run although settings that change what is learned have changed.
         profile: leave a trace of two steps in the run's folder.
-        world: the processes that share each batch. All go through this function in step; the first alone writes.
+        world: the processes that share each batch. All go through this function in step; only rank 0 writes.
 
     Returns:
         The exit status: 0, or 128 + the number of the signal that stopped it.
@@ -81,7 +82,7 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
     saved, notes = run.resume_point(accept_changes) if run else (None, [])
     device = choose_device(config.runtime.device)
     prepare_device(device)
-    kind, choice = choose_step(config, device)
+    step_kind, step_line = choose_step(config, device)
     state = TrainingState(*build_networks(config), config, device)
     images = open_shard(config, device, world)
     steps = total_steps(config, images.count)
@@ -92,21 +93,21 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
         state.restore(saved)
     if world.size > 1:  # only the first process has read the checkpoint
         state.restore(world.broadcast(state.to_dict()))
-    check, calibration = QualityCheck(config, images, world), calibration_images(images)
+    quality_check, calibration_set = QualityCheck(config, images, world), calibration_images(images)
     samples_missing = world.broadcast(bool(run and samples.missing(run, state.step)))
     if state.step >= steps and not samples_missing:
         return report_finished(run, config, state.step) if run else 0
     if run:
         run.begin(state.step)
     log = Log(run, steps, config, images, state.step, world)
-    runner = build_steps(kind, state, world, log.line)
-    for line in [*notes, *describe_run(config, state.generator, images, steps, device, world), choice]:
+    runner = build_steps(step_kind, state, world, log.line)
+    for line in [*notes, *describe_run(config, state.generator, images, steps, device, world), step_line]:
         log.line(line)
     log.report_skipped()
     log.restore(world.broadcast(saved and saved["log"]), device)
     noise = NoiseSampler(config, device, world)
     batches = images.batches(first=state.step * config.training.n_critic)
-    checkpoints = CheckpointManager(run, config, images, saved) if run else None
+    manager = CheckpointManager(run, config, images, saved) if run else None
     profiler = step_profiler(run.path, log.line) if run and profile else None
     with run or nullcontext(), stop, profiler or nullcontext():
         if run and samples_missing:
@@ -122,10 +123,10 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
                 profiler.step()
 
             last, stopping = step == steps, stop.agreed()
-            check_due = check.due(step, last)
+            check_due = quality_check.due(step, last)
             sample_due = last or stopping or step % config.output.sample_every == 0
             checkpoint_due = last or stopping or step % config.output.checkpoint_every == 0
-            checkpoint_due = checkpoint_due or (check_due and check.keeps_best)
+            checkpoint_due = checkpoint_due or (check_due and quality_check.keeps_best)
             if last or step % config.output.log_every == 0:
                 log.write(step)  # here, and below where something is due, the host waits for the device; nowhere else
             if sample_due or checkpoint_due or check_due:
@@ -133,11 +134,11 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
                     log.check({"generator": state.generator, "critic": state.critic})
                     world.check_networks_equal(state.tensors(), step)
                     if check_due:  # before the checkpoint, which this may make the best one
-                        log.write_quality(step, check.measure(state))
+                        log.write_quality(step, quality_check.measure(state))
                     if checkpoint_due:  # before the samples: after SIGTERM there may be no time for them
-                        calibrate(state, config, calibration, world)
-                        if checkpoints:
-                            checkpoints.save(state, log, last or stopping)
+                        calibrate(state, config, calibration_set, world)
+                        if manager:
+                            manager.save(state, log, last or stopping)
                     if run and sample_due:
                         samples.save(run, state)
             if stopping:

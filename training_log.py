@@ -337,7 +337,7 @@ class CheckpointManager:
             if last or self.failures == self.MOST_FAILURES or not self.run.exists:
                 log.close()
                 raise UserError(
-                    f"training stopped at step {state.step}: {error}; {what_is_left}; mend that, and the same command "
+                    f"training stopped at step {state.step}: {error}; {what_is_left}; fix that, and the same command "
                     "goes on from there"
                 ) from None
             log.line(f"warning: {error}; {what_is_left}; training goes on and tries again at the next checkpoint")

@@ -1,7 +1,7 @@
 """One iteration in the order in which it happens: random numbers, the critic's step, the generator's step.
 
-A step is a *pass*, a pure function from images and random numbers to metrics and gradients, and a *tail* that changes
-the state: averaging over processes, clipping, Adam, the moving average. `EagerSteps` runs the passes as written here;
+A step is a *pass*, a pure function from images and random numbers to metrics and gradients, and what changes the state
+after it: averaging over processes, clipping, Adam, the moving average. `EagerSteps` runs the passes as written here;
 `step_runners.py` compiles or records them.
 """
 
@@ -38,7 +38,7 @@ class CriticNoise(NamedTuple):
 
     z: Tensor  #                (B, latent_dim)
     motion: Motion  #           of the B - n_base images that are updated; without noise where there is no GRU
-    frame: Tensor | None  #     (B - n_base,) whose update decodes the image; None: the last
+    frame: Tensor | None  #     (B - n_base,) number of the GRU's state that predicts Δ; None: the last
     epsilon: Tensor  #          (B,)
     augment_real: Tensor  #     (B, AUGMENTATION_NUMBERS)
     augment_fake: Tensor  #     (B, AUGMENTATION_NUMBERS)
@@ -56,17 +56,17 @@ class GeneratorNoise(NamedTuple):
     motion: Motion  #           without noise where there is no GRU
     frame: Tensor | None  #     (B,)
     posterior: Tensor  #        (B, latent_dim), the VAE's reparameterisation noise
-    rollout_count: int  #       so many images, the first ones, are rolled out on their own frames after the video
-    video_times: Tensor  #      (B, K) the frames after the video that the video loss looks at; 0 is its end
+    rollout_count: int  #       the first `rollout_count` images are rolled out on their own frames after the video
+    video_times: Tensor  #      (B, K) frames that the video loss compares, counted from frame T on
     augment: Tensor  #          (2 B, AUGMENTATION_NUMBERS), for updated and base images
 
 
 class NoiseSampler:
     """Samples what a step needs, on the device, as a pure function of (seed, step, part).
 
-    So what happens at step k depends on k alone: not on the steps before it, nor on how a step is run. Several
-    processes each sample the numbers of the whole batch and keep the rows of their own images, so that a step doesn't
-    depend on their number either.
+    So the random numbers of step k depend on the seed and k alone: not on the steps before it, nor on how a step is
+    run. Several processes each sample the numbers of the whole batch and keep the rows of their own images, so that a
+    step doesn't depend on their number either.
     """
 
     def __init__(self, config: Config, device: torch.device, world: World = SINGLE_PROCESS) -> None:
@@ -83,7 +83,7 @@ class NoiseSampler:
     def critic(self, step: int, repeat: int) -> CriticNoise:
         """For critic step number `repeat` of iteration `step`."""
         batch, base = self.config.training.batch_size, base_fake_count(self.config)
-        # Of the images base, base + 1, ... of the batch, which are updated, this process has every world.size-th.
+        # Images from number `base` on are updated; of these this process has every world.size-th.
         updated = slice((self.world.rank - base) % self.world.size, None, self.world.size)
         self.random.manual_seed(stable_seed(self.config.training.seed, step, "critic", repeat))
         z = self._normal(batch, self.config.vae.latent_dim)
@@ -146,7 +146,7 @@ class NoiseSampler:
 
 
 def base_fake_count(config: Config) -> int:
-    """How many of the critic's generated images are base images, decoded with θ alone; all where no update is."""
+    """How many of the critic's generated images are base images, decoded with θ alone; all if the update is off."""
     if config.weight_predictor.update == "off":
         return config.training.batch_size
     return round(config.loss.base_fake_fraction * config.training.batch_size)
@@ -198,9 +198,9 @@ def generator_objective(
 def weight_driven_video_loss(
     generator: Generator, output: GeneratorOutput, noise: GeneratorNoise, config: Config
 ) -> Tensor:
-    """How far the weight-driven video is from the synthetic one, at a few frames after it; a scalar.
+    """How far the weight-driven video is from the synthetic one, at sampled frames from T on; a scalar.
 
-    Each frame is decoded with what the GRU knew one frame before it. Zero where λ_video is, or without an update.
+    Each frame is decoded with the update predicted one frame before. Zero if λ_video is or the update is off.
     """
     if not config.loss.lambda_video or generator.update == "off":
         return output.x_base.new_zeros(())
@@ -216,7 +216,7 @@ def weight_driven_video_loss(
 
 
 class TrainingState:
-    """Networks, average and optimizers of a run, on `device`: all that training changes and a checkpoint holds.
+    """Networks, average and optimizers of a run, on `device`: all that training changes.
 
     Attributes:
         step: iterations done.
@@ -243,8 +243,8 @@ class TrainingState:
             "predictor": [parameter for parameter in predictor_parameters if parameter.requires_grad],
             "critic": list(self.critic.parameters()),
         }
-        # The predictor's learning rate is its own: at the VAE's, its first step would move the weights several times
-        # further than the VAE's own step does, since every weight's update sums a step of each GRU unit.
+        # The predictor has a learning rate of its own: at the same rate its first step moves the weights several times
+        # further than the VAE's step does, since every weight's update sums a step of each GRU unit.
         self.optimizers = {"generator": self._adam("vae", "predictor"), "critic": self._adam("critic")}
 
     def _adam(self, *networks: str) -> torch.optim.Adam:
@@ -340,7 +340,7 @@ def _laid_out_like(parameter: Tensor, values: Tensor) -> Tensor:
 
 
 class Pass(NamedTuple):
-    """What a pass computes."""
+    """The metrics and gradients of a pass."""
 
     metrics: dict[str, Tensor]
     """Scalars on the device; means over the images, so that they can be averaged over processes."""
@@ -349,7 +349,7 @@ class Pass(NamedTuple):
 
 
 class EagerSteps:
-    """The two steps of an iteration; each operation runs as Python reaches it.
+    """The two steps of an iteration, run eagerly.
 
     Args:
         state: whose weights the steps change.
@@ -397,9 +397,8 @@ class EagerSteps:
             "critic/drift": loss.drift,
             "score/real": loss.score_real.mean(),
         }
-        # A process's shard may hold fewer base images than another's: sums over it, divided by the batch's mean shard.
-        batch, base = config.training.batch_size, base_fake_count(config)
-        processes = batch // len(loss.score_fake)
+        # Shards may hold different numbers of base images: divided by the mean number, they average to the batch mean.
+        batch, base, processes = config.training.batch_size, base_fake_count(config), self.world.size
         if base:
             metrics["score/base"] = loss.score_fake[: noise.base_count].sum() * processes / base
         if batch > base:

@@ -58,8 +58,8 @@ MOTIONS: dict[str, MotionKind] = {
     "contrast": MotionKind(0.1, "largest relative change of the distance from the mean", apply=_contrast),
     "noise": MotionKind(0.02, "standard deviation of the noise, for values in [0, 1]", paths=0),
 }
-"""The kinds of motion, in the order in which they are applied. One with `apply` needs nothing else but this entry; a
-setting `video.<name>` for its strength is a field of `configuration.VideoConfig`."""
+"""The kinds of motion; those with `apply` act in this order, after the warp and before the noise. One with `apply`
+needs only this entry; a setting `video.<name>` for its strength is a field of `configuration.VideoConfig`."""
 
 
 class Motion(NamedTuple):

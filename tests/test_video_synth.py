@@ -39,7 +39,7 @@ def motion_of(synthesizer: VideoSynthesizer, x: torch.Tensor, **options: bool):
     channels=st.sampled_from([1, 3]),
     height=st.sampled_from([None, 4, 9, 16]),
     width=st.sampled_from([None, 5, 16]),
-    values=st.lists(st.floats(0, 0.9), min_size=6, max_size=6),
+    values=st.lists(st.floats(0, 0.9), min_size=len(MOTIONS), max_size=len(MOTIONS)),
 )
 def test_any_strengths_and_sizes_give_values_in_range(batch, frames, channels, height, width, values) -> None:
     strengths = dict(zip(MOTIONS, values, strict=True)) | {"rotation": values[2] * 200}
@@ -186,16 +186,17 @@ def test_amplitudes_vary_where_they_are_asked_to_and_are_full_elsewhere() -> Non
 
 def test_a_new_motion_is_one_entry_in_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """It acts with its own default strength along its own path, can be switched off, and is in a generator's videos."""
+    before = len(VideoSynthesizer().paths)
     fog = MotionKind(0.4, "how near to white", apply=lambda video, amount: video + (1 - video) * amount.abs())
     monkeypatch.setitem(MOTIONS, "fog", fog)
     synthesizer, x = VideoSynthesizer(4, STATIC), some_images()
     motion = motion_of(synthesizer, x)
-    assert motion.phases.shape == (3, 7, 2)
+    assert motion.phases.shape == (3, before + 1, 2)
     video = synthesizer(x, motion)
     amount = ((video - x[:, None]) / (1 - x[:, None])).flatten(2)
     assert torch.allclose(amount, amount[..., :1].expand_as(amount), atol=1e-5)
     assert 0 <= amount.min() < 0.3 < amount.max() <= 0.4
-    motion.amplitudes[1, 6] = 0
+    motion.amplitudes[1, -1] = 0
     assert torch.equal(synthesizer(x, motion)[[0, 2]], video[[0, 2]])
     assert torch.equal(synthesizer(x, motion)[1], x[1].expand(4, -1, -1, -1))
     assert torch.equal(VideoSynthesizer(4, STATIC | {"fog": 0})(x, motion), x[:, None].expand_as(video))
