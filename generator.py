@@ -77,13 +77,13 @@ class Generator(nn.Module):
         self.head = head
         self.predictor = predictor
         self.spec = head.spec
-        self.update = settings.update
+        self.update_kind = settings.update
         self.input_video = settings.input_video
         self.bound = settings.bound
         self.shared = settings.sharing == "shared"
         self.detach_video = config.video.detach
         self.video_size = synthesizer.video_size(vae.image_shape)
-        if self.update == "off":  # a constant that stays at zero
+        if self.update_kind == "off":  # a constant that stays at zero
             self.predictor.requires_grad_(False)
             self.head.requires_grad_(False)
         # Decoder layers before the first updated one give the same with θ and θ + Δ: they run once for both.
@@ -103,7 +103,7 @@ class Generator(nn.Module):
         x_base = self.decode_base(features)
         video, states, predictor_state = self.encode_video(x_base, motion)
         update = self.predict(states_at(states, frame))
-        x_fake = x_base if self.update == "off" else self.decode(features, update)
+        x_fake = x_base if self.update_kind == "off" else self.decode(features, update)
         return GeneratorOutput(features, x_base, video, states, predictor_state, update, x_fake)
 
     def fakes(self, z: Tensor, motion: Motion, frame: Tensor | None, n_base: int) -> Tensor:
@@ -146,7 +146,7 @@ class Generator(nn.Module):
         x_base = x_base.detach() if self.detach_video else x_base
         images = self.video_images(x_base)
         frames = self.synthesizer.frames
-        if self.update != "predicted":
+        if self.update_kind != "predicted":
             video = images[:, None].expand(-1, frames, -1, -1, -1)
             return video, *self.predictor.encode(video)
         if self.input_video == "static":
@@ -170,7 +170,7 @@ class Generator(nn.Module):
         Returns:
             State number k predicts the update that decodes frame T + k; the first is the one at the video's end.
         """
-        if self.update != "predicted" or not frames:
+        if self.update_kind != "predicted" or not frames:
             return output.states[:, -1:].expand(-1, frames + 1, -1)
         assert output.predictor_state is not None
         first = self.synthesizer.frames

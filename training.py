@@ -236,7 +236,7 @@ def describe_run(
 
 
 def describe_update(generator: Generator) -> str:
-    if generator.update == "off":
+    if generator.update_kind == "off":
         return "no weight update, since weight_predictor.update is off"
     weights, tensors = generator.spec.total_size, len(generator.spec.tensors)
     return f"WEIGHT_UPDATE_SIZE {generator.head.update_size:,} for {weights:,} weights in {tensors} tensors"

@@ -175,7 +175,7 @@ def generator_objective(
     """The loss of θ and the GRU together, on real images (B, C, H, W) and as many generated ones."""
     # z -> x_base -> synthetic video -> Δ -> x_fake, decoded with θ + Δ
     output = generator(noise.z, noise.motion, noise.frame)
-    has_update = generator.update != "off"  # else x_fake is x_base: scored once, with the weight of both
+    has_update = generator.update_kind != "off"  # else x_fake is x_base: scored once, with the weight of both
     x_generated = torch.cat([output.x_fake, output.x_base]) if has_update else output.x_base
     if kinds := config.training.diffaugment:
         x_generated = diffaugment(x_generated, kinds, noise.augment[: len(x_generated)])
@@ -202,7 +202,7 @@ def weight_driven_video_loss(
 
     Each frame is decoded with the update predicted one frame before. Zero if λ_video is or the update is off.
     """
-    if not config.loss.lambda_video or generator.update == "off":
+    if not config.loss.lambda_video or generator.update_kind == "off":
         return output.x_base.new_zeros(())
     states = generator.continue_video(output, noise.motion, noise.rollout_count, config.loss.rollout_frames)
     # θ decodes, but does not learn here: moving an image must not cost the image's own quality.

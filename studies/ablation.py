@@ -408,7 +408,7 @@ def quality_of(sampler: Sampler, real: Tensor, features: Any, count: int) -> dic
     batches = [sampler.decode(sampler.inputs(range(first, min(first + BATCH, count))))
                for first in range(0, count, BATCH)]  # fmt: skip
     base = distances(real, image_features(features, [batch.x_base for batch in batches]))
-    if sampler.generator.update == "off":
+    if sampler.generator.update_kind == "off":
         return {"base": base, "updated": base}
     return {"base": base, "updated": distances(real, image_features(features, [batch.x_fake for batch in batches]))}
 

@@ -82,7 +82,7 @@ class Textbook:
         output = self.generator(noise.z, noise.motion, noise.frame)
         reconstruction, kl = vae_loss(x_real, *self.generator.vae(x_real, noise.posterior))
         score_base = self.critic(output.x_base)
-        score_fake = score_base if self.generator.update == "off" else self.critic(output.x_fake)
+        score_fake = score_base if self.generator.update_kind == "off" else self.critic(output.x_fake)
         return generator_loss(
             score_fake=score_fake, score_base=score_base, reconstruction=reconstruction, kl=kl,
             update=output.update.mean_square(), weights=self.config.loss,

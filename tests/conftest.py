@@ -454,9 +454,9 @@ def small_generator(*overrides: str) -> Generator:
 
 def moved(generator: Generator, size: float = 0.3) -> Generator:
     """The same generator with random numbers in its predictor's zero weights, so that it updates, as after training."""
-    if generator.update == "predicted":
+    if generator.update_kind == "predicted":
         torch.nn.init.normal_(generator.predictor.to_update.weight, std=size)
-    elif generator.update == "constant":
+    elif generator.update_kind == "constant":
         torch.nn.init.normal_(generator.predictor.code, std=size)
     return generator
 
