@@ -14,7 +14,6 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
-from functools import partial
 from typing import Any
 
 from util import CommandParser, atomic_write, command_device, int_between, run_command
@@ -90,17 +89,15 @@ def _motion_templates(x_base: Tensor) -> Tensor:
 
     In the order of `MOTIONS`, two for shift, one for each other kind; what two have in common counts for the first.
     """
-    height, width = x_base.shape[-2:]
+    x_base, (height, width) = x_base.double(), x_base.shape[-2:]
     down, right = torch.gradient(x_base, dim=(-2, -1))
     y = torch.linspace(-1, 1, height, device=x_base.device)[:, None] * height / 2
     x = torch.linspace(-1, 1, width, device=x_base.device) * width / 2
     changes = [right, down, x * right + y * down, x * down - y * right]  # shift, zoom and rotation
-    amount = x_base.new_zeros(len(x_base), 1, 1, 1, 1)
-    for apply in (kind.apply for kind in MOTIONS.values() if kind.apply):  # the derivative where it changes nothing
-        result = torch.func.jvp(partial(apply, x_base[:, None]), (amount,), (torch.ones_like(amount),))
-        changes.append(result[1][:, 0])
+    video, little = x_base[:, None], x_base.new_full((len(x_base), 1, 1, 1, 1), 1e-4)
+    changes += [kind.apply(video, little)[:, 0] - x_base for kind in MOTIONS.values() if kind.apply]
     columns = torch.stack([change.flatten(1) for change in changes], dim=-1)
-    return torch.linalg.qr(columns.double())[0]
+    return torch.linalg.qr(columns)[0]
 
 
 def _motion_of(change: Tensor, templates: Tensor) -> Tensor:
