@@ -25,7 +25,6 @@ from checkpoints import load_checkpoint
 from configuration import UserError, load_config
 from distributed import SINGLE_PROCESS
 from run_directory import RunDirectory
-from studies.benchmark_worker import median_seconds
 from training import build_networks, iteration, open_shard
 from training_log import CheckpointManager, Log
 from training_step import EagerSteps, NoiseSampler, TrainingState
@@ -120,6 +119,8 @@ def memory(folder: Path, steps: int) -> str:
 
 def saving(folder: Path, name: str) -> str:
     """Times a checkpoint against the training steps between two of them, for the settings of a file."""
+    from studies.benchmark_worker import median_seconds  # here: its import prints a warning where CUDA has no GPU
+
     data = f"data.root={ROOT / 'data' / 'emoji'}"
     config = load_config(ROOT / name, [f"output.root={folder}", data, "output.tensorboard=false"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
