@@ -89,7 +89,8 @@ class WeightPredictorConfig:
     train_gru: bool = network(True, "", "false keeps the GRU's initial weights and trains only what follows it")
     layers: list[str] = network(["decoder.*"], "", "decoder tensors to update, as shell patterns (stage1 is last)")
     update_size: Any = network("auto", "", "WEIGHT_UPDATE_SIZE, numbers per update: auto, or a number that is checked")
-    head: str = network("low_rank", "full | low_rank | per_channel", "all weights, two thin factors, one per channel")
+    head: str = network("low_rank", "full | low_rank | per_channel",
+        "all weights, two thin factors, one per channel")
     rank: int = network(4, "1 to 1024", "of the factors, for head low_rank")
     hidden_size: int = network(128, "1 to 65536", "of the GRU")
     num_layers: int = network(2, "1 to 16", "of the GRU")

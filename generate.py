@@ -338,12 +338,12 @@ def read_motion(text: str) -> tuple[dict[str, float], float]:
             close = difflib.get_close_matches(name, values, 1, 0.5)
             hint = f"did you mean '{close[0]}'?" if close else f"kinds are {', '.join(values)}"
             raise UserError(f"--motion: unknown kind '{name}'; {hint}")
-        limit = limits.get(name, {"low": 0.0, "high": math.inf, "range": "0 or more"})  # a motion without a setting
+        limit = limits.get(name, {"range": "0 or more"})  # a motion may have no setting
         try:
             values[name] = float(value)
         except ValueError:
             values[name] = math.nan
-        if not limit["low"] <= values[name] <= limit["high"]:
+        if not limit.get("low", 0.0) <= values[name] <= limit.get("high", math.inf):
             raise UserError(f"--motion: {name} must be a number, {limit['range']}, but is '{value}'")
     speed = values.pop("speed")
     return values, speed

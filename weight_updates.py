@@ -237,26 +237,38 @@ def tensor_scale(weight: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- heads
 
 
-class FullHead(nn.Module):
-    """One predicted number per updated weight: Δ / rms θ = α tanh(code / α). The source's vector of weight updates."""
+class UpdateHead(nn.Module):
+    """Turns the predicted code into updates; a zero code into zero ones. `rank` is for heads that have one."""
+
+    update_size: int  # length of the code, WEIGHT_UPDATE_SIZE
 
     def __init__(self, spec: UpdateSpec, rank: int) -> None:
         super().__init__()
         self.spec = spec
-        self.update_size = spec.total_size
 
     def forward(self, code: Tensor, bound: float, weights: Mapping[str, Tensor]) -> Update:
-        """Turns the predicted code into updates.
+        """The updates of B images.
 
         Args:
             code: (B, update_size).
             bound: α, in units of each tensor's RMS.
             weights: name within the decoder -> θ.
         """
+        raise NotImplementedError
+
+
+class FullHead(UpdateHead):
+    """One predicted number per updated weight: Δ / rms θ = α tanh(code / α). The source's vector of weight updates."""
+
+    def __init__(self, spec: UpdateSpec, rank: int) -> None:
+        super().__init__(spec, rank)
+        self.update_size = spec.total_size
+
+    def forward(self, code: Tensor, bound: float, weights: Mapping[str, Tensor]) -> Update:
         return DenseUpdate(self.spec, bounded_update(code, bound), self.spec.scales(weights))
 
 
-class LowRankHead(nn.Module):
+class LowRankHead(UpdateHead):
     """Per tensor two predicted factors: Δ / rms θ = α / rank · tanh(a) tanh(v₀ + v), seen as (output channels, rest).
 
     As in LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) only *one* factor is zero at the start: the code gives
@@ -266,8 +278,7 @@ class LowRankHead(nn.Module):
     """
 
     def __init__(self, spec: UpdateSpec, rank: int) -> None:
-        super().__init__()
-        self.spec = spec
+        super().__init__(spec, rank)
         self.ranks = [min(rank, *tensor.matrix_shape) if len(tensor.shape) > 1 else 0 for tensor in spec.tensors]
         self.start_factors = nn.ParameterList()  # v₀ of the tensors with a rank, in order
         self.sizes: list[int] = []  # of a and v of each tensor in the code; of a bias, its update's
@@ -279,7 +290,6 @@ class LowRankHead(nn.Module):
         self.update_size = sum(self.sizes)
 
     def forward(self, code: Tensor, bound: float, weights: Mapping[str, Tensor]) -> Update:
-        """As `FullHead.forward`; the updates stay in their factors."""
         pieces = iter(code.split(self.sizes, dim=1))
         start_factors = iter(self.start_factors)
         all_a: list[Tensor | None] = []
@@ -297,7 +307,7 @@ class LowRankHead(nn.Module):
         return FactoredUpdate(self.spec, all_a, all_v, scales)
 
 
-class PerChannelHead(nn.Module):
+class PerChannelHead(UpdateHead):
     """One predicted factor per output channel: u = s · θ / rms(θ), so θ + Δ turns each channel up or down.
 
     The per-channel offsets of HyperStyle (Alaluf et al. 2022, eq. 4). Biases get one predicted number each. The bound,
@@ -305,12 +315,10 @@ class PerChannelHead(nn.Module):
     """
 
     def __init__(self, spec: UpdateSpec, rank: int) -> None:
-        super().__init__()
-        self.spec = spec
+        super().__init__(spec, rank)
         self.update_size = sum(tensor.shape[tensor.channel_dim] for tensor in spec.tensors)
 
     def forward(self, code: Tensor, bound: float, weights: Mapping[str, Tensor]) -> Update:
-        """As `FullHead.forward`; the weights θ are what the factors scale."""
         tensors = self.spec.tensors
         scales = self.spec.scales(weights)
         relative_weights = self.spec.flatten(weights) / scales
@@ -328,10 +336,8 @@ class PerChannelHead(nn.Module):
         return DenseUpdate(self.spec, bounded_update(torch.cat(pieces, dim=-1), bound), scales)
 
 
-UpdateHead = FullHead | LowRankHead | PerChannelHead
-
 HEADS: dict[str, type[UpdateHead]] = {"full": FullHead, "low_rank": LowRankHead, "per_channel": PerChannelHead}
-"""`weight_predictor.head` -> its class; `update_size` of an instance is the length of the code that it needs."""
+"""`weight_predictor.head` -> its class."""
 
 
 def check_update_size(given: int | str, head: UpdateHead, spec: UpdateSpec) -> int:

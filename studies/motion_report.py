@@ -109,7 +109,7 @@ def steering(sampler: Sampler, videos: int) -> Iterator[tuple[str, dict[str, flo
     """Yields (name, figures of `follow`): every kind of motion alone, strengths, speeds, and a longer video."""
     run, period = sampler.generator.synthesizer.strengths, sampler.generator.synthesizer.frames
     still = run | dict.fromkeys(KINDS, 0.0)  # the GRU's input keeps the run's noise throughout
-    limits = {setting.name: setting.metadata["high"] for setting in fields(VideoConfig) if setting.name in KINDS}
+    limits = {one.name: one.metadata.get("high", math.inf) for one in fields(VideoConfig) if one.name in KINDS}
     rows: list[tuple[str, dict[str, float], float, int, int]] = [("all, as trained", run, 1, period, 0)]
     for factor, suffix in ((1, ""), (0.5, " × 0.5"), (2, " × 2")):
         for kind in KINDS:

@@ -14,7 +14,7 @@ from PIL import Image
 import sampling
 from checkpoints import load_checkpoint
 from sampling import Sampler, catmull_rom, latent_path, load_sampler, load_sampler_with_content, weight_driven_frames
-from video_synth import Motion
+from video_synth import MOTIONS, Motion
 
 
 def test_the_documented_example_runs(sample_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +93,7 @@ def test_motion_can_be_set(sampler: Sampler) -> None:
         sampler.set_motion(strengths, speed)
         return frames_of(sampler.synthetic(sampler.inputs([1]), frames))
 
-    none = dict.fromkeys(["shift", "zoom", "rotation", "brightness", "contrast", "noise"], 0.0)
+    none = dict.fromkeys(MOTIONS, 0.0)
     still = video(**none)
     assert (still - still[:, :1]).abs().max() == 0
     changes = [(video(**none | {"brightness": value}) - still).abs().mean().item() for value in (0.1, 0.2)]

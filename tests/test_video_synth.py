@@ -17,7 +17,7 @@ def only(name: str, strength: float) -> dict[str, float]:
 
 
 def strong(name: str) -> dict[str, float]:
-    return only(name, 20.0 if name == "rotation" else 0.2)
+    return only(name, 20.0 if "degrees" in MOTIONS[name].unit else 0.2)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
