@@ -274,7 +274,7 @@ def fail_in_step_3(folder: Path, root: Path, how: str) -> int:
 
     if os.environ["RANK"] == "1":
         before_step(pytest.MonkeyPatch(), 3, fail)
-    timeout = "runtime.timeout_minutes=0.2" if how == "hangs" else "runtime.timeout_minutes=10"
+    timeout = "runtime.timeout_minutes=0.1" if how == "hangs" else "runtime.timeout_minutes=10"
     return whole_command(small(folder, root, *EVERYTHING, timeout))
 
 
@@ -283,7 +283,7 @@ def fail_in_step_3(folder: Path, root: Path, how: str) -> int:
     [
         ("killed", "error: process 1 .* gave no sign of life for 2 seconds at step 3; was it killed"),
         ("stopped", "error: process 1 .* gave no sign of life for 4 seconds at step 3; was it killed"),
-        ("hangs", "error: process 1 .* did not come past step 3 within runtime.timeout_minutes=0.2; alive"),
+        ("hangs", "error: process 1 .* did not come past step 3 within runtime.timeout_minutes=0.1; alive"),
         ("memory", "error: out of memory .*CUDA out of memory"),
         ("device", "torch.AcceleratorError: CUDA error: an illegal memory access"),
         ("bug", "ZeroDivisionError: a bug"),

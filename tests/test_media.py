@@ -273,10 +273,10 @@ from media import open_video
 frame = np.random.default_rng(0).integers(0, 4, (64, 64, 3), dtype=np.uint8) * 64
 for path in sys.argv[1:]:
     with open_video(path, fps=24) as video:
-        for index in range(500):
+        for index in range(300):
             video.write(np.roll(frame, index, axis=1))
-            if index in (99, 499):
-                print(int(open("/proc/self/statm").read().split()[1]) * 4096 / (400 * frame.nbytes))
+            if index in (99, 299):
+                print(int(open("/proc/self/statm").read().split()[1]) * 4096 / (200 * frame.nbytes))
 """
 
 
