@@ -286,4 +286,4 @@ def test_memory_does_not_grow_with_the_frames(tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEMORY_CHECK, *(str(tmp_path / name) for name in reversed(NAMES))]
     printed = subprocess.check_output(command, cwd=Path(__file__).parent.parent, text=True).split()
     early, late = np.array(printed, dtype=float).reshape(5, 2).T
-    assert (late - early).max() < 0.2, "frames that were kept would add 1"
+    assert (late - early).max() < 0.5, "frames that were kept would add 1"
