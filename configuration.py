@@ -169,6 +169,11 @@ class OutputConfig:
     fps: float = free(8.0, "0.1 to 90", "of the clips, frames per second")
     tensorboard: bool = free(True, "", "also write the metrics and samples for TensorBoard")
 
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.root) / self.name
+
 # fmt: on
 
 

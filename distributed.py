@@ -14,7 +14,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 import warnings
@@ -30,6 +29,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from configuration import RuntimeConfig, UserError
+from util import print_error
 
 HEARTBEAT_INTERVAL = 1.0  # seconds
 HEARTBEAT_TIMEOUT = 25.0  # seconds without a heartbeat after which a process that others wait for counts as dead
@@ -250,14 +250,7 @@ def report_error(message: str, status: int) -> int:
     if _watch is not None:
         return _watch.report(message, status)
     write_torchrun_error(message)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        _print_error(message)
-    return status
-
-
-def _print_error(message: str) -> None:
-    with suppress(OSError):
-        print(f"error: {message}", file=sys.stderr, flush=True)
+    return print_error(message, status) if os.environ.get("LOCAL_RANK", "0") == "0" else status
 
 
 def write_torchrun_error(message: str) -> None:
@@ -375,9 +368,7 @@ class ProcessWatch:
         if first["rank"] != self.rank:
             return first["status"]
         write_torchrun_error(message)
-        if not silent:
-            _print_error(message)
-        return status
+        return status if silent else print_error(message, status)
 
     def _run(self) -> None:
         reached = time.monotonic()
@@ -387,7 +378,8 @@ class ProcessWatch:
                 if self._store.check(["failure"]):
                     first = json.loads(self._store.get("failure"))
                     if self.rank == 0 and first["host"] != socket.gethostname():  # else it is on this screen already
-                        _print_error(f"process {first['rank']} on {first['host']} stopped the run: {first['message']}")
+                        where = f"process {first['rank']} on {first['host']}"
+                        print_error(f"{where} stopped the run: {first['message']}", first["status"])
                     self._end(first["status"])
                 if message := self._diagnose():
                     self._end(self.report(message, 1))

@@ -183,7 +183,7 @@ class Generator(nn.Module):
         if rollout_count < len(output.states):
             rest = slice(rollout_count, None)
             images = self.video_images(output.x_base.detach())[rest]
-            video = self.synthesizer(images, Motion(*(numbers[rest] for numbers in motion)), times[rest])
+            video = self.synthesizer(images, motion_rows(motion, rest), times[rest])
             encoded, _ = self.predictor.encode(video, state_rows(output.predictor_state, rest))
             states.append(torch.cat([output.states[rest, -1:], encoded], dim=1))
         return torch.cat(states)
@@ -196,7 +196,7 @@ class Generator(nn.Module):
         state: PredictorState | None = state_rows(output.predictor_state, first)
         features = output.features[first].detach()
         with torch.no_grad():
-            noise = self.synthesizer.noise(Motion(*(numbers[first] for numbers in motion)), times, self.video_size)
+            noise = self.synthesizer.noise(motion_rows(motion, first), times, self.video_size)
         for k in range(times.shape[1]):
             with torch.no_grad():  # gradients go back through the GRU's states, not through decoded frames
                 decoded = self.decode(features, self.predict(states[-1]))
@@ -264,6 +264,11 @@ class Generator(nn.Module):
     def _weights(layers: nn.Module, frozen: bool) -> dict[str, Tensor]:
         """The parameters of `layers` by name; without gradient where `frozen`."""
         return {name: weight.detach() if frozen else weight for name, weight in layers.named_parameters()}
+
+
+def motion_rows(motion: Motion, rows: slice) -> Motion:
+    """The motion of some of the videos."""
+    return Motion(*(numbers[rows] for numbers in motion))
 
 
 def state_rows(state: PredictorState, rows: slice) -> PredictorState:
@@ -391,7 +396,7 @@ def build_predictor(
         UserError: an `update_size` that isn't the head's.
     """
     settings, image = config.weight_predictor, config.image
-    update_size = check_update_size(settings.update_size, head, head.spec)
+    update_size = check_update_size(settings.update_size, head)
     if settings.update != "predicted":
         return ConstantUpdate(update_size)
     height, width = synthesizer.video_size((image.size, image.size))

@@ -379,7 +379,6 @@ class QualityCheck:
         self.every, self.count = config.output.evaluate_every, config.output.evaluate_images
         self.keeps_best = config.output.best_metric == "quality/kid"
         self.config, self.world = config, world
-        self.run = Path(config.output.root) / config.output.name
         if self.every is None:
             return
         self.features = load_features("efficientnet-lite0", images.device)
@@ -404,9 +403,9 @@ class QualityCheck:
             critic overfits its training images.
         """
         world = self.world
-        sampler = Sampler(state.generator_ema, self.config, state.step, self.run)
+        sampler = Sampler(state.generator_ema, self.config, state.step, self.config.output.folder)
         shards = decode_shard(sampler, evaluation_seeds(self.count), world)
-        real = real_features(self.features, self.real, self.run / "cache", world)
+        real = real_features(self.features, self.real, self.config.output.folder / "cache", world)
         generated = {
             name: world.gather_shards(image_features(self.features, as_floats(shard))) for name, shard in shards.items()
         }

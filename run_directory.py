@@ -46,7 +46,7 @@ class RunDirectory:
     """
 
     def __init__(self, config: Config) -> None:
-        self.path = Path(config.output.root) / config.output.name
+        self.path = config.output.folder
         self.config = config
         self.checkpoints = Checkpoints(self.path / "checkpoints", config.output.keep_checkpoints)
         self._lock: IO[str] | None = None
@@ -74,7 +74,7 @@ class RunDirectory:
         Raises:
             UserError: the folder holds other things, or its path is a file.
         """
-        path = Path(config.output.root) / config.output.name
+        path = config.output.folder
         if path.exists() and not RunDirectory.holds_run(path) and (not path.is_dir() or any(path.iterdir())):
             raise UserError(
                 f"output.name: {path} holds something else than a run, which is never overwritten; "

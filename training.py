@@ -230,9 +230,8 @@ def describe_run(
     shard = config.training.batch_size // world.size
     processes = f"; {world.size} processes, each with {shard} of a batch's images" if world.size > 1 else ""
     yield describe_device(device) + processes
-    epochs = steps * config.training.batch_size * config.training.n_critic / images.count
-    yield f"{describe_update(generator)}; {steps:,} steps = {epochs:,.1f} passes over the images"
-    yield f"writing to {Path(config.output.root) / config.output.name}/"
+    yield f"{describe_update(generator)}; {describe_length(config, steps, images)}"
+    yield f"writing to {config.output.folder}/"
 
 
 def describe_update(generator: Generator) -> str:
@@ -240,6 +239,11 @@ def describe_update(generator: Generator) -> str:
         return "no weight update, since weight_predictor.update is off"
     weights, tensors = generator.spec.total_size, len(generator.spec.tensors)
     return f"WEIGHT_UPDATE_SIZE {generator.head.update_size:,} for {weights:,} weights in {tensors} tensors"
+
+
+def describe_length(config: Config, steps: int, images: TrainingImages) -> str:
+    epochs = steps * config.training.batch_size * config.training.n_critic / images.count
+    return f"{steps:,} steps = {epochs:,.1f} passes over the images"
 
 
 # ---------------------------------------------------------------------------------------------------------- commands
@@ -274,12 +278,12 @@ def dry_run(config: Config, world: World = SINGLE_PROCESS) -> Iterator[str]:
         yield f"  {tensor.name:<36} {' x '.join(map(str, tensor.shape)):<20} {tensor.size:>9,}"
     yield f"  head {config.weight_predictor.head}: {describe_update(generator)}\n"
     steps = total_steps(config, images.count)
-    _, device_line, length_line, _ = describe_run(config, generator, images, steps, device, world)
-    yield f"{device_line}; {length_line.rpartition('; ')[2]}"
+    _, device_line, *_ = describe_run(config, generator, images, steps, device, world)
+    yield f"{device_line}; {describe_length(config, steps, images)}"
     yield choose_step(config, device)[1]
     try:
         RunDirectory.check(config)
-        path = Path(config.output.root) / config.output.name
+        path = config.output.folder
         yield f"a run would {'go on in' if RunDirectory.holds_run(path) else 'write to'} {path}/; nothing was written"
     except UserError as error:  # no reason to hide the rest
         yield f"a run would be refused: {error}"

@@ -41,7 +41,7 @@ class Log:
     def __init__(self, run: RunDirectory | None, steps: int, config: Config, images: TrainingImages, step: int = 0,
                  world: World = SINGLE_PROCESS) -> None:  # fmt: skip
         self.run, self.steps, self.images, self.world = run, steps, images, world
-        self.path = Path(config.output.root) / config.output.name
+        self.path = config.output.folder
         self.images_per_step = config.training.n_critic * config.training.batch_size
         self.names: list[str] = []
         self.latest: dict[str, float] = {}

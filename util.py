@@ -72,9 +72,16 @@ def command_device(name: str) -> torch.device:
     return device
 
 
+def print_error(message: str, status: int) -> int:
+    """Prints one line on standard error, if that can be written; returns `status`."""
+    with suppress(OSError):
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    return status
+
+
 def run_command(
     work: Callable[[], str | int],
-    report: Callable[[str, int], int] | None = None,
+    report: Callable[[str, int], int] = print_error,
     memory_hint: str = "make fewer images or videos at once, or try --device cpu",
 ) -> int:
     """Does the work of a command and returns its exit status.
@@ -89,7 +96,6 @@ def run_command(
     Returns:
         0, or what `work` returned; 2 after a line about a mistake or lack of memory; 130 after Ctrl-C.
     """
-    report = report or print_error
     is_main_thread = threading.current_thread() is threading.main_thread()  # no other may set signal handlers
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)) if is_main_thread else None
     try:
@@ -103,25 +109,13 @@ def run_command(
     except KeyboardInterrupt:
         return 130
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        lacks_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)  # torch has several types for it
+        if not lacks_memory and not re.search("DefaultCPUAllocator|out of memory", str(error)):
             raise
         return report(f"out of memory ({' '.join(str(error).split())[:100]}); {memory_hint}", 2)
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that the device or the machine lacks memory; torch has several types for it."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and bool(re.search("DefaultCPUAllocator|out of memory", str(error)))
-
-
-def print_error(message: str, status: int) -> int:
-    """Prints one line on standard error; returns `status`."""
-    print(f"error: {message}", file=sys.stderr)
-    return status
 
 
 def print_line(line: str) -> None:

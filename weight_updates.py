@@ -340,7 +340,7 @@ HEADS: dict[str, type[UpdateHead]] = {"full": FullHead, "low_rank": LowRankHead,
 """`weight_predictor.head` -> its class."""
 
 
-def check_update_size(given: int | str, head: UpdateHead, spec: UpdateSpec) -> int:
+def check_update_size(given: int | str, head: UpdateHead) -> int:
     """The head's update size, after checking the number that the user may have given by hand.
 
     Raises:
@@ -349,7 +349,7 @@ def check_update_size(given: int | str, head: UpdateHead, spec: UpdateSpec) -> i
     if given not in ("auto", head.update_size):
         kind = next(name for name, head_class in HEADS.items() if type(head) is head_class)
         raise UserError(
-            f"weight_predictor.update_size is {given}, but a '{kind}' head for these {len(spec.tensors)} tensors "
-            f"({spec.total_size:,} weights) predicts {head.update_size}; write {head.update_size} or auto"
+            f"weight_predictor.update_size is {given}, but a '{kind}' head for these {len(head.spec.tensors)} tensors "
+            f"({head.spec.total_size:,} weights) predicts {head.update_size}; write {head.update_size} or auto"
         )
     return head.update_size

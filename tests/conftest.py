@@ -30,7 +30,6 @@ from quality import ImageFeatures
 from run_directory import RunDirectory
 from sampling import Sampler, load_sampler
 from training_step import EagerSteps, NoiseSampler, TrainingState
-from video_synth import Motion
 
 ROOT = Path(__file__).parent.parent
 
@@ -439,11 +438,6 @@ ARMS = {
     "frozen": ["weight_predictor.train_gru=false"],
 }
 """The controls of the method: name -> overrides."""
-
-
-def motion_rows(motion: Motion, rows: slice) -> Motion:
-    """The motion of some of the videos."""
-    return Motion(*(numbers[rows] for numbers in motion))
 
 
 def small_generator(*overrides: str) -> Generator:

@@ -9,7 +9,6 @@ from conftest import (
     SMALL,
     generator_of,
     metrics_of,
-    motion_rows,
     moved,
     networks_and_noise,
     small,
@@ -21,7 +20,7 @@ from torch.func import functional_call
 import weight_updates
 from checkpoints import load_checkpoint
 from configuration import load_config
-from generator import Generator, GeneratorOutput, state_rows
+from generator import Generator, GeneratorOutput, motion_rows, state_rows
 from sampling import load_sampler, weight_driven_frames
 from training import build_networks
 from training_step import (

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import generator_of, motion_rows
+from conftest import generator_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from generator import motion_rows
 from video_synth import MOTIONS, MotionKind, VideoSynthesizer, synthesize_video
 
 STATIC = dict.fromkeys(MOTIONS, 0.0)

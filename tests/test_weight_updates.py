@@ -5,14 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import generator_of, motion_rows, moved, networks_and_noise
+from conftest import generator_of, moved, networks_and_noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import evaluate
 from configuration import UserError, WeightPredictorConfig
-from generator import build_generator
+from generator import build_generator, motion_rows
 from model_definitions import VAE
 from training_step import EagerSteps, TrainingState
 from weight_updates import HEADS, DenseUpdate, UpdateSpec, bounded_update, build_update_spec, check_update_size
@@ -107,10 +107,10 @@ def test_wrong_patterns_name_themselves_and_the_nearest(layers: list[str], words
 def test_a_wrong_update_size_is_answered_with_the_right_one(vae: VAE, kind: str) -> None:
     spec = build_update_spec(vae, ["decoder.stage1.*"])
     head = HEADS[kind](spec, 2)
-    assert check_update_size("auto", head, spec) == check_update_size(head.update_size, head, spec) == head.update_size
+    assert check_update_size("auto", head) == check_update_size(head.update_size, head) == head.update_size
     for wrong in (1, 10**6):
         with pytest.raises(UserError, match=rf"'{kind}' head .* write {head.update_size} or auto"):
-            check_update_size(wrong, head, spec)
+            check_update_size(wrong, head)
 
 
 # ------------------------------------------------------------------------------------------------------------- heads
@@ -204,7 +204,7 @@ def test_a_new_head_is_one_class_in_the_registry(monkeypatch: pytest.MonkeyPatch
     assert generator.head.gain != 1
     assert any(parameter is generator.head.gain for parameter in state.parameters["predictor"])
     with pytest.raises(UserError, match=r"'brightness' head .* predicts 1; write 1 or auto"):
-        check_update_size(2, generator.head, generator.spec)
+        check_update_size(2, generator.head)
 
 
 # -------------------------------------------------------------------------------------------- decoding with factors
