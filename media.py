@@ -317,6 +317,7 @@ class _EncodedWriter(VideoWriter):
             self._tick = Fraction(1, 100)  # GIF counts in hundredths; rounding each frame's *time* keeps the total
             self._options["final_delay"] = str(max(1, round(100 / self._fps)))
         self._container: Any = None
+        self._palette: av.filter.Graph | None = None
 
     def _add(self, pixels: np.ndarray) -> None:
         if self._format.pixels == "yuv420p":  # colours are stored for 2 x 2 pixels together: even sides only
@@ -328,7 +329,9 @@ class _EncodedWriter(VideoWriter):
         if self._format.pixels == "yuv420p":
             frame = frame.reformat(format="yuv420p", interpolation=Interpolation.AREA, **_COLOURS)
         elif self._format.pixels == "pal8":
-            frame = _with_palette(frame)
+            self._palette = self._palette or _palette_graph(frame)
+            self._palette.push(frame)
+            frame = self._palette.vpull()
         self._container.mux(self._stream.encode(frame))
 
     def _finish(self) -> None:
@@ -354,20 +357,18 @@ class _EncodedWriter(VideoWriter):
             codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
 
 
-def _with_palette(frame: av.VideoFrame) -> av.VideoFrame:
-    """An RGB frame in its 256 best colours.
+def _palette_graph(frame: av.VideoFrame) -> av.filter.Graph:
+    """Puts each RGB frame pushed into it, like this one, in its own 256 best colours.
 
     Dithering would flicker from frame to frame. A colour kept for transparency (the filter's default, to store only
     what changed) leaves single wrong pixels behind where everything moves.
     """
-    graph = av.filter.Graph()
+    graph = av.filter.Graph()  # one for all frames: PyAV 19 frees a graph, and frames in it, at a collection of cycles
     source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
-    split, best = graph.add("split"), graph.add("palettegen", "reserve_transparent=0")
-    use, sink = graph.add("paletteuse", "dither=none"), graph.add("buffersink")
+    split, best = graph.add("split"), graph.add("palettegen", "reserve_transparent=0:stats_mode=single")
+    use, sink = graph.add("paletteuse", "dither=none:new=1"), graph.add("buffersink")
     graph.link_nodes(source, split, best)
     split.link_to(use, 1, 0)
     best.link_to(use, 0, 1)
     graph.link_nodes(use, sink).configure()
-    graph.push(frame)
-    graph.push(None)
-    return graph.vpull()
+    return graph
