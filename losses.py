@@ -170,8 +170,8 @@ def diffaugment(x: Tensor, kinds: Sequence[str], numbers: Tensor) -> Tensor:
     With few images the critic learns them by heart. If it only ever sees changed images, real and generated alike, it
     cannot, and the generator isn't taught to make the changes.
 
-    `color` is brightness ±0.5, saturation 0 to 2, contrast 0.5 to 1.5; `translation` is by up to 1/8 of the side, in
-    whole pixels, zeros moving in; `cutout` is a grey square of half the side.
+    `color` is brightness ±0.25, saturation 0 to 2, contrast 0.5 to 1.5; `translation` is by up to 1/8 of the side, in
+    whole pixels, grey moving in; `cutout` is a grey square of half the side. Grey is 0.5, the paper's 0 in [-1, 1].
 
     Args:
         x: (B, C, H, W) in [0, 1].
@@ -191,7 +191,7 @@ def diffaugment(x: Tensor, kinds: Sequence[str], numbers: Tensor) -> Tensor:
 
 def _color(x: Tensor, numbers: Tensor) -> Tensor:
     brightness, saturation, contrast = numbers.view(-1, 3, 1, 1, 1).unbind(dim=1)
-    x = x + (brightness - 0.5)
+    x = x + (brightness - 0.5) / 2  # the paper's ±0.5, where values span 2 instead of 1
     grey = x.mean(dim=1, keepdim=True)
     x = grey + (x - grey) * (2 * saturation)
     mean = x.mean(dim=(1, 2, 3), keepdim=True)
@@ -201,10 +201,10 @@ def _color(x: Tensor, numbers: Tensor) -> Tensor:
 def _translation(x: Tensor, numbers: Tensor) -> Tensor:
     (batch, _, height, width), device = x.shape, x.device
     reach_y, reach_x = height // 8, width // 8
-    # Row r of the result is row r + offset of the image, or a row of the zero border that padding adds.
+    # Row r of the result is row r + offset of the image, or a row of the grey border that padding adds.
     offset_y = (numbers[:, 0] * (2 * reach_y + 1)).long()
     offset_x = (numbers[:, 1] * (2 * reach_x + 1)).long()
-    padded = functional.pad(x, (reach_x, reach_x, reach_y, reach_y))
+    padded = functional.pad(x, (reach_x, reach_x, reach_y, reach_y), value=0.5)
     rows = torch.arange(height, device=device) + offset_y[:, None]
     columns = torch.arange(width, device=device) + offset_x[:, None]
     index = torch.arange(batch, device=device)[:, None, None]
