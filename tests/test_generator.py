@@ -165,7 +165,8 @@ def test_the_image_is_encoded_first_and_no_state_knows_a_later_frame(monkeypatch
 def test_rollout_images_encode_their_own_frames_and_the_others_more_of_the_video(
     input_video: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generator = generator_of(f"weight_predictor.input_video={input_video}", "video.frames=4", "video.height=8", BOUND)
+    generator = generator_of(f"weight_predictor.input_video={input_video}", "video.frames=4", "video.height=8", BOUND,
+                             "video.noise=0.5")  # fmt: skip
     _, motion, output = path_of(generator)
     count, frames = 2, 6
     with torch.no_grad():

@@ -15,6 +15,7 @@ import quality
 from checkpoints import load_checkpoint
 from configuration import UserError, load_config
 from image_data import open_images
+from model_definitions import ScoreCalibration
 from quality import evaluation_seeds, frechet_distance, image_features, kernel_distance, load_features, precision_recall
 from sampling import Sampler
 
@@ -170,16 +171,24 @@ def test_reliability_by_hand() -> None:
     assert result.expected_error == pytest.approx(math.sqrt(1 / (4 * math.pi * 50)), rel=0.25)
 
 
-def test_the_probability_is_fitted_to_the_present_scores(sampler: Sampler) -> None:
-    _, _, critic, _ = networks_and_noise()
-    real = torch.randint(220, 256, (40, 3, 16, 16), dtype=torch.uint8)  # bright
-    state = SimpleNamespace(generator_ema=sampler.generator, critic=critic, step=2)
-    quality.calibrate(state, sampler.config, real)
-    fake = quality.decode_shard(sampler, evaluation_seeds(40))["updated"]
+def test_the_probability_is_fitted_to_scores_of_held_out_images_and_of_updated_ones_that_serve_nothing_else(
+    sampler: Sampler, tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _, critic, _ = networks_and_noise(*small(tmp_path, image_folder, *IN_LOOP))
+    images = open_images(config.data, config.image, batch_size=1, seed=0, device="cpu")
+    real, seeds, inputs = quality.calibration_images(images), [], Sampler.inputs
+    assert torch.equal(real, images.held_out()[0::2])  # the evaluation tests it on the others
+    monkeypatch.setattr(Sampler, "inputs", lambda self, batch: seeds.extend(batch) or inputs(self, batch))
+    quality.calibrate(SimpleNamespace(generator_ema=sampler.generator, critic=critic, step=2), sampler.config, real)
+    assert len(set(seeds)) == len(real) == 5
+    assert not any(seed in used for seed in seeds for used in (range(10**6), evaluation_seeds(10**6)))
+    by_hand = ScoreCalibration()
     with torch.no_grad():
-        p_real, p_fake = (critic.calibration(quality.scores(critic, images)) for images in (real, fake))
-    assert p_real.mean() > 0.8
-    assert p_fake.mean() < 0.2
+        updated = quality.as_bytes(sampler.decode(inputs(sampler, seeds)).x_fake)
+        by_hand.fit(*(critic(x.float() / 255) for x in (real, updated)))
+    for name, value in critic.calibration.named_buffers():
+        assert value.item() == pytest.approx(by_hand.get_buffer(name).item(), rel=1e-4), name
+        assert value != 0
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from configuration import LossConfig, load_config
 from distributed import World
 from generator import stable_seed
 from model_definitions import Discriminator
-from training_step import EagerSteps, NoiseSampler, critic_objective, generator_objective
+from training_step import EagerSteps, NoiseSampler, TrainingState, critic_objective, generator_objective
 
 CPU = torch.device("cpu")
 
@@ -43,13 +43,14 @@ def assert_equal(weights: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 
 def test_random_numbers_depend_on_seed_step_and_repeat_alone() -> None:
     _, _, _, noise = networks_and_noise()
-    first = noise.critic(7, 1)
-    noise.critic(8, 0)
-    again = noise.critic(7, 1)
-    assert torch.equal(first.z, again.z)
-    assert torch.equal(first.motion.phases, again.motion.phases)
-    for other in (noise.critic(7, 0), noise.critic(8, 1), noise.generator(7)):
-        assert not torch.equal(first.z, other.z)
+    _, _, _, other_seed = networks_and_noise("training.seed=1")
+    first, expected = noise.critic(7, 1), noise.generator(7)
+    different = [first, expected, noise.critic(7, 0), noise.critic(8, 1), noise.generator(8)]
+    different += [other_seed.critic(7, 1), other_seed.generator(7)]
+    assert len({tuple(numbers.z.flatten().tolist()) for numbers in different}) == len(different)
+    for again, numbers in ((noise.critic(7, 1), first), (noise.generator(7), expected)):
+        assert torch.equal(again.z, numbers.z)
+        assert torch.equal(again.motion.phases, numbers.motion.phases)
     assert stable_seed(0, 1, "critic", 2) != stable_seed(0, 12, "critic")
     assert stable_seed(0, 1, "critic", 2) == 5730188251129072798  # on any machine
 
@@ -113,6 +114,24 @@ def test_the_critic_sees_that_fraction_of_base_images(fraction: float) -> None:
     assert ((loss.score_fake[n_base:] - base[n_base:]).abs() > 1e-5).all()
 
 
+@pytest.mark.parametrize("kinds", [[], ["color", "translation", "cutout"]])
+def test_scores_are_of_the_images_they_are_named_after_each_changed_by_numbers_of_its_own(kinds: list[str]) -> None:
+    config, generator, critic, noise = networks_and_noise(f"training.diffaugment={kinds}")
+    numbers, x_real = noise.critic(1, 0), random_images(1)
+    x_fake = generator.fakes(numbers.z, numbers.motion, numbers.frame, numbers.base_count)
+    loss = critic_objective(generator, critic, x_real, numbers, config)
+    scored = [(x_real, numbers.augment_real, loss.score_real.mean()),
+              (x_fake, numbers.augment_fake, loss.score_fake.mean())]  # fmt: skip
+    numbers = noise.generator(1)
+    loss, output = generator_objective(generator, critic, x_real, numbers, config)
+    augment_fake, augment_base = numbers.augment.chunk(2)
+    scored += [(output.x_fake, augment_fake, -loss.adversarial), (output.x_base, augment_base, -loss.adversarial_base)]
+    for x, augment, score in scored:
+        assert critic(losses.diffaugment(x, kinds, augment)).mean().item() == pytest.approx(score.item(), rel=1e-4)
+    assert len({round(score.item(), 3) for _, _, score in scored}) == 4
+    assert len(torch.cat([augment for _, augment, _ in scored]).unique(dim=0)) == 16
+
+
 def test_the_critic_step_leaves_the_generator_alone_and_the_other_way_round() -> None:
     config, generator, critic, noise = networks_and_noise()
     weights = list(generator.parameters())
@@ -142,9 +161,10 @@ def test_the_generator_loss_reaches_the_gru_and_every_vae_layer() -> None:
 
 
 def test_the_critics_own_input_gradient_equals_autograds() -> None:
-    """In float64, also where whole areas have one colour and every pixel of a window ties."""
+    """In float64, also where every pixel of a window ties since areas have one colour, and where a feature is 0."""
     torch.manual_seed(0)
     critic = Discriminator(16, 3, (4, 8)).double()
+    critic.stages.stage2.conv.weight.data[1] = 0
     x_real, x_fake, epsilon = (torch.rand(3, *shape).double() for shape in ((3, 16, 16), (3, 16, 16), ()))
     x_real[:, :, :9] = x_fake[:, :, :9] = 1
     own = losses.gradient_penalty(critic, x_real, x_fake, epsilon)
@@ -194,6 +214,22 @@ def test_bf16_steps_learn_almost_the_same(options: list[str]) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- the state
+
+
+@pytest.mark.parametrize(("done", "decay"), [(0, 2 / 11), (40, 42 / 51), (10**6, 0.9)])
+def test_the_average_moves_towards_all_weights_as_the_step_leaves_them(done: int, decay: float) -> None:
+    config, generator, critic, noise = networks_and_noise("training.ema_decay=0.9", "training.lr_vae=0.01",
+                                                          "training.lr_predictor=0.01")  # fmt: skip
+    state = TrainingState(generator, critic, config, CPU)
+    state.step = done
+    torch._foreach_add_(list(state.generator_ema.parameters()), 0.01)
+    before = {name: value.double() for name, value in state.generator_ema.named_parameters()}
+    EagerSteps(state).generator_step(random_images(1), noise.generator(1))
+    average = dict(state.generator_ema.named_parameters())
+    for name, weight in state.generator.named_parameters():
+        expected = decay * before[name] + (1 - decay) * weight.double()
+        assert torch.allclose(average[name].double(), expected, rtol=0, atol=1e-6), name
+        assert (expected - before[name]).abs().max() > 1e-4, name
 
 
 def test_a_checkpoint_of_another_memory_layout_goes_on_the_same() -> None:

@@ -93,6 +93,14 @@ def test_shift_moves_by_that_fraction_of_the_image() -> None:
         assert 0.14 < centre.max() < 0.201
 
 
+def test_beyond_its_border_an_image_goes_on_as_its_edge() -> None:
+    """One that grows brighter to the right and downwards does so in every frame, and has no other values."""
+    ramp = torch.linspace(0.2, 0.8, 16).expand(8, 1, 16, 16)
+    video = synthesize_video((ramp + ramp.mT) / 2, 8, only("shift", 0.4), seeded())
+    assert min(video.diff(dim=dim).min() for dim in (-2, -1)) > -1e-6
+    assert video.amin(dim=(2, 3, 4)).max() > 0.3  # some show little else than an edge
+
+
 def test_zoom_changes_the_area_by_its_square() -> None:
     x = torch.zeros(8, 1, 64, 64)
     x[:, :, 24:40, 24:40] = 1
