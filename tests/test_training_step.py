@@ -48,6 +48,7 @@ def test_random_numbers_depend_on_seed_step_and_repeat_alone() -> None:
     different = [first, expected, noise.critic(7, 0), noise.critic(8, 1), noise.generator(8)]
     different += [other_seed.critic(7, 1), other_seed.generator(7)]
     assert len({tuple(numbers.z.flatten().tolist()) for numbers in different}) == len(different)
+    assert not torch.equal(expected.z, expected.posterior)
     for again, numbers in ((noise.critic(7, 1), first), (noise.generator(7), expected)):
         assert torch.equal(again.z, numbers.z)
         assert torch.equal(again.motion.phases, numbers.motion.phases)
@@ -61,6 +62,13 @@ def test_a_shared_update_is_of_one_time_for_all_images(sharing: str, kinds: int)
                                         "video.frames=1000", "loss.rollout_frames=1000")  # fmt: skip
     numbers = noise.generator(1)
     assert len(numbers.frame.unique()) == len(numbers.video_times.unique(dim=0)) == kinds
+
+
+def test_every_frame_of_the_video_and_after_it_can_be_sampled() -> None:
+    _, _, _, noise = networks_and_noise("loss.adversarial_frame=random", "loss.rollout_frames=4", "video.frames=3",
+                                        "training.batch_size=64")  # fmt: skip
+    assert noise.generator(1).video_times.unique().tolist() == [0, 1, 2, 3, 4]
+    assert noise.generator(1).frame.unique().tolist() == noise.critic(1, 0).frame.unique().tolist() == [0, 1, 2]
 
 
 def numbers_of(noise: tuple) -> dict[str, torch.Tensor]:
@@ -115,21 +123,25 @@ def test_the_critic_sees_that_fraction_of_base_images(fraction: float) -> None:
 
 
 @pytest.mark.parametrize("kinds", [[], ["color", "translation", "cutout"]])
-def test_scores_are_of_the_images_they_are_named_after_each_changed_by_numbers_of_its_own(kinds: list[str]) -> None:
-    config, generator, critic, noise = networks_and_noise(f"training.diffaugment={kinds}")
+def test_both_objectives_by_hand_each_image_changed_by_numbers_of_its_own(kinds: list[str]) -> None:
+    config, generator, critic, noise = networks_and_noise(f"training.diffaugment={kinds}",
+                                                          "loss.adversarial_frame=random")  # fmt: skip
     numbers, x_real = noise.critic(1, 0), random_images(1)
-    x_fake = generator.fakes(numbers.z, numbers.motion, numbers.frame, numbers.base_count)
-    loss = critic_objective(generator, critic, x_real, numbers, config)
-    scored = [(x_real, numbers.augment_real, loss.score_real.mean()),
-              (x_fake, numbers.augment_fake, loss.score_fake.mean())]  # fmt: skip
+    loss, n_base = critic_objective(generator, critic, x_real, numbers, config), numbers.base_count
+    updated = generator(numbers.z[n_base:], numbers.motion, numbers.frame).x_fake
+    x_fake = torch.cat([generator.vae.decode(numbers.z[:n_base]), updated])
+    scored = [(x_real, numbers.augment_real, loss.score_real), (x_fake, numbers.augment_fake, loss.score_fake)]
     numbers = noise.generator(1)
-    loss, output = generator_objective(generator, critic, x_real, numbers, config)
-    augment_fake, augment_base = numbers.augment.chunk(2)
+    loss, _ = generator_objective(generator, critic, x_real, numbers, config)
+    output, (augment_fake, augment_base) = generator(*numbers[:3]), numbers.augment.chunk(2)
     scored += [(output.x_fake, augment_fake, -loss.adversarial), (output.x_base, augment_base, -loss.adversarial_base)]
     for x, augment, score in scored:
-        assert critic(losses.diffaugment(x, kinds, augment)).mean().item() == pytest.approx(score.item(), rel=1e-4)
-    assert len({round(score.item(), 3) for _, _, score in scored}) == 4
+        by_hand = critic(losses.diffaugment(x, kinds, augment)).mean().item()
+        assert by_hand == pytest.approx(score.mean().item(), rel=1e-4)
+    assert len({round(score.mean().item(), 3) for _, _, score in scored}) == 4
     assert len(torch.cat([augment for _, augment, _ in scored]).unique(dim=0)) == 16
+    terms = losses.vae_loss(x_real, *generator.vae(x_real, numbers.posterior))
+    assert [term.item() for term in terms] == pytest.approx([loss.reconstruction.item(), loss.kl.item()])
 
 
 def test_the_critic_step_leaves_the_generator_alone_and_the_other_way_round() -> None:
