@@ -1,5 +1,7 @@
 """The synthetic video: smooth, bounded, repeatable, differentiable, and without motion where strengths are zero."""
 
+import math
+
 import pytest
 import torch
 from conftest import generator_of
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from generator import motion_rows
-from video_synth import MOTIONS, MotionKind, VideoSynthesizer, synthesize_video
+from video_synth import MOTIONS, Motion, MotionKind, VideoSynthesizer, synthesize_video
 
 STATIC = dict.fromkeys(MOTIONS, 0.0)
 
@@ -53,6 +55,8 @@ def test_no_motion_gives_exact_copies() -> None:
     x = some_images()
     video = synthesize_video(x, 5, STATIC, seeded())
     assert torch.equal(video, x[:, None].expand(-1, 5, -1, -1, -1))
+    smaller = torch.nn.functional.avg_pool2d(x, (4, 2))[:, None].expand(-1, 5, -1, -1, -1)
+    assert torch.allclose(synthesize_video(x, 5, STATIC, height=4, width=8), smaller, atol=1e-6)
 
 
 def test_the_same_seed_gives_the_same_video_and_another_another() -> None:
@@ -129,14 +133,41 @@ def test_rotation_turns_by_degrees_and_keeps_lengths_in_a_wide_image_and_a_squee
     assert torch.allclose(turned, squeezed, atol=2)
 
 
+def paths_by_hand(synthesizer: VideoSynthesizer, motion: Motion) -> dict[str, torch.Tensor]:
+    """Motion -> its path (B, T) in float64, as the module's docstring has it; of a shift's two the last."""
+    s = torch.arange(synthesizer.frames).double() / synthesizer.frames
+    phases = motion.phases.double()[..., None]  # (B, paths, 2, 1)
+    first, second = (torch.sin(2 * math.pi * (k + 1) * s + phases[:, :, k]) for k in (0, 1))
+    paths = motion.amplitudes.double()[..., None] * (0.75 * first + 0.25 * second)
+    return dict(zip(synthesizer.paths, paths.unbind(1), strict=True)) | {"shift x": paths[:, 0]}
+
+
 def test_brightness_and_contrast_follow_their_formulas() -> None:
     x = some_images()
-    bright = synthesize_video(x, 16, only("brightness", 0.2), seeded())
-    ratio = bright / x[:, None]
-    assert torch.allclose(ratio, ratio.mean(dim=(2, 3, 4), keepdim=True).expand_as(ratio), atol=1e-5)
-    assert (ratio - 1).abs().max() <= 0.2 + 1e-5
-    hard = synthesize_video(x, 16, only("contrast", 0.2), seeded())
-    assert torch.allclose(hard.mean(dim=(2, 3, 4)), x.mean(dim=(1, 2, 3))[:, None].expand(-1, 16), atol=1e-5)
+    mean = x.mean(dim=(1, 2, 3), keepdim=True)
+    for name, start in (("brightness", torch.zeros_like(mean)), ("contrast", mean)):
+        synthesizer = VideoSynthesizer(5, only(name, 0.2))
+        motion = motion_of(synthesizer, x, varied=True)
+        factor = 1 + 0.2 * paths_by_hand(synthesizer, motion)[name][..., None, None, None]
+        expected = start[:, None] + factor * (x - start)[:, None]
+        assert torch.allclose(synthesizer(x, motion).double(), expected, atol=1e-6)
+
+
+def test_shift_zoom_and_rotation_together_take_a_point_to_its_place() -> None:
+    """In a wide image a square's centre, from the image's: turned and enlarged, then shifted."""
+    x, centre = torch.zeros(8, 1, 64, 128), torch.tensor([[20.0], [8.0]]).double()  # x, y in pixels
+    x[:, :, 36:44, 80:88] = 1
+    synthesizer = VideoSynthesizer(6, STATIC | {"shift": 0.1, "zoom": 0.2, "rotation": 40.0})
+    motion = motion_of(synthesizer, x)
+    video, path = synthesizer(x, motion)[:, :, 0].double(), paths_by_hand(synthesizer, motion)
+    angle, size = torch.deg2rad(40 * path["rotation"]), 1 + 0.2 * path["zoom"]
+    turn = torch.stack([torch.stack([angle.cos(), -angle.sin()], -1), torch.stack([angle.sin(), angle.cos()], -1)], -2)
+    shift = torch.stack([12.8 * path["shift x"], 6.4 * path["shift"]], -1)
+    expected = size[..., None] * (turn @ centre)[..., 0] + shift
+    places = torch.stack(torch.meshgrid(torch.arange(128) - 63.5, torch.arange(64) - 31.5, indexing="xy"))
+    found = torch.einsum("bthw,chw->btc", video, places.double()) / video.sum(dim=(2, 3))[..., None]
+    assert (found - expected).abs().max() < 0.3  # pixels
+    assert expected.std(dim=(0, 1)).min() > 4
 
 
 def test_noise_has_its_strength_at_every_frame() -> None:
@@ -189,6 +220,8 @@ def test_amplitudes_vary_where_they_are_asked_to_and_are_full_elsewhere() -> Non
     assert torch.equal(full.amplitudes, torch.ones(200, len(synthesizer.paths)))
     assert 0 <= varied.amplitudes.min() < 0.01 < 0.99 < varied.amplitudes.max() <= 1
     assert varied.amplitudes.mean().item() == pytest.approx(0.5, abs=0.03)
+    assert 0 <= varied.phases.min() < 0.01
+    assert 2 * math.pi - 0.01 < varied.phases.max() < 2 * math.pi
     assert torch.equal(varied.phases, full.phases)
     assert torch.equal(varied.noise, full.noise)
 
