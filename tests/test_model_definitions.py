@@ -22,7 +22,9 @@ def test_the_three_networks_are_built_with_the_sources_arguments_sizes_and_layer
     kinds = [{type(part).__name__ for part in net.modules() if not [*part.children()]} for net in (vae, critic.stages)]
     assert kinds[0] == {"Conv2d", "ReLU", "MaxPool2d", "Linear", "Unflatten", "ConvTranspose2d", "Sigmoid"}
     assert kinds[1] == {"Conv2d", "LeakyReLU", "MaxPool2d"}
+    assert {stage.activation.negative_slope for stage in critic.stages} == {0.2}
     assert critic(x).shape == (2,)
+    assert critic(torch.full((1, 3, 128, 128), 0.5)).item() == 0  # grey is the middle, and biases begin at 0
     assert torch.equal(critic.probability(x), torch.full((2,), 0.5))  # before any score was seen
     critic.calibration.fit(critic(x).detach(), critic(1 - x).detach())
     p = critic.probability(torch.cat([x, 1 - x]))
@@ -66,6 +68,18 @@ def test_signals_neither_die_nor_explode_at_the_start() -> None:
     torch.manual_seed(0)
     assert 0.02 < VAE().decode(torch.randn(8, 128)).std() < 0.4
     assert 0.01 < Discriminator()(torch.rand(8, 3, 128, 128)).abs().mean() < 100
+
+
+def test_weights_begin_with_a_spread_by_the_number_of_terms_that_meet_in_an_output() -> None:
+    torch.manual_seed(0)
+    vae, critic, predictor = VAE(), Discriminator(), WeightPredictorRNN(3 * 64, 10)
+    for weight, terms, gain in (  # He et al.'s gain is √2, and half of it before mu, logvar and Sigmoid
+        (critic.stages.stage2.conv.weight, 9 * 32, 1), (vae.encoder.stage2.conv.weight, 9 * 32, 1),
+        (vae.decoder.projection.weight, 128, 1), (vae.decoder.stage2.weight, 4 * 64, 1),
+        (vae.decoder.stage1.weight, 4 * 32, 0.5), (vae.to_mu.weight, 256 * 64, 0.5),
+        (predictor.gru.weight_ih_l0, 3 * 64, 0.5 / 2**0.5),
+    ):  # fmt: skip
+        assert weight.std().item() == pytest.approx(gain * (2 / terms) ** 0.5, rel=0.05)
 
 
 # ----------------------------------------------------------------------------------------------------- the predictor

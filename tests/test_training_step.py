@@ -62,6 +62,7 @@ def test_a_shared_update_is_of_one_time_for_all_images(sharing: str, kinds: int)
                                         "video.frames=1000", "loss.rollout_frames=1000")  # fmt: skip
     numbers = noise.generator(1)
     assert len(numbers.frame.unique()) == len(numbers.video_times.unique(dim=0)) == kinds
+    assert not torch.equal(numbers.frame, noise.generator(2).frame)
 
 
 def test_every_frame_of_the_video_and_after_it_can_be_sampled() -> None:
@@ -82,7 +83,7 @@ def numbers_of(noise: tuple) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_numbers_of_all_processes_are_the_whole_batchs(size: int) -> None:
-    config = load_config(None, [*SMALL, *VARIED, "training.batch_size=8", "loss.base_fake_fraction=0.4"])  # 3 of 8
+    config = load_config(None, [*SMALL, *VARIED, "training.batch_size=8", "loss.base_fake_fraction=0.35"])  # 3 of 8
     alone = NoiseSampler(config, CPU)
     shards = [NoiseSampler(config, CPU, World(rank, size)) for rank in range(size)]
     assert [noise.critic(5, 1).base_count for noise in shards] == [len(range(rank, 3, size)) for rank in range(size)]
@@ -100,7 +101,7 @@ def test_the_numbers_of_all_processes_are_the_whole_batchs(size: int) -> None:
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("count", [0, 1, 4, 6])
 def test_the_same_images_roll_out_however_many_processes_share_them(size: int, count: int) -> None:
-    config = load_config(None, [*SMALL, "training.batch_size=6", f"loss.rollout_fraction={count / 6}"])
+    config = load_config(None, [*SMALL, "training.batch_size=6", f"loss.rollout_fraction={max(0, count - 0.3) / 6}"])
     rows: list[int] = []
     for world in (World(rank, size) for rank in range(size)):
         own = NoiseSampler(config, CPU, world).generator(1).rollout_count

@@ -200,6 +200,7 @@ def test_a_new_head_is_one_class_in_the_registry(monkeypatch: pytest.MonkeyPatch
     assert (update == update[:, :1]).all()
     assert update[:, 0].abs().min() > 0
     metrics = EagerSteps(state).generator_step(x, numbers)
+    assert metrics["update/relative_size"].item() == pytest.approx(update.square().mean().sqrt().item(), rel=1e-5)
     assert metrics["generator/video"] > 0
     assert generator.head.gain != 1
     assert any(parameter is generator.head.gain for parameter in state.parameters["predictor"])
