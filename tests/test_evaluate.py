@@ -15,6 +15,7 @@ import evaluate
 import quality
 from checkpoints import load_checkpoint
 from configuration import load_config
+from image_data import open_images
 from quality import as_bytes, evaluation_seeds
 from sampling import Sampler, load_sampler
 
@@ -72,7 +73,7 @@ def test_the_update_is_decomposed_by_image_and_motion(sampler: Sampler, monkeypa
     flags = {tensor.name: torch.zeros(4, 1, dtype=torch.bool) for tensor in spec.tensors}
     flags[spec.tensors[0].name] = (images > 0)[:, None].expand(-1, 2)
 
-    def statistics(constant: float, image: float, motion: float) -> list[evaluate.UpdatePart]:
+    def statistics(constant: float, image: float, motion: float) -> tuple[list[evaluate.UpdatePart], torch.Tensor]:
         updates = iter((constant + image * images + sign * motion * motions)[:, None] for sign in (1, -1))
 
         def predict(_: torch.Tensor) -> SimpleNamespace:
@@ -80,16 +81,17 @@ def test_the_update_is_decomposed_by_image_and_motion(sampler: Sampler, monkeypa
             return SimpleNamespace(dense=lambda: SimpleNamespace(numbers=numbers), saturated=lambda bound: flags)
 
         monkeypatch.setattr(generator, "predict", predict)
-        return evaluate.update_statistics(sampler, evaluation_seeds(4))[0]
+        return evaluate.update_statistics(sampler, evaluation_seeds(4))
 
     for constant, image, motion in ((0.1, 0.0, 0.0), (0.0, 0.1, 0.0), (0.0, 0.0, 0.1), (0.06, 0.08, 0.0)):
-        *parts, whole = statistics(constant, image, motion)
+        (*parts, whole), mean = statistics(constant, image, motion)
+        assert torch.allclose(mean, torch.full_like(mean, constant), atol=1e-7)
         # Of 4 images, a variance of 1 is estimated as 4 / 3 times the mean square, or of two motions as the opposite.
         between = [(image**2 - motion**2) * 4 / 3 / 0.01, motion**2 * 8 / 3 / 0.01]
         assert [whole.relative_size, *whole[5:]] == pytest.approx([0.1, *between], abs=1e-6)
         assert [part.saturated_fraction for part in parts] == [0.5] + [0] * (len(parts) - 1)
         assert whole.saturated_fraction == pytest.approx(0.5 * 2 / (len(parts) + 1))  # over predicted numbers
-    assert math.isnan(statistics(0.0, 0.0, 0.0)[-1].between_image_fraction)
+    assert math.isnan(statistics(0.0, 0.0, 0.0)[0][-1].between_image_fraction)
 
 
 def test_a_fresh_critic_separates_black_from_white_and_not_equals() -> None:
@@ -135,7 +137,13 @@ def test_another_folders_images_are_not_called_training_images(run: Path, other_
     sampler, saved = load(run)
     own = evaluate.real_images(sampler, saved, str(sampler.config.data.root))  # named, but the run's own
     assert (len(own.reference), own.reference_name, own.held_out_index) == (14, "training images", None)
+    images = open_images(sampler.config.data, sampler.config.image, batch_size=1, seed=0, device="cpu")
+    assert torch.equal(own.held_out, images.held_out()[1::2])  # the probability was fitted to the others
     evaluation = evaluate.evaluate(sampler, saved, Colours(), images=12, folder=str(other_folder), critic_steps=0)
+    held_out, fresh = evaluate.real_images(sampler, saved, str(other_folder)).held_out, evaluation_seeds(5, first=12)
+    updated, critic = quality.decode_shard(sampler, fresh)["updated"], evaluate.load_critic(sampler, saved)
+    gap = quality.scores(critic, held_out).mean() - quality.scores(critic, updated).mean()
+    assert evaluation.figures["generators"]["updated"]["critic_gap"] == pytest.approx(gap.item(), rel=1e-3)
     text = "\n".join(evaluate.tables(evaluation))
     cell = f"to the nearest of the images of {other_folder}".replace("|", r"\|")
     assert f" | {cell} | " in text

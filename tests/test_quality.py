@@ -200,14 +200,20 @@ def run(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
     return folder / "run"
 
 
-def test_the_gaps_are_the_critics_on_images_it_was_and_was_not_trained_on(tmp_path: Path, image_folder: Path) -> None:
+@pytest.mark.usefixtures("without_slow_outputs")
+def test_kid_and_the_critics_gaps_on_images_it_was_and_was_not_trained_on(tmp_path: Path, image_folder: Path) -> None:
     config, generator, critic, _ = networks_and_noise(*small(tmp_path, image_folder, *IN_LOOP))
     images = open_images(config.data, config.image, batch_size=1, seed=0, device="cpu")
     networks = SimpleNamespace(generator_ema=generator, critic=critic, step=3)
-    metrics = quality.QualityCheck(config, images).measure(networks)
+    check = quality.QualityCheck(config, images)
+    metrics = check.measure(networks)
     sampler = Sampler(generator, config, 3, tmp_path)
     with torch.no_grad():
-        _, x_fake = sampler.decode(sampler.inputs(list(evaluation_seeds(10))))
+        x_base, x_fake = sampler.decode(sampler.inputs(list(evaluation_seeds(10))))
+        for name, x in (("kid", x_fake), ("kid_base", x_base)):
+            sides = (image_features(check.features, x) for x in (images.fixed_sample(10), x))
+            expected, _ = kernel_distance(*sides, subsets=20, subset_size=5)
+            assert metrics[f"quality/{name}"] == pytest.approx(expected, rel=1e-4)
         fake = critic(quality.as_bytes(x_fake).float() / 255).mean()
         for name, real in (("heldout", images.held_out().float() / 255), ("train", images.fixed_sample(10))):
             assert metrics[f"quality/{name}_gap"] == pytest.approx((critic(real).mean() - fake).item(), abs=1e-5)
