@@ -116,11 +116,12 @@ def test_every_batch_reaches_the_critic_once_and_the_last_one_the_vae(
     tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, list[torch.Tensor]] = {"critic_objective": [], "generator_objective": []}
+    latents = []
 
     def recorded(name: str) -> Callable:
         function = getattr(training_step, name)
-        return lambda generator, critic, x_real, *rest: (
-            seen[name].append(x_real) or function(generator, critic, x_real, *rest)
+        return lambda generator, critic, x_real, noise, config: (
+            seen[name].append(x_real) or latents.append(noise.z) or function(generator, critic, x_real, noise, config)
         )
 
     for name in seen:
@@ -131,6 +132,7 @@ def test_every_batch_reaches_the_critic_once_and_the_last_one_the_vae(
     expected = list(itertools.islice(images.batches(), 6))
     assert torch.equal(torch.stack(seen["critic_objective"]), torch.stack(expected))
     assert torch.equal(torch.stack(seen["generator_objective"]), torch.stack(expected[1::2]))
+    assert len(torch.cat(latents).unique(dim=0)) == 9 * 4  # of each step its own
 
 
 @pytest.mark.parametrize(
