@@ -66,6 +66,7 @@ def test_the_generators(sampler: Sampler) -> None:
 def test_the_update_is_decomposed_by_image_and_motion(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
     generator, spec = sampler.generator, sampler.generator.spec
     parts, mean = evaluate.update_statistics(sampler, evaluation_seeds(6))
+    assert parts[-1].between_motion_fraction > 0.001
     assert sum(part.weights for part in parts[:-1]) == parts[-1].weights == spec.total_size == len(mean)
     assert [sum(part[4:]) for part in parts] == pytest.approx(len(parts) * [1])
     images, motions = torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.tensor([1.0, 1.0, -1.0, -1.0])
@@ -117,6 +118,8 @@ def test_without_held_out_images_a_sample_of_the_training_images_replaces_them(s
     assert {index // 12 for index in real.held_out_index.tolist()} == {0, 1}  # both classes of twelve
     assert torch.equal(real.held_out_index, again.held_out_index)
     assert "8 training ones" in real.notes[-1]
+    evaluation = evaluate.evaluate(*load(sample_run), Colours(), images=12, critic_steps=0)
+    assert evaluation.figures["held_out"]["nearest_distance"] > 0  # to another image than itself
 
 
 @pytest.mark.parametrize(("limit", "count"), [(500, 5), (3, 3)])
@@ -144,6 +147,10 @@ def test_another_folders_images_are_not_called_training_images(run: Path, other_
     updated, critic = quality.decode_shard(sampler, fresh)["updated"], evaluate.load_critic(sampler, saved)
     gap = quality.scores(critic, held_out).mean() - quality.scores(critic, updated).mean()
     assert evaluation.figures["generators"]["updated"]["critic_gap"] == pytest.approx(gap.item(), rel=1e-3)
+    x, vae = held_out.double() / 255, sampler.generator.double().vae
+    errors = (vae.decode(vae.encode(x)[0]) - x).square().mean(dim=(1, 2, 3))
+    psnr = evaluation.figures["reconstruction_psnr_db"]
+    assert psnr == pytest.approx(sum(-10 * math.log10(error) for error in errors) / 5, rel=1e-4)
     text = "\n".join(evaluate.tables(evaluation))
     cell = f"to the nearest of the images of {other_folder}".replace("|", r"\|")
     assert f" | {cell} | " in text

@@ -181,7 +181,9 @@ def test_the_probability_is_fitted_to_scores_of_held_out_images_and_of_updated_o
     monkeypatch.setattr(Sampler, "inputs", lambda self, batch: seeds.extend(batch) or inputs(self, batch))
     quality.calibrate(SimpleNamespace(generator_ema=sampler.generator, critic=critic, step=2), sampler.config, real)
     assert len(set(seeds)) == len(real) == 5
-    assert not any(seed in used for seed in seeds for used in (range(10**6), evaluation_seeds(10**6)))
+    shown, evaluated = range(10**6), evaluation_seeds(10**6)
+    assert not any(seed in used for seed in seeds for used in (shown, evaluated))
+    assert evaluated[0] not in shown
     by_hand = ScoreCalibration()
     with torch.no_grad():
         updated = quality.as_bytes(sampler.decode(inputs(sampler, seeds)).x_fake)
