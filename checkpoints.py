@@ -43,11 +43,10 @@ class Checkpoints:
 
         `state["best"]`, None or a dict with `step`, says whether this is the best one so far.
 
-        Raises:
-            UserError: it cannot be written (disk full, no permission, folder gone); what was there is whole.
+        Raises UserError: it cannot be written (disk full, no permission, folder gone); what was there is whole.
         """
         path = self.folder / f"step_{state['step']:06d}.pt"
-        if not self.folder.is_dir():  # moved or deleted by the user: making it again would leave half a run
+        if not os.path.isdir(self.folder):  # moved or deleted by the user: making it again would leave half a run
             raise UserError(f"cannot write {path}: the folder is gone; was it moved or deleted?")
         state = tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), state)
         with os_errors_as_user_errors(path):
@@ -68,14 +67,13 @@ class Checkpoints:
 
         Damaged files are renamed to `*.damaged`, so that they are not counted among those kept, nor read again.
 
-        Raises:
-            UserError: there are checkpoints, but none is whole; or one is of another version.
+        Raises UserError: there are checkpoints, but none is whole; or one is of another version.
         """
         damaged: list[str] = []
         candidates = self._numbered()
         for name in ("latest.pt", "best.pt"):  # the same files, unless somebody has deleted the numbered ones
             path = self.folder / name
-            if path.exists() and not any(path.samefile(other) for other in candidates):
+            if os.path.exists(path) and not any(path.samefile(other) for other in candidates):
                 candidates.append(path)
         for path in candidates:
             try:
@@ -99,7 +97,7 @@ class Checkpoints:
     def link(self, state: dict[str, Any]) -> None:
         """Makes the checkpoint of `state` latest.pt, and best.pt if `state` says that it is the best."""
         path = self.folder / f"step_{state['step']:06d}.pt"
-        if path.exists():
+        if os.path.exists(path):
             self._link(path, "latest.pt")
             if state.get("best") and state["best"]["step"] == state["step"]:
                 self._link(path, "best.pt")
@@ -210,10 +208,8 @@ class Difference(NamedTuple):
 
 
 def differences(saved: dict[str, Any], config: Config, source: str) -> list[Difference]:
-    """The settings that differ between a checkpoint's `config` and today's, in the order of config.yaml.
-
-    Raises:
-        UserError: the saved settings are not settings of this version.
+    """The settings that differ between a checkpoint's `config` and today's, in the order of config.yaml. Raises
+    UserError: the saved settings are not settings of this version.
     """
     before, now = config_to_dict(config_from_dict(saved["config"], source)), config_to_dict(config)
     return [
@@ -225,10 +221,8 @@ def differences(saved: dict[str, Any], config: Config, source: str) -> list[Diff
 
 
 def check_settings(changed: list[Difference], run: str, accept_changes: bool) -> None:
-    """Refuses settings under which the run would no longer be the one that was begun.
-
-    Raises:
-        UserError: a change of the networks' shapes; or, unless `accept_changes`, one that changes what is learned.
+    """Refuses settings under which the run would no longer be the one that was begun. Raises UserError: a change of the
+    networks' shapes; or, unless `accept_changes`, one that changes what is learned.
     """
     new_run = "put it back, or start a new run with another output.name"
     by_effect: dict[str, list[str]] = {"architecture": [], "learning": [], "free": []}

@@ -7,6 +7,7 @@ type or value and settings that contradict each other raise `UserError`: one lin
 
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -18,17 +19,7 @@ from typing import Any
 
 import yaml
 
-
-class UserError(Exception):
-    """A mistake of the user's, in one line: file or key, value, and fix. Commands print it and exit with status 2."""
-
-    def __str__(self) -> str:
-        return one_line(super().__str__())  # keys, paths and patterns that it quotes may hold line breaks
-
-
-def one_line(text: object) -> str:
-    """`text` with escapes such as `\\n` for everything that is not printable."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in str(text))
+from util import UserError, expanded, similar_path
 
 
 def setting(default: Any, range: str, help: str, on_resume: str = "learning") -> Any:
@@ -85,7 +76,7 @@ class CriticConfig:
 class WeightPredictorConfig:
     update: str = network("predicted", "predicted | constant | off", "by the GRU; one learned vector for all; none")
     input_video: str = setting("own", "own | other | static",
-        "what the GRU encodes: the image's own video, another's, or one frame repeated")
+        "what the GRU encodes: the image's own video, another image's, or the image itself, still")
     train_gru: bool = network(True, "", "false keeps the GRU's initial weights and trains only what follows it")
     layers: list[str] = network(["decoder.*"], "", "decoder tensors to update, as shell patterns (stage1 is last)")
     update_size: Any = network("auto", "", "WEIGHT_UPDATE_SIZE, numbers per update: auto, or a number that is checked")
@@ -163,7 +154,7 @@ class OutputConfig:
     keep_checkpoints: int = free(3, "1 or more", "how many of the newest are kept")
     evaluate_every: int | None = free(None, "1 or more", "steps between measures of image quality (KID); null: none")
     evaluate_images: int = free(500, "10 to 100000", "real and generated images that each of them compares")
-    best_metric: str | None = free(None, "generator/reconstruction | generator/video | critic/gap | quality/kid",
+    best_metric: str | None = free(None, "generator/reconstruction | quality/kid",
         "also keep best.pt, smallest in this metric; null: none")
     samples: int = free(8, "1 to 256", "fixed samples that are decoded each time")
     fps: float = free(8.0, "0.1 to 90", "of the clips, frames per second")
@@ -172,7 +163,7 @@ class OutputConfig:
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return Path(self.root) / self.name
+        return Path(expanded(self.root, "output.root")) / self.name
 
 # fmt: on
 
@@ -206,6 +197,13 @@ RENAMED = {"discriminator": "critic", "weight_predictor.watches": "weight_predic
 """Earlier names of sections and settings -> today's."""
 
 
+def setting_of(option: str) -> str | None:
+    """The setting that is meant by an option such as `--steps` or `--training.steps`, which there is none of."""
+    name = option.lstrip("-").replace("-", "_")
+    both = ((f"{section}.{key}", key) for section, keys in _FIELDS.items() for key in keys)
+    return next((names[0] for names in both if name in names), None)
+
+
 def resume_effect(name: str) -> str:
     """What a new value of a setting, `section.key`, means to a run that is resumed.
 
@@ -221,8 +219,8 @@ def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -
 
     `training.steps` and `training.epochs` exclude each other: a layer that sets one drops an earlier layer's other.
 
-    Raises:
-        UserError: a file that is missing or no YAML mapping, a wrong key or value, settings that contradict each other.
+    Raises UserError: a file that is missing or no YAML mapping, a wrong key or value, settings that contradict each
+    other.
     """
     layers = [] if file is None else [(str(file), _read_yaml(Path(file)))]
     command_line: dict[str, dict[str, Any]] = {}
@@ -294,7 +292,7 @@ class _Loader(yaml.SafeLoader):
             problem = "anchors, aliases and merge keys (&, *, <<) are not supported; write the value out"
         elif getattr(event, "tag", None):
             problem = f"the tag {event.tag[:60]} is not supported; write the plain value"
-        elif self.depth > 16 or self.nodes > 10_000 or len(text.encode()) > 4096:  # half a surrogate pair raises
+        elif self.depth > 16 or self.nodes > 10_000 or len(text.encode(errors="surrogateescape")) > 4096:
             problem = "more than 16 levels, 10,000 values or 4,096 bytes in one; is it a settings file?"
         elif plain and re.fullmatch(_SCALARS["refused"], text):
             problem = f"{text[:60]} would be read as another number; write a decimal number, or '…' for a text"
@@ -333,11 +331,16 @@ def _parse(text: str) -> Any:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        if not path.is_file():
-            raise UserError(f"--config {path}: no such file; give a YAML file such as configs/quick.yaml")
-        if path.stat().st_size > MAX_BYTES:
+        # A shell's `<(...)` is a pipe that somebody writes to; at any other one this might wait for ever.
+        if not os.path.isfile(path) and not (str(path).startswith("/dev/fd/") and os.path.exists(path)):
+            others = [other for folder in (path.parent, Path("configs")) for other in folder.glob("*.y*ml")]
+            hint = similar_path(path, others) or "; give a YAML file such as configs/quick.yaml"
+            raise UserError(f"--config {path}: no such file{hint}")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)  # at most: it may be a pipe
+        if len(content) > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES:,} bytes; is it a settings file?")
-        sections = _parse(path.read_text(encoding="utf-8"))
+        sections = _parse(content.decode("utf-8-sig"))
     except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(sections, dict | None):
@@ -402,8 +405,14 @@ def _checked(setting: Field, value: Any) -> Any:
             example = setting.default_factory() or list(limits["choices"])  # type: ignore[misc, operator]
             raise ValueError(f"must be a list such as {_shown(example)}")
         kind, items, verb = typing.get_args(kind)[0], value, "must hold"
-    noun = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Any: "a value"}[kind]
-    text = f"one of {limits['range']}" if "choices" in limits else noun + (limits["range"] and f", {limits['range']}")
+    if "off" in limits.get("choices", ()):  # to YAML 1.1 that word is a boolean
+        items = ["off" if item is False else item for item in items]
+    nouns = {bool: "true or false", int: "a whole number", float: "a number", str: "a text, in quotes", Any: "a value"}
+    text = (
+        f"one of {limits['range']}"
+        if "choices" in limits
+        else nouns[kind] + (limits["range"] and f", {limits['range']}")
+    )
     for item in items:
         if kind in (int, float):  # 1e308: float(10**400) would raise
             right = type(item) in (int, float) and limits.get("low", -1e308) <= item <= limits.get("high", 1e308)
@@ -445,7 +454,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     for key, path in (("root", output.root), ("name", output.name)):
         if not path.isprintable() or any(len(part.encode()) > 255 for part in Path(path).parts):
             yield f"output.{key} must be one printable line, its names at most 255 bytes long, but is {_shown(path)}"
-    if output.name.strip() in ("", ".", "..") or set(output.name) & set('/\\:*?"<>|'):
+    if output.name.strip() in ("", ".", "..", "~") or set(output.name) & set('/\\:*?"<>|'):
         yield f"output.name must be one plain folder name, for example my-run, but is {_shown(output.name)}"
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from configuration import RuntimeConfig, UserError
-from util import print_error
+from util import launcher_number, print_error
 
 HEARTBEAT_INTERVAL = 1.0  # seconds
 HEARTBEAT_TIMEOUT = 25.0  # seconds without a heartbeat after which a process that others wait for counts as dead
@@ -150,10 +150,8 @@ class World:
         return [max(column) for column in zip(*self.gather_objects(values), strict=True)]
 
     def check_equal(self, values: dict[str, Any]) -> None:
-        """Checks that all processes have the same `values`.
-
-        Raises:
-            UserError: they don't; names the first that differs, and a process for which it does.
+        """Checks that all processes have the same `values`. Raises UserError: they don't; names the first that differs,
+        and a process for which it does.
         """
         first, *others = self.gather_objects(values)
         for rank, other in enumerate(others, 1):
@@ -164,10 +162,8 @@ class World:
                     )
 
     def check_networks_equal(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Checks that networks are equal on all processes, by the sums of their bits. Waits for the device.
-
-        Raises:
-            UserError: names a tensor and a process that differ.
+        """Checks that networks are equal on all processes, by the sums of their bits. Waits for the device. Raises
+        UserError: names a tensor and a process that differ.
         """
         if self.size == 1:
             return
@@ -203,12 +199,10 @@ _watch: "ProcessWatch | None" = None  # of this process, for `report_error`
 @contextmanager
 def join_processes(runtime: RuntimeConfig, device: torch.device) -> Iterator[World]:
     """Joins the other processes that the launcher has started, and leaves them at the end. NCCL on GPUs, else gloo.
-
-    Raises:
-        UserError: the launcher's address cannot be reached, or a process doesn't come in time.
+    Raises UserError: the launcher's address cannot be reached, or a process doesn't come in time.
     """
     global _watch
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, size = launcher_number("RANK", 0), launcher_number("WORLD_SIZE", 1)
     if size == 1:
         yield SINGLE_PROCESS
         return
@@ -250,7 +244,8 @@ def report_error(message: str, status: int) -> int:
     if _watch is not None:
         return _watch.report(message, status)
     write_torchrun_error(message)
-    return print_error(message, status) if os.environ.get("LOCAL_RANK", "0") == "0" else status
+    alone = "TORCHELASTIC_RUN_ID" not in os.environ  # without torchrun nobody else may be there to print
+    return print_error(message, status) if alone or os.environ.get("LOCAL_RANK", "0") == "0" else status
 
 
 def write_torchrun_error(message: str) -> None:
@@ -267,8 +262,7 @@ def rendezvous(store: dist.Store, rank: int, size: int, timeout: float) -> dist.
     torchrun's store outlives its processes: keys from before a restart are still in it. So process 0 opens a new part
     for its session, and answers each process that asks for it, by the random number that this one has written.
 
-    Raises:
-        TimeoutError: names the processes that have not come within `timeout` seconds.
+    Raises TimeoutError: names the processes that have not come within `timeout` seconds.
     """
     ends = time.monotonic() + timeout
 
@@ -326,10 +320,8 @@ class ProcessWatch:
 
     @contextmanager
     def collective(self) -> Iterator[None]:
-        """To be entered where this process waits for the others.
-
-        Raises:
-            SystemExit: one of them has ended, which is reported by now.
+        """To be entered where this process waits for the others. Raises SystemExit: one of them has ended, which is
+        reported by now.
         """
         self._collectives += 1
         self._waits_since = time.monotonic()

@@ -1,6 +1,6 @@
 """Measures the images of a run: how near to real ones, copied or invented, and what the predicted update does.
 
-python evaluate.py runs/quick                                   tables in Markdown, and runs/quick/evaluation.png
+python evaluate.py runs/quick                                   tables in Markdown; images: runs/quick/evaluation.png
 python evaluate.py runs/quick --json evaluation.json            the same numbers for programs
 python evaluate.py runs/quick --features inception              with the standard Inception: FID (a download)
 python evaluate.py runs/quick/checkpoints/best.pt --data photos --sheet photos.png
@@ -16,48 +16,83 @@ All generators decode the same fixed seeds, so that two runs are compared on the
 import argparse
 import json
 import math
+import os
+import re
 import sys
-import textwrap
-from collections.abc import Iterator, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from util import (
-    CommandParser,
-    atomic_write,
-    channels_last_on,
-    command_device,
-    int_between,
-    os_errors_as_user_errors,
-    print_line,
-    run_command,
-    shown_path,
-)
+sys.path.insert(0, str(Path(__file__).parent))  # under PYTHONSAFEPATH too
 
-# isort: split
-# util came first: torch reads an environment variable that it sets
+from util import CommandParser, UserError, answer_early, int_between, print_line, run_command
+
+
+def build_parser() -> argparse.ArgumentParser:
+    first, _, rest = (__doc__ or "").partition("\n\n")
+    parser = CommandParser(description=first, epilog=rest)
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run's folder, or a checkpoint file")
+    add("--best", action="store_true", help="the run's best checkpoint instead of its newest")
+    add("--data", metavar="FOLDER", help="real images to compare with (the run's own)")
+    number = int_between("images", 10, 100_000)
+    add("--images", type=number, default=1000, metavar="N", help="images decoded (1000)")
+    add("--features", default="efficientnet-lite0", metavar="NAME", help="%(default)s or inception")
+    add("--json", metavar="FILE", help="also write the numbers as JSON")
+    add("--sheet", metavar="FILE", help="images, a .png (evaluation.png in the run's folder)")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:<number>")
+    return parser
+
+
+# Mistakes and --help are answered before torch is imported, which takes seconds.
+EARLY = answer_early(build_parser().parse_args) if __name__ == "__main__" else None
+
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 import quality
-from configuration import Config, UserError
 from generator import build_critic, stable_seed
-from image_data import BrokenImageError, open_images
-from losses import critic_loss
-from media import scale_for, tile_images
-from quality import as_bytes, as_floats, evaluation_seeds, scores, seed_batches
+from image_data import open_images
+from media import labelled_grid, save_image, scale_for, tile_images
+from quality import ImageFeatures, as_bytes, as_floats, evaluation_seeds, image_features, scores, seed_batches
 from run_directory import RunDirectory
-from sampling import Sampler, load_sampler_with_content
+from sampling import BATCH, Sampler, load_sampler_with_content
+from util import atomic_write, command_device, one_line, os_errors_as_user_errors, shown_path
+from weight_updates import Update
 
 LABELS = {"base": "θ", "updated": "θ + Δ", "mean_update": "θ + mean Δ", "other_update": "θ + another image's Δ",
           "moved": "θ, moved exactly"}  # fmt: skip
+TITLES = ("base", "updated", "mean update", "another image's update", "base, moved exactly")  # its font has no θ and Δ
 TRAINING_IMAGES = "training images"
 MAX_REFERENCE = 5000  # real images that generated ones are compared with, and the nearest are searched among
 UPDATE_IMAGES = 256  # whose updates are analysed: the moments need no more
-CRITIC_IMAGES = 500  # held-out ones that critics score, at most; and generated ones that nothing else has seen
+CRITIC_IMAGES = 500  # held-out ones that the critic scores, at most; and generated ones that nothing else has seen
+FEW_IMAGES = 200  # on a side: KID of a slight blur was 0.70 ± 0.03 with 200 emoji, ± 0.09 with 100, ± 0.15 with 50
+OTHER_MOTIONS = 10**8  # added to a seed: its motion belongs to no image that is decoded
+STARTED = time.monotonic()
+
+
+def progress(batches: Iterable[Any], count: int, doing: str) -> Iterator[Any]:
+    """Batches of `count` images, with a bar on a terminal, elsewhere with lines on standard error now and then."""
+    total, next_line = -(-count // BATCH), 0.0
+    with tqdm(desc=doing, total=total, leave=False, disable=None, unit="batch") as bar:
+        for number, batch in enumerate(chain([None], batches)):
+            if bar.disable and (now := time.monotonic()) >= next_line:
+                next_line, done = now + 20, min(number * count // total, count)
+                with suppress(OSError):
+                    print(f"{now - STARTED:.0f} s: {doing}, {done:,} of {count:,} images", file=sys.stderr, flush=True)
+            if number:
+                yield batch
+                bar.update()
 
 
 class RealImages(NamedTuple):
@@ -70,36 +105,43 @@ class RealImages(NamedTuple):
     notes: list[str]
 
 
-def real_images(sampler: Sampler, saved: dict[str, Any], folder: str | None) -> RealImages:
-    """The run's own images, or those of another folder.
+def own_images(sampler: Sampler) -> str:
+    """The run's `data.root`; a relative one from the folder that training stood in, if the run's place tells it."""
+    root, output = sampler.config.data.root, sampler.config.output.folder
+    run = sampler.path.absolute().parent.parent
+    for place in (run, run.resolve()):
+        stood = Path(*place.parts[: -len(output.parts)])
+        if stood / output == place and os.path.isdir(stood / root):
+            return str(stood / root)
+    return root
 
-    Raises:
-        UserError: there are none, too few, or one is broken.
-    """
-    data = sampler.config.data if folder is None else replace(sampler.config.data, root=folder)
+
+def real_images(sampler: Sampler, saved: dict[str, Any], folder: str | None) -> RealImages:
+    """The run's own images, or those of another folder. Raises UserError where there are too few, or one is broken."""
+    data = replace(sampler.config.data, root=own_images(sampler) if folder is None else folder)
     open_with = partial(open_images, image=sampler.config.image, batch_size=1, seed=0, device="cpu")
     images = open_with(data)
     is_training_set = images.fingerprint == saved["images"]["fingerprint"]
     if not is_training_set and images.held_out_count:
         images = open_with(replace(data, holdout=0.0))
+    root = shown_path(data.root)
     if images.count < 10:
-        raise UserError(f"--data: {data.root} holds {images.count} images; at least 10 are needed to compare with")
+        raise UserError(f"{root} holds {images.count} image(s), and at least 10 are needed to compare with")
     reference = as_bytes(images.fixed_sample(min(images.count, MAX_REFERENCE)))
     # They are sorted by class: the first ones would be those of a few classes only.
     order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(stable_seed("new pictures")))
     notes = [f"real images: {images.description}"]
     if not is_training_set:
-        root, count = shown_path(data.root), min(CRITIC_IMAGES, len(order) // 2)
+        count = min(CRITIC_IMAGES, len(order) // 2)
         notes.append(f"{root} is not the run's training set; {count} of its images, chosen at random, are held out")
         rest = reference[order[count:].sort().values]
         return RealImages(rest, reference[order[:count]], None, f"images of {root}", notes)
-    if not images.held_out_count or len(held_out := images.held_out_halves()[1]) < 2:
-        chosen = order[:CRITIC_IMAGES]
-        few = "data.holdout leaves no images out, or too few"
+    if not images.held_out_count or len(held_out := images.held_out_halves(CRITIC_IMAGES)[1]) < 2:
+        chosen, few = order[:CRITIC_IMAGES], "data.holdout leaves no images out, or too few"
         notes.append(f"{few}: held-out figures are of {len(chosen)} training ones, chosen at random")
         return RealImages(reference, reference[chosen], chosen, TRAINING_IMAGES, notes)
     notes.append(f"held-out images: {len(held_out)}; the other half calibrated the critic's probability")
-    return RealImages(reference, held_out[:CRITIC_IMAGES], None, TRAINING_IMAGES, notes)
+    return RealImages(reference, held_out, None, TRAINING_IMAGES, notes)
 
 
 def load_critic(sampler: Sampler, saved: dict[str, Any]) -> Any:
@@ -114,6 +156,11 @@ def load_critic(sampler: Sampler, saved: dict[str, Any]) -> Any:
     return critic.to(sampler.device).requires_grad_(False)
 
 
+def map_images(change: Callable[..., Tensor], update: Update) -> Update:
+    """The update with `change` applied to its tensors (B, ...); scales are the same for all images, and stay."""
+    return tree_map_only(Tensor, lambda x: change(x) if x.dim() > 1 else x, update)
+
+
 @torch.no_grad()
 def decode_generators(sampler: Sampler, seeds: Sequence[int], mean_update: Tensor) -> Iterator[dict[str, Tensor]]:
     """Batches of images, uint8 (B, C, H, W), by name, see `LABELS`; `mean_update` is (total_size,)."""
@@ -122,10 +169,10 @@ def decode_generators(sampler: Sampler, seeds: Sequence[int], mean_update: Tenso
         inputs = sampler.inputs(batch)
         output = generator(inputs.z, inputs.motion)
         images = {"base": output.x_base, "updated": output.x_fake}
-        update = output.update.dense()
-        numbers = {"mean_update": mean_update[None], "other_update": update.numbers.roll(1, 0)}
-        for name, other in numbers.items():
-            images[name] = generator.decode(output.features, update._replace(numbers=other))
+        one = map_images(lambda x: x[:1], output.update).dense()
+        rolled = map_images(lambda x: x.roll(1, 0), output.update)
+        for name, other in (("mean_update", one._replace(numbers=mean_update[None])), ("other_update", rolled)):
+            images[name] = generator.decode(output.features, other)
         end = torch.full_like(inputs.z[:, :1], generator.synthesizer.frames)  # the time whose update decodes x_fake
         images["moved"] = generator.synthesizer(output.x_base, inputs.motion, end, full_size=True)[:, 0]
         yield {name: as_bytes(x) for name, x in images.items()}
@@ -147,27 +194,28 @@ class UpdatePart(NamedTuple):
 def update_statistics(sampler: Sampler, seeds: Sequence[int]) -> tuple[list[UpdatePart], Tensor]:
     """What Δ does, tensor by tensor and in all, and the mean Δ (total_size,) in units of each tensor's RMS.
 
-    Each image is encoded in two synthetic videos of different motion. With m the mean of Δ over images and motions, the
-    mean square of Δ is |m|² + between images + between motions, where the covariance of Δ in the two videos of an image
-    is what belongs to the image.
+    Each image is encoded in two synthetic videos of independent motions. With m the mean of Δ over images and motions,
+    the mean square of Δ is |m|² + between images + between motions, where the covariance of Δ in the two videos of an
+    image is what belongs to the image.
     """
     generator, count = sampler.generator, len(seeds)
-    moments: list[Tensor] = []
+    sums = torch.zeros(4, generator.spec.total_size, dtype=torch.float64, device=sampler.device)
     saturated = {tensor.name: torch.zeros(()) for tensor in generator.spec.tensors}  # how often, by predicted number
-    for batch in seed_batches(seeds):
-        inputs = sampler.inputs(batch)
+    for batch in progress(seed_batches(seeds), count, "analysing updates"):
+        inputs, others = sampler.inputs(batch), sampler.inputs([seed + OTHER_MOTIONS for seed in batch])
         x_base = generator.decode_base(generator.features(inputs.z))
-        motions = (inputs.motion, type(inputs.motion)(*(part.roll(1, 0) for part in inputs.motion)))
-        updates = [generator.predict(generator.encode_video(x_base, motion)[1][:, -1]) for motion in motions]
+        videos = [generator.encode_video(x_base, motion) for motion in (inputs.motion, others.motion)]
+        updates = [generator.predict(states[:, -1]) for _, states, _ in videos]
         for name, flags in updates[0].saturated(generator.bound).items():
             saturated[name] = saturated[name] + flags.double().mean(0).cpu() * len(batch)
-        first, second = (update.dense().numbers.double().expand(len(batch), -1) for update in updates)
-        sums = [first.sum(0), second.sum(0), (first * second).sum(0), (first**2).sum(0), (second**2).sum(0)]
-        moments = [a + b for a, b in zip(moments, sums, strict=True)] if moments else sums
-    one, two, both, square_one, square_two = moments
-    total = (square_one + square_two) / (2 * count)
+        for image in range(len(batch)):  # one at a time: written out in float64, those of a batch took 4 GB
+            rows = (map_images(lambda x, k=image: x[[k % len(x)]], update) for update in updates)  # a shared one: row 0
+            first, second = (row.dense().numbers[0].double() for row in rows)
+            sums += torch.stack([first, second, first * second, first**2 + second**2])
+    one, two, both, square = sums
+    total = square / (2 * count)
     between = (both - one * two / count) / (count - 1)
-    variance = ((square_one - one**2 / count) + (square_two - two**2 / count)) / (2 * (count - 1))
+    variance = (square - (one**2 + two**2) / count) / (2 * (count - 1))
     pieces = [slice(tensor.offset, tensor.offset + tensor.size) for tensor in generator.spec.tensors]
     parts = []
     for name, piece in [*zip(saturated, pieces, strict=True), ("all", slice(None))]:
@@ -178,54 +226,17 @@ def update_statistics(sampler: Sampler, seeds: Sequence[int]) -> tuple[list[Upda
     return parts, ((one + two) / (2 * count)).float()
 
 
-def fresh_critic_gap(
-    config: Config, device: torch.device, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], steps: int
-) -> tuple[float, float]:
-    """The gap of a new critic that is trained for a few steps with the run's architecture, batch, rate and penalty.
-
-    The generator cannot have learned to please it, nor can it know the test images.
-
-    Args:
-        train, test: real and generated images, uint8 (N, C, H, W) each.
-
-    Returns:
-        Mean score of real minus mean score of generated images, for `test` and for `train`.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        critic = channels_last_on(device, build_critic(config))
-    random = torch.Generator().manual_seed(stable_seed(0, "fresh critic"))
-    beta1, beta2 = config.training.adam_betas
-    optimizer = torch.optim.Adam(critic.parameters(), lr=config.training.lr_critic, betas=(beta1, beta2))
-    batch = config.training.batch_size
-    for _ in range(steps):
-        x_real, x_fake = (
-            images[torch.randint(len(images), (batch,), generator=random)].to(device).float() / 255 for images in train
-        )
-        epsilon = torch.rand(batch, generator=random).to(device)
-        optimizer.zero_grad()
-        critic_loss(critic, x_real, x_fake, epsilon, config.loss).total.backward()
-        optimizer.step()
-    return _gap(critic, *test), _gap(critic, *train)
-
-
-def _gap(critic: Any, real: Tensor, fake: Tensor) -> float:
-    return (scores(critic, real).mean() - scores(critic, fake).mean()).item()
-
-
 @torch.no_grad()
 def reconstruction(sampler: Sampler, images: Tensor) -> tuple[float, float, Tensor]:
     """PSNR in dB and SSIM (Wang et al. 2004) of decode(mu), means over uint8 images; and the reconstructions, uint8."""
+    os.environ.pop("MPLBACKEND", None)  # torchmetrics imports matplotlib, which refuses some values that others set
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     vae, psnr, ssim, decoded = sampler.generator.vae, 0.0, 0.0, []
-    for x in as_floats(images):
-        x = x.to(sampler.device)
+    for x in (batch.to(sampler.device) for batch in as_floats(images)):
         x_rec = vae.decode(vae.encode(x)[0])
         psnr -= 10 * (x_rec - x).square().mean(dim=(1, 2, 3)).log10().sum().item()
-        similarity = structural_similarity_index_measure(x_rec, x, data_range=1.0)
-        assert isinstance(similarity, Tensor)  # a tuple only where its gradient or image is asked for
-        ssim += len(x) * similarity.item()
+        ssim += len(x) * torch.as_tensor(structural_similarity_index_measure(x_rec, x, data_range=1.0)).item()
         decoded.append(as_bytes(x_rec))
     return psnr / len(images), ssim / len(images), torch.cat(decoded)
 
@@ -234,61 +245,57 @@ class Evaluation(NamedTuple):
     """All that was measured, and the images of the sheet, uint8 (N, C, H, W)."""
 
     figures: dict[str, Any]  # what `--json` writes
-    update: list[UpdatePart]
-    reliability: quality.Reliability
     samples: dict[str, Tensor]  # 16 by name, see `LABELS`; the same places are the same latents
     nearest: tuple[Tensor, Tensor, Tensor]  # generated, the reference image nearest to each, and their distances (N,)
     reconstructed: tuple[Tensor, Tensor]  # held-out images and their reconstructions
 
 
 def evaluate(
-    sampler: Sampler, saved: dict[str, Any], features: quality.ImageFeatures, *, images: int = 1000,
-    folder: str | None = None, critic_steps: int = 200, cache: Path | None = None,
-) -> Evaluation:  # fmt: skip
-    """Measures a checkpoint.
-
-    Args:
-        saved: the checkpoint's content.
-        images: images decoded by each generator, and real ones that they are compared with (fewer if there aren't).
-        folder: other real images than the run's own.
-        critic_steps: of the fresh critics; 0 leaves them out.
-        cache: a folder that keeps the features of real images.
+    sampler: Sampler, saved: dict[str, Any], features: ImageFeatures, images: int = 1000, folder: str | None = None
+) -> Evaluation:
+    """Measures a checkpoint, whose content is `saved`, by `images` images of each generator, and at most as many real
+    ones: the run's own, or those in `folder`. Raises UserError where these are too few or cannot be read.
     """
-    real = real_images(sampler, saved, folder)
     critic = load_critic(sampler, saved)
+    try:
+        real = real_images(sampler, saved, folder)
+    except UserError as error:  # often about a setting of training, which is no option here
+        reason = re.sub(r"^data\.\w+(=\S+)?:? |; (set|replace|change) [^;]*$", "", str(error))
+        option = "" if folder is None else "--data: "
+        raise UserError(f"{option}{reason}; name a folder of images with --data") from None
     update, mean_update = update_statistics(sampler, evaluation_seeds(min(images, UPDATE_IMAGES)))
-    seeds = evaluation_seeds(images + len(real.held_out))  # the images that critics score come last
-    progress = partial(tqdm, leave=False, disable=None, unit="batch")
-    decoded = decode_generators(sampler, seeds, mean_update)
-    batches = [*progress(decoded, "decoding", sum(1 for _ in seed_batches(seeds)))]
+    seeds = evaluation_seeds(images + len(real.held_out))  # the images that the critic scores come last
+    batches = [*progress(decode_generators(sampler, seeds, mean_update), len(seeds), "decoding")]
     generated = {name: torch.cat([batch[name] for batch in batches]) for name in LABELS}
-    reference, held_out = (quality.real_features(features, x, cache) for x in (real.reference, real.held_out))
+
+    def features_of(x: Tensor, doing: str) -> Tensor:
+        return image_features(features, progress(as_floats(x), len(x), f"comparing {doing}"))
+
+    reference, held_out = features_of(real.reference, "real"), features_of(real.held_out, "held-out")
     count = min(images, len(reference))
+    if count < FEW_IMAGES:
+        more = "--images 1000" if images <= count else "more with --data"
+        real.notes.append(f"only {count} images: KID and the Fréchet distance of so few say little; give {more}")
     compared = reference[torch.arange(count) * len(reference) // count]  # evenly over the sorted set
+    score_real, score_fake = scores(critic, real.held_out), {}
     rows: dict[str, dict[str, float]] = {}
-    for name, x in progress(generated.items(), "comparing"):
-        fake, fresh = quality.image_features(features, as_floats(x[:images])), x[images:]
+    for name, x in generated.items():
+        fake, score_fake[name] = features_of(x[:images], f"generated ({name})"), scores(critic, x[images:])
         kid, kid_std = quality.kernel_distance(compared, fake, subset_size=min(500, max(2, count // 2)))
         precision, recall = quality.precision_recall(compared, fake[:count])
         near = quality.nearest(fake, reference)
         rows[name] = {
             "kid": kid, "kid_std": kid_std, "frechet": quality.frechet_distance(compared, fake),
             "precision": precision, "recall": recall, "nearest_distance": near.values.median().item(),
-            "critic_gap": _gap(critic, real.held_out, fresh),
+            "critic_gap": (score_real.mean() - score_fake[name].mean()).item(),
         }  # fmt: skip
         if name == "updated":
-            closest = near.values.argsort()[:10]
+            closest = near.values.argsort()[:20]
             pairs = (x[closest], real.reference[near.indices[closest]], near.values[closest])
-        if critic_steps and name != "moved":
-            train, test = (real.reference, x[:images]), (real.held_out, fresh)
-            gap, train_gap = fresh_critic_gap(sampler.config, sampler.device, train, test, critic_steps)
-            rows[name] |= {"fresh_critic_gap": gap, "fresh_critic_train_gap": train_gap}
-
     real_row = {"nearest_distance": quality.nearest(held_out, reference, real.held_out_index).values.median().item()}
     if (kid_size := min(len(held_out), count) // 2) >= 2:
         real_row["kid"], real_row["kid_std"] = quality.kernel_distance(compared, held_out, subset_size=kid_size)
-    fresh = generated["updated"][images:]
-    p_real, p_fake = (critic.calibration(scores(critic, x).to(sampler.device)).cpu() for x in (real.held_out, fresh))
+    p_real, p_fake = (critic.calibration(x.to(sampler.device)).cpu() for x in (score_real, score_fake["updated"]))
     calibration = quality.reliability(p_real, p_fake)
     psnr, ssim, reconstructed = reconstruction(sampler, real.held_out)
     figures = {
@@ -301,34 +308,29 @@ def evaluate(
         "update_saturated_fraction": update[-1].saturated_fraction, "update_relative_size": update[-1].relative_size,
         "reconstruction_psnr_db": psnr, "reconstruction_ssim": ssim,
         "probability_ece": calibration.error, "probability_ece_if_perfect": calibration.expected_error,
+        "reliability": {key: getattr(calibration, key) for key in ("probability", "real_fraction", "images")},
         "nearest_among": real.reference_name, "notes": real.notes,
     }  # fmt: skip
     samples = {name: x[:16] for name, x in generated.items()}
-    return Evaluation(figures, update, calibration, samples, pairs, (real.held_out[:10], reconstructed[:10]))
+    return Evaluation(figures, samples, pairs, (real.held_out[:20], reconstructed[:20]))
 
 
-# ------------------------------------------------------------------------------------------------- tables and the sheet
-
-
-def tables(evaluation: Evaluation) -> Iterator[str]:
+def tables(figures: dict[str, Any]) -> Iterator[str]:
     """The figures in Markdown, line by line."""
-    figures = evaluation.figures
     among = figures["nearest_among"]
     column = among.replace("|", "\\|")  # a folder's name may hold what ends a cell
-    formats = {"frechet": ".2f", "precision": ".3f", "recall": ".3f", "nearest_distance": ".2f", "critic_gap": ".2f",
-               "fresh_critic_gap": ".2f"}  # fmt: skip
+    formats = {"frechet": ".2f", "precision": ".3f", "recall": ".3f", "nearest_distance": ".2f", "critic_gap": ".2f"}
     yield f"# {figures['checkpoint']}, step {figures['step']:,}\n"
     yield f"{figures['images']:,} generated, {figures['real_images']:,} real images; features: {figures['features']}.\n"
     yield _row("decoded with", "KID ± spread", "FID" if figures["frechet_is_fid"] else "Fréchet distance", "precision",
-               "recall", f"to the nearest of the {column}", "critic's gap", "fresh critic's gap")  # fmt: skip
-    yield 8 * "|---" + "|"
+               "recall", f"to the nearest of the {column}", "critic's gap")  # fmt: skip
+    yield 7 * "|---" + "|"
     rows = {LABELS[name]: row for name, row in (figures["generators"] | {"moved": figures["moved"]}).items()}
     for label, row in (rows | {"held-out real images": figures["held_out"]}).items():
         kid = f"{row['kid']:.4f} ± {row['kid_std']:.4f}" if "kid" in row else "–"
         yield _row(label, kid, *(f"{row[key]:{form}}" if key in row else "–" for key, form in formats.items()))
-    copied = "far below the held-out row's, images are copied"
-    if among != TRAINING_IMAGES:
-        copied = "those are not the training images, so it does not tell whether the run copies"
+    strangers = "those are not the training images, so it does not tell whether the run copies"
+    copied = "far below the held-out row's, images are copied" if among == TRAINING_IMAGES else strangers
     yield (
         "\nSmaller is nearer to real, but for precision and recall. Gaps: mean score of held-out real images minus "
         f"that of fresh generated ones. Nearest: median distance of features to the nearest of the {among}; {copied}. "
@@ -337,9 +339,9 @@ def tables(evaluation: Evaluation) -> Iterator[str]:
     yield _row("updated tensor", "weights", "Δ / rms θ", "predicted numbers at their bound", "constant",
                "between images", "between motions")  # fmt: skip
     yield 7 * "|---" + "|"
-    for part in evaluation.update:
-        fractions = ["–" if math.isnan(x) else f"{x:.1%}" for x in part[3:]]
-        yield _row(part.name, f"{part.weights:,}", f"{part.relative_size:.2%}", *fractions)
+    for name, weights, relative_size, *fractions in (part.values() for part in figures["update"].values()):
+        shown = ["–" if math.isnan(x) else f"{x:.1%}" for x in fractions]
+        yield _row(name, f"{weights:,}", f"{relative_size:.2%}", *shown)
     yield (
         f"\nHeld-out images: reconstruction PSNR {figures['reconstruction_psnr_db']:.2f} dB, SSIM "
         f"{figures['reconstruction_ssim']:.3f}; expected calibration error of the probability "
@@ -353,126 +355,71 @@ def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def plot_sheet(evaluation: Evaluation) -> Any:
-    """A matplotlib Figure of samples, nearest reference images, reconstructions and diagrams."""
-    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+def draw_sheet(evaluation: Evaluation) -> np.ndarray:
+    """Samples of each generator; generated images above the real ones nearest to them; reconstructions: (H, W, 3)."""
 
-    figures = evaluation.figures
-    figure = Figure(figsize=(15, 15), layout="constrained")
-    figure.suptitle("{checkpoint}, step {step:,}, {features}".format_map(figures), fontsize=12, parse_math=False)
-    top, middle, bottom = figure.subfigures(3, 1, squeeze=False, height_ratios=[3.5, 5.2, 4.6]).flat
-    top.get_layout_engine().set(wspace=0.03)  # between the grids
-    for axis, (name, x) in zip(top.subplots(1, len(LABELS)), evaluation.samples.items(), strict=True):
-        _show(axis, LABELS[name], [x], rows=4)
+    def tiles(rows: int, *stacks: Tensor) -> np.ndarray:
+        images = torch.cat(stacks)
+        scale = scale_for(images.shape[2], images.shape[3], at_least=64)
+        return tile_images(images, rows, -(-len(images) // rows), scale)[None]
+
     generated, reference, distances = evaluation.nearest
-    text = (
-        f"of all θ + Δ, those nearest to one of the {figures['nearest_among']} (above), and that one (below); "
-        f"distances {distances[0]:.1f} to {distances[-1]:.1f}"
-    )
-    near, rebuilt = middle.subplots(2, 1)
-    _show(near, textwrap.fill(text, 160, break_on_hyphens=False), [generated, reference])
-    _show(rebuilt, "held-out images (above) and their reconstructions (below)", evaluation.reconstructed)
-    calibration, sizes, kid = bottom.subplots(1, 3)
-    _plot_reliability(calibration, evaluation.reliability)
-    _plot_update(sizes, evaluation.update)
-    rows = figures["generators"] | {"moved": figures["moved"]}
-    means, spreads = ([row[key] for row in rows.values()] for key in ("kid", "kid_std"))
-    kid.bar([textwrap.fill(LABELS[name], 9) for name in rows], means, yerr=spreads, capsize=4, color="C2")
-    kid.set_title("kernel distance to real images (KID)\nwith the spread of its subsets", fontsize=10)
-    kid.tick_params(axis="x", labelsize=9)
-    kid.grid(alpha=0.25, axis="y")
-    return figure
+    known = evaluation.figures["nearest_among"] == TRAINING_IMAGES  # a folder's name may have any letters
+    near = f"one of the {TRAINING_IMAGES if known else 'images of --data'} (above), and that one (below)"
+    pages = [np.asarray(labelled_grid(columns, scale=1)) for columns in (
+        {title: tiles(4, x) for title, x in zip(TITLES, evaluation.samples.values(), strict=True)},
+        {f"updated images nearest to {near}, {distances[0]:.1f} to {distances[-1]:.1f} apart":
+         tiles(2, generated, reference)},
+        {"held-out images (above) and their reconstructions (below)": tiles(2, *evaluation.reconstructed)},
+    )]  # fmt: skip
+    width = max(page.shape[1] for page in pages)
+    return np.vstack([np.pad(page, ((0, 0), (0, width - page.shape[1]), (0, 0)), mode="edge") for page in pages])
 
 
-def _show(axis: Any, title: str, stacks: Sequence[Tensor], rows: int = 1) -> None:
-    """Grids of `rows` rows, one below the other."""
-    height, width = stacks[0].shape[-2:]
-    grids = [tile_images(x, rows, -(-len(x) // rows), scale_for(height, width, at_least=64)) for x in stacks]
-    axis.imshow([row for grid in grids for row in grid], interpolation="none")
-    axis.set_title(title, fontsize=11, parse_math=False)  # a folder's name may hold $
-    axis.axis("off")
+def write_json(path: str, figures: dict[str, Any]) -> None:
+    figures = json.loads(json.dumps(figures), parse_constant=lambda _: None)  # JSON has no NaN: null
+    text = json.dumps(figures, indent=2, ensure_ascii=False) + "\n"
+    with atomic_write(path) as part, os_errors_as_user_errors(path):
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")  # a name's surrogates as JSON escapes them
 
 
-def _plot_reliability(axis: Any, result: quality.Reliability) -> None:
-    axis.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--", label="perfect")
-    axis.plot(result.probability, result.real_fraction, marker="o", label="critic")
-    for x, y, count in zip(result.probability, result.real_fraction, result.images, strict=True):
-        axis.annotate(str(count), (x, y), textcoords="offset points", xytext=(6, -10), fontsize=8, color="0.35")
-    error = f"expected calibration error {result.error:.3f} ({result.expected_error:.3f} if perfect)"
-    axis.set_title(f"probability of being real, held-out and fresh images\n{error}", fontsize=10)
-    axis.set(xlabel="probability (numbers: images)", ylabel="fraction that is real")
-    axis.set(xlim=(-0.03, 1.06), ylim=(-0.06, 1.06))
-    axis.grid(alpha=0.25)
-    axis.legend(frameon=False, loc="upper left")
-
-
-def _plot_update(axis: Any, parts: list[UpdatePart]) -> None:
-    """One bar a tensor, as long as Δ / rms θ, in three parts by their fractions of the mean square."""
-    left = [0.0] * len(parts)
-    for column, label in enumerate(("constant", "between images", "between motions"), start=4):
-        lengths = [part.relative_size * max(float(part[column]), 0.0) for part in parts]
-        axis.barh([part.name.removeprefix("decoder.") for part in parts], lengths, left=left, label=label)
-        left = [a + b for a, b in zip(left, lengths, strict=True)]
-    for row, part in enumerate(parts):
-        if part.relative_size:
-            axis.text(left[row], row, f" {part.between_image_fraction:.0%} images", va="center", fontsize=8)
-    axis.set_title("size of the update, Δ / rms θ,\nand what its variance belongs to", fontsize=10)
-    axis.invert_yaxis()
-    axis.margins(x=0.25)
-    axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%" if value else "0")
-    axis.grid(alpha=0.25, axis="x")
-    axis.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=3)
-
-
-# ---------------------------------------------------------------------------------------------------------- the command
-
-
-def build_parser() -> argparse.ArgumentParser:
-    description, _, examples = (__doc__ or "").partition("\n\n")
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = CommandParser(description=description, epilog=examples, formatter_class=raw)
-    add = parser.add_argument
-    add("run", metavar="RUN", help="a run's folder, or a checkpoint file")
-    add("--best", action="store_true", help="the run's best checkpoint instead of its newest")
-    add("--data", metavar="FOLDER", help="real images to compare with (the run's own)")
-    add("--images", type=int_between("images", 10, 100_000), default=1000, metavar="N", help="images decoded (1000)")
-    add("--features", default=quality.FEATURES[0], metavar="NAME", help=" or ".join(quality.FEATURES))
-    steps = int_between("critic-steps", 0, 100_000)
-    add("--critic-steps", type=steps, default=200, metavar="N", help="of the fresh critics; 0 leaves them out (200)")
-    add("--json", metavar="FILE", help="also write the numbers as JSON")
-    add("--sheet", metavar="FILE", help="images and diagrams, a .png (evaluation.png in the run's folder)")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:<number>")
-    return parser
-
-
-def work(arguments: list[str] | None) -> str:
-    options = build_parser().parse_args(arguments)
+def work(options: argparse.Namespace) -> int:
     if options.sheet and Path(options.sheet).suffix.lower() != ".png":
         raise UserError(f"--sheet {options.sheet}: images are written as .png; change the file's ending")
+    for path in filter(None, (options.json, options.sheet)):
+        with os_errors_as_user_errors(path):
+            tempfile.TemporaryFile(
+                dir=next(x for x in Path(os.path.realpath(path)).parents if os.path.exists(x))
+            ).close()
+            if os.path.isdir(path):
+                raise UserError(f"{path} is a folder: name a file to write")
     device = command_device(options.device)
     sampler, saved = load_sampler_with_content(options.run, device, options.best)
-    folder = sampler.path.absolute().parent.parent
-    in_run = RunDirectory.holds_run(folder)
-    features, cache = quality.load_features(options.features, device), folder / "cache" if in_run else None
-    try:
-        evaluation = evaluate(sampler, saved, features, images=options.images, folder=options.data,
-                              critic_steps=options.critic_steps, cache=cache)  # fmt: skip
-    except BrokenImageError as error:
-        raise UserError(str(error)) from None
-    print_line("\n".join(tables(evaluation)))
-    written = [options.sheet or str((folder if in_run else Path()) / "evaluation.png")]
-    with os_errors_as_user_errors(written[0]), atomic_write(written[0]) as part:
-        plot_sheet(evaluation).savefig(part, dpi=100, format="png")
-    if options.json:
-        figures = json.loads(json.dumps(evaluation.figures), parse_constant=lambda _: None)  # JSON has no NaN: null
-        with atomic_write(options.json) as part:
-            part.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        written.append(options.json)
-    return f"\nwritten: {', '.join(written)}"
+    del saved["generator"], saved["generator_ema"]  # the sampler has the latter
+    run = sampler.path.absolute().parent.parent
+    sheet = options.sheet or str((run if RunDirectory.holds_run(run) else Path()) / "evaluation.png")
+    features = quality.load_features(options.features, device)
+    evaluation = evaluate(sampler, saved, features, options.images, options.data)
+    figures, written, failed = evaluation.figures, list[str](), list[str]()
+    outputs = [
+        (options.json, lambda: write_json(options.json, figures)),
+        (sheet, lambda: save_image(sheet, draw_sheet(evaluation))),
+        ("the tables", lambda: print_line("\n".join([*tables(figures), f"\nwritten: {', '.join(written)}"]))),
+    ]
+    for name, write in outputs:
+        try:
+            if name:
+                write()
+                written.append(name)
+        except Exception as error:  # of any kind: it may not cost the other results
+            failed.append(str(error) if isinstance(error, UserError) else f"cannot write {name}: {error!r}")
+    if failed:
+        raise UserError(one_line("; ".join(failed)))
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return run_command(lambda: work(arguments))
+    return run_command(lambda: work(EARLY or build_parser().parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -8,48 +8,133 @@ python generate.py runs/quick --out me.webp --image photo.jpg      a photo that 
 """
 
 import difflib
+import itertools
 import math
 import os
 import re
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections import Counter
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from util import (
-    CommandParser,
-    atomic_write,
-    command_device,
-    int_between,
-    os_errors_as_user_errors,
-    print_line,
-    run_command,
-    shown_path,
-)
+sys.path.insert(0, str(Path(__file__).parent))  # under PYTHONSAFEPATH too
 
-# isort: split
-# util came first: torch reads an environment variable that it sets
+from configuration import VideoConfig
+from util import CommandParser, UserError, answer_early, int_between, print_line, run_command
+
+# Default numbers of images, of rows with `--show triples`, of frames, and of a latent walk's keyframes.
+IMAGES, TRIPLES = 16, 8
+PERIODS, ROLLOUT_FRAMES, KEYFRAMES, FRAMES_PER_KEYFRAME = 4, 200, 5, 16
+VIDEO_ENDINGS = (".mp4", ".webp", ".gif")
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+def read_seeds(text: str) -> list[int]:
+    """`0-63,100` -> [0, ..., 63, 100], each once."""
+    seeds: dict[int, None] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first or last - first >= 1_000_000:
+            raise UserError(f"--seeds must look like 0-63,100 (at most a million), but is '{text}'")
+        seeds |= dict.fromkeys(range(first, last + 1))
+    return list(seeds)
+
+
+def read_grid(text: str) -> tuple[int, int]:
+    """`4x6` -> (4 rows, 6 columns)."""
+    match = re.fullmatch(r"\s*([1-9]\d{0,2})\s*[x×*]\s*([1-9]\d{0,2})\s*", text)
+    if not match:
+        raise UserError(f"--grid must look like 4x6 (rows x columns, 1 to 999), but is '{text}'")
+    return int(match[1]), int(match[2])
+
+
+def frame_rate(text: str) -> float:
+    with suppress(ValueError):
+        if 0.0001 <= float(text) <= 1000:
+            return float(text)
+    raise UserError(f"--fps must be a number from 0.0001 to 1000, but is '{text}'")
+
+
+def build_parser() -> ArgumentParser:
+    parser = CommandParser(
+        description="Make images and videos from a run or a checkpoint.",
+        epilog="examples:\n"
+        "  python generate.py runs/quick --out update.png --show triples --seeds 0-4,17\n"
+        "  python generate.py runs/quick --out clip.mp4 --video weights --motion zoom=0.3 --loop\n"
+        "  python generate.py runs/quick --out long.mp4 --video weights --rollout --frames 10000 --grid 1x1\n"
+        "  python generate.py runs/quick --out walk.gif --video latent --keyframes 7 --seeds 3\n"
+        "  python generate.py runs/quick --out history.mp4 --video training\n"
+        "  python generate.py runs/quick --out me.webp --video weights --image photo.jpg --loop\n"
+        "  python generate.py runs/quick/checkpoints/step_000100.pt --out folder_of_images --images 1000\n",
+    )
+    add = parser.add_argument
+    add("source", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest checkpoint), or a .pt file")
+    add("--out", required=True, metavar="FILE", help="images: .png, or a name without ending for a folder of them; "
+        "videos: .mp4, .webp, .gif, .png (APNG), or a name without ending for a folder of frames")  # fmt: skip
+    add("--best", action="store_true", help="of a run, take its best checkpoint instead of the newest")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:<number> (%(default)s)")
+
+    group = parser.add_argument_group("what to make")
+    what = group.add_mutually_exclusive_group()
+    what.add_argument("--images", type=int_between("images", 1, 1_000_000), metavar="N",
+                      help=f"N images ({IMAGES}; this is the default for .png and folders)")  # fmt: skip
+    what.add_argument("--video", choices=("weights", "synthetic", "latent", "training"), metavar="KIND",
+                      help="weights: frames decoded with weights that move as the GRU predicts (default for .mp4, "
+                      ".webp and .gif); synthetic: the moving copies of the base image that the GRU encodes; latent: a "
+                      "closed walk through latent space; training: the run's samples in order of steps")  # fmt: skip
+    add = group.add_argument
+    add("--seed", type=int_between("seed", 0, 2**53), metavar="S",
+        help="the first image's seed; the others follow (0)")  # fmt: skip
+    add("--seeds", type=read_seeds, metavar="LIST", help="seeds such as 0-63,100")
+    add("--image", metavar="PATH", help="an image file, or a folder of them, to encode instead of sampling latents")
+    add("--show", choices=("updated", "base", "triples"),
+        help="images with the predicted update (the default), without it, or both and their difference, labelled (the "
+        "default with --image)")  # fmt: skip
+    add("--motion", metavar="LIST",
+        help="strengths such as shift=0.2,zoom=0.1,speed=2 instead of the run's own; kinds not named don't move; "
+        "speed=0.5 alone keeps them. Kinds: shift, zoom, rotation, brightness, contrast, noise")  # fmt: skip
+
+    add = parser.add_argument_group("how it is shown").add_argument
+    add("--grid", type=read_grid, metavar="RxC", help="rows and columns; 4x4 also means 16 images")
+    add("--scale", type=int_between("scale", 1, 64), metavar="K", help="show each pixel as K x K (chosen by size)")
+    add("--compare", action="store_true", help="videos: labelled columns, the still image and all that moves")
+
+    add = parser.add_argument_group("videos").add_argument
+    add("--frames", type=int_between("frames", 1, 10_000_000), metavar="N",
+        help=f"how many ({PERIODS} periods of the motion; rollout {ROLLOUT_FRAMES}; latent {FRAMES_PER_KEYFRAME} per "
+        "keyframe; training one for each saved step)")  # fmt: skip
+    add("--fps", type=frame_rate, metavar="F", help="frames a second (the run's output.fps; latent 16, training 4)")
+    add("--loop", action="store_true",
+        help="weights, synthetic: whole periods, so that the last frame leads to the first")  # fmt: skip
+    add("--rollout", action="store_true",
+        help="weights: after one period the GRU encodes its own frames, for as long as asked")  # fmt: skip
+    add("--rollout-after", type=int_between("rollout-after", 1, 10_000_000), metavar="K",
+        help="the same after K frames")  # fmt: skip
+    add("--keyframes", type=int_between("keyframes", 2, 1000), metavar="M",
+        help=f"latent: images that the walk passes through ({KEYFRAMES})")  # fmt: skip
+    return parser
+
+
+# Mistakes and --help are answered before torch is imported, which takes seconds.
+EARLY = answer_early(build_parser().parse_args) if __name__ == "__main__" else None
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from configuration import UserError, VideoConfig
-from image_data import find_images
-from media import labelled_grid, open_video, scale_for, tile_images
+from media import find_images, labelled_grid, open_video, scale_for, tile_images
 from sampling import BATCH, SampledImages, SampleInputs, Sampler, load_sampler
+from util import atomic_write, command_device, os_errors_as_user_errors, shown_path
 from video_synth import MOTIONS
 
-# Default numbers of images, of rows with `--show triples`, of frames, and of a latent walk's keyframes.
-IMAGES, TRIPLES = 16, 8
-PERIODS, ROLLOUT_FRAMES, KEYFRAMES, FRAMES_PER_KEYFRAME = 4, 200, 5, 16
 Sample = tuple[SampleInputs, SampledImages]  # of one image
-VIDEO_ENDINGS = (".mp4", ".webp", ".gif")
 PROGRESS = {"disable": None, "dynamic_ncols": True}  # None: no bar where standard error is no terminal
 
 _COMMON, _MOVING = {"seed", "seeds", "grid", "scale", "motion"}, {"frames", "fps", "loop", "compare"}
@@ -62,14 +147,10 @@ USES = {
 }
 """What is made -> the options that have an effect on it."""
 
-RENAMED = {"--draw": "--show", "--roll": "--rollout", "--roll-after": "--rollout-after", "--stops": "--keyframes"}
-
 
 def generate(options: Namespace) -> str:
-    """Does what the options say; returns a line about what was written.
-
-    Raises:
-        UserError: options that don't fit, no usable checkpoint, a file that can't be read or written.
+    """Does what the options say; returns a line about what was written. Raises UserError: options that don't fit, no
+    usable checkpoint, a file that can't be read or written.
     """
     is_video = Path(options.out).suffix.lower() in VIDEO_ENDINGS or options.rollout or options.rollout_after
     kind = options.video or ("weights" if is_video else "images")
@@ -85,8 +166,32 @@ def generate(options: Namespace) -> str:
     device = command_device(options.device)
     sampler = load_sampler(options.source, device, options.best)
     if options.motion is not None:
-        sampler.set_motion(*options.motion)
+        sampler.set_motion(*read_motion(options.motion, sampler.generator.synthesizer.strengths))
     return make_images(options, sampler) if kind == "images" else make_video(options, sampler, kind)
+
+
+def read_motion(text: str, own: dict[str, float]) -> tuple[dict[str, float], float]:
+    """`shift=0.2,zoom=0.1,speed=2` -> strengths, all others 0, and the speed. Speed alone keeps the run's own."""
+    values = dict.fromkeys(MOTIONS, 0.0) | {"speed": 1.0}
+    limits: dict[str, Any] = {setting.name: setting.metadata for setting in fields(VideoConfig)}
+    limits["speed"] = {"low": 0.01, "high": 100.0, "range": "0.01 to 100"}
+    parts = [[piece.strip() for piece in part.partition("=")] for part in text.split(",")]
+    if all(name == "speed" for name, _, _ in parts):
+        values |= own
+    for name, _, value in parts:
+        if name not in values:
+            close = difflib.get_close_matches(name, values, 1, 0.5)
+            hint = f"did you mean '{close[0]}'?" if close else f"kinds are {', '.join(values)}"
+            raise UserError(f"--motion: unknown kind '{name}'; {hint}")
+        limit = limits.get(name, {"range": "0 or more"})  # a motion may have no setting
+        try:
+            values[name] = float(value)
+        except ValueError:
+            values[name] = math.nan
+        if not limit.get("low", 0.0) <= values[name] <= limit.get("high", math.inf):
+            raise UserError(f"--motion: {name} must be a number, {limit['range']}, but is '{value}'")
+    speed = values.pop("speed")
+    return values, speed
 
 
 # -------------------------------------------------------------------------------------------------------------- images
@@ -100,17 +205,18 @@ def make_images(options: Namespace, sampler: Sampler) -> str:
     show = options.show or ("triples" if options.image else "updated")  # own images are best seen beside the results
     if options.grid and (as_folder or show == "triples"):
         raise UserError("--grid means nothing for a folder or for --show triples, which has rows of its own")
-    seeds, files = choose_seeds(options, TRIPLES if show == "triples" and not as_folder else IMAGES)
+    seeds, files = choose_seeds(options, False, TRIPLES if show == "triples" and not as_folder else IMAGES)
     grid = choose_grid(options.grid, len(seeds))
     samples = tqdm(sample_images(sampler, seeds, files), total=len(seeds), unit=" images", **PROGRESS)
     count = pluralize(len(seeds), "image")
     if as_folder:
-        used: Counter[str] = Counter()
+        used: set[str] = set()
         with atomic_write(options.out, folder=True) as folder, os_errors_as_user_errors(options.out):
             for sample in samples:
-                (name,) = sample[0].names
-                used[name] += 1
-                name = name if used[name] == 1 else f"{name}-{used[name]}"  # the same name in two folders
+                (stem,) = sample[0].names
+                names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+                name = next(name for name in names if name.lower() not in used)  # some disks know no capitals
+                used.add(name.lower())
                 compose(show, [sample], (1, 1), options.scale).save(folder / f"{name}.png")
         return f"wrote {options.out}: {count} of {describe_source(sampler, seeds, files)}"
     with atomic_write(options.out) as part, os_errors_as_user_errors(options.out):
@@ -165,7 +271,7 @@ def make_video(options: Namespace, sampler: Sampler, kind: str) -> str:
     rollout_after = options.rollout_after or (max(1, round(sampler.period)) if options.rollout else None)
     if rollout_after and options.loop:
         raise UserError("--loop: a rollout never comes back to its first frame; leave out one of them")
-    seeds, files = choose_seeds(options, math.prod(options.grid) if options.grid else IMAGES)
+    seeds, files = choose_seeds(options, True, math.prod(options.grid) if options.grid else IMAGES)
     grid = choose_grid(options.grid, len(seeds))
     if len(seeds) > BATCH:
         raise UserError(f"{len(seeds)} videos at once are too many, {BATCH} are the most: give a smaller --grid")
@@ -215,7 +321,7 @@ def moving_columns(
 def make_training_video(options: Namespace) -> str:
     """The run's own sample sheets, one a frame, with their steps; no network is needed."""
     run = Path(options.source)
-    if not run.is_dir():
+    if not os.path.isdir(run):
         raise UserError(f"--video training shows the saved samples of a run: give its folder, not {shown_path(run)}")
     sheets = sorted((int(path.stem[5:]), path) for path in run.glob("samples/step_*.png") if path.stem[5:].isdecimal())
     if not sheets:
@@ -244,14 +350,14 @@ def write_frames(out: str, frames: Iterable[np.ndarray], count: int, fps: float,
     return f"{pluralize(count, 'frame')}, {scale * pixels.shape[1]} x {scale * pixels.shape[0]} pixels"
 
 
-def choose_seeds(options: Namespace, default: int) -> tuple[list[int], list[str] | None]:
+def choose_seeds(options: Namespace, is_video: bool, default: int) -> tuple[list[int], list[str] | None]:
     """The seeds, and with `--image` as many image files. One image with several seeds is moved in several ways."""
     files = None
     if options.image:
         path = Path(options.image)
-        if not path.exists():
+        if not os.path.exists(path):
             raise UserError(f"--image {shown_path(path)}: no such file or folder")
-        files = find_images(path, "--image") if path.is_dir() else [str(path)]
+        files = find_images(path, "--image")[0] if os.path.isdir(path) else [str(path)]
     count = options.images or (math.prod(options.grid) if options.grid and not options.seeds else None)
     if options.seeds:
         if options.images not in (None, len(options.seeds)):
@@ -259,7 +365,7 @@ def choose_seeds(options: Namespace, default: int) -> tuple[list[int], list[str]
         seeds = options.seeds
     else:
         if files and (not count or (not options.images and count > len(files) > 1)):
-            count = min(len(files), IMAGES) if options.video else len(files)
+            count = min(len(files), IMAGES) if is_video else len(files)
         first = options.seed or 0
         seeds = list(range(first, first + (count or default)))
     if files and len(files) == 1:
@@ -304,128 +410,8 @@ def pluralize(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-# ------------------------------------------------------------------------------------------------------------- options
-
-
-def read_seeds(text: str) -> list[int]:
-    """`0-63,100` -> [0, ..., 63, 100], each once."""
-    seeds: dict[int, None] = {}
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if last < first or last - first >= 1_000_000:
-            raise UserError(f"--seeds must look like 0-63,100 (at most a million), but is '{text}'")
-        seeds |= dict.fromkeys(range(first, last + 1))
-    return list(seeds)
-
-
-def read_grid(text: str) -> tuple[int, int]:
-    """`4x6` -> (4 rows, 6 columns)."""
-    match = re.fullmatch(r"\s*([1-9]\d{0,2})\s*[x×*]\s*([1-9]\d{0,2})\s*", text)
-    if not match:
-        raise UserError(f"--grid must look like 4x6 (rows x columns, 1 to 999), but is '{text}'")
-    return int(match[1]), int(match[2])
-
-
-def read_motion(text: str) -> tuple[dict[str, float], float]:
-    """`shift=0.2,zoom=0.1,speed=2` -> strengths, all others 0, and the speed."""
-    values = dict.fromkeys(MOTIONS, 0.0) | {"speed": 1.0}
-    limits: dict[str, Any] = {setting.name: setting.metadata for setting in fields(VideoConfig)}
-    limits["speed"] = {"low": 0.01, "high": 100.0, "range": "0.01 to 100"}
-    for part in text.split(","):
-        name, _, value = (piece.strip() for piece in part.partition("="))
-        if name not in values:
-            close = difflib.get_close_matches(name, values, 1, 0.5)
-            hint = f"did you mean '{close[0]}'?" if close else f"kinds are {', '.join(values)}"
-            raise UserError(f"--motion: unknown kind '{name}'; {hint}")
-        limit = limits.get(name, {"range": "0 or more"})  # a motion may have no setting
-        try:
-            values[name] = float(value)
-        except ValueError:
-            values[name] = math.nan
-        if not limit.get("low", 0.0) <= values[name] <= limit.get("high", math.inf):
-            raise UserError(f"--motion: {name} must be a number, {limit['range']}, but is '{value}'")
-    speed = values.pop("speed")
-    return values, speed
-
-
-def frame_rate(text: str) -> float:
-    with suppress(ValueError):
-        if 0 < float(text) <= 240:
-            return float(text)
-    raise UserError(f"--fps must be a number above 0, at most 240, but is '{text}'")
-
-
-def build_parser() -> ArgumentParser:
-    parser = CommandParser(
-        description="Make images and videos from a run or a checkpoint.",
-        epilog="examples:\n"
-        "  python generate.py runs/quick --out update.png --show triples --seeds 0-4,17\n"
-        "  python generate.py runs/quick --out clip.mp4 --video weights --motion zoom=0.3 --loop\n"
-        "  python generate.py runs/quick --out long.mp4 --video weights --rollout --frames 10000 --grid 1x1\n"
-        "  python generate.py runs/quick --out walk.gif --video latent --keyframes 7 --seeds 3\n"
-        "  python generate.py runs/quick --out history.mp4 --video training\n"
-        "  python generate.py runs/quick --out me.webp --video weights --image photo.jpg --loop\n"
-        "  python generate.py runs/quick/checkpoints/step_000100.pt --out folder_of_images --images 1000\n",
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("source", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest checkpoint), or a .pt file")
-    add("--out", required=True, metavar="FILE", help="images: .png, or a name without ending for a folder of them; "
-        "videos: .mp4, .webp, .gif, .png (APNG), or a name without ending for a folder of frames")  # fmt: skip
-    add("--best", action="store_true", help="of a run, take its best checkpoint instead of the newest")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:<number> (%(default)s)")
-
-    group = parser.add_argument_group("what to make")
-    what = group.add_mutually_exclusive_group()
-    what.add_argument("--images", type=int_between("images", 1, 1_000_000), metavar="N",
-                      help=f"N images ({IMAGES}; this is the default for .png and folders)")  # fmt: skip
-    what.add_argument("--video", choices=("weights", "synthetic", "latent", "training"), metavar="KIND",
-                      help="weights: frames decoded with weights that move as the GRU predicts (default for .mp4, "
-                      ".webp and .gif); synthetic: the moving copies of the base image that the GRU encodes; latent: a "
-                      "closed walk through latent space; training: the run's samples in order of steps")  # fmt: skip
-    add = group.add_argument
-    add("--seed", type=int_between("seed", 0, 2**53), metavar="S",
-        help="the first image's seed; the others follow (0)")  # fmt: skip
-    add("--seeds", type=read_seeds, metavar="LIST", help="seeds such as 0-63,100")
-    add("--image", metavar="PATH", help="an image file, or a folder of them, to encode instead of sampling latents")
-    add("--show", choices=("updated", "base", "triples"),
-        help="images with the predicted update (the default), without it, or both and their difference, labelled (the "
-        "default with --image)")  # fmt: skip
-    add("--motion", type=read_motion, metavar="LIST",
-        help="strengths such as shift=0.2,zoom=0.1,speed=2 instead of the run's own; kinds not named don't move: "
-        + ", ".join(MOTIONS))  # fmt: skip
-
-    add = parser.add_argument_group("how it is shown").add_argument
-    add("--grid", type=read_grid, metavar="RxC", help="rows and columns; 4x4 also means 16 images")
-    add("--scale", type=int_between("scale", 1, 64), metavar="K", help="show each pixel as K x K (chosen by size)")
-    add("--compare", action="store_true", help="videos: labelled columns, the still image and all that moves")
-
-    add = parser.add_argument_group("videos").add_argument
-    add("--frames", type=int_between("frames", 1, 10_000_000), metavar="N",
-        help=f"how many ({PERIODS} periods of the motion; rollout {ROLLOUT_FRAMES}; latent {FRAMES_PER_KEYFRAME} per "
-        "keyframe; training one for each saved step)")  # fmt: skip
-    add("--fps", type=frame_rate, metavar="F", help="frames a second (the run's output.fps; latent 16, training 4)")
-    add("--loop", action="store_true",
-        help="weights, synthetic: whole periods, so that the last frame leads to the first")  # fmt: skip
-    add("--rollout", action="store_true",
-        help="weights: after one period the GRU encodes its own frames, for as long as asked")  # fmt: skip
-    add("--rollout-after", type=int_between("rollout-after", 1, 10_000_000), metavar="K",
-        help="the same after K frames")  # fmt: skip
-    add("--keyframes", type=int_between("keyframes", 2, 1000), metavar="M",
-        help=f"latent: images that the walk passes through ({KEYFRAMES})")  # fmt: skip
-    return parser
-
-
 def main(arguments: list[str] | None = None) -> int:
-    def work() -> str:
-        for argument in sys.argv[1:] if arguments is None else arguments:
-            if (name := argument.partition("=")[0]) in RENAMED:
-                raise UserError(f"{name} is now called {RENAMED[name]}")
-        return generate(build_parser().parse_args(arguments))
-
-    return run_command(work)
+    return run_command(lambda: generate(EARLY or build_parser().parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -15,18 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional
 
-from configuration import Config
+from configuration import Config, UserError
 from model_definitions import VAE, ConstantUpdate, Discriminator, PredictorState, WeightPredictorRNN
 from video_synth import MOTIONS, Motion, VideoSynthesizer
-from weight_updates import (
-    HEADS,
-    DenseUpdate,
-    FactoredUpdate,
-    Update,
-    UpdateHead,
-    build_update_spec,
-    check_update_size,
-)
+from weight_updates import HEADS, DenseUpdate, FactoredUpdate, Update, UpdateHead, build_update_spec, check_update_size
 
 VIDEO_SIZE = 64
 """Side of the GRU's video frames, unless the settings say otherwise: motion can be seen in small frames too."""
@@ -62,14 +54,8 @@ class Generator(nn.Module):
         config: `weight_predictor` (update, input_video, bound, sharing) and `video.detach` are read.
     """
 
-    def __init__(
-        self,
-        vae: VAE,
-        synthesizer: VideoSynthesizer,
-        predictor: WeightPredictorRNN | ConstantUpdate,
-        head: UpdateHead,
-        config: Config,
-    ) -> None:
+    def __init__(self, vae: VAE, synthesizer: VideoSynthesizer, predictor: WeightPredictorRNN | ConstantUpdate,
+                 head: UpdateHead, config: Config) -> None:  # fmt: skip
         super().__init__()
         settings = config.weight_predictor
         self.vae = vae
@@ -79,6 +65,7 @@ class Generator(nn.Module):
         self.spec = head.spec
         self.update_kind = settings.update
         self.input_video = settings.input_video
+        self.is_static = settings.input_video == "static"
         self.bound = settings.bound
         self.shared = settings.sharing == "shared"
         self.detach_video = config.video.detach
@@ -143,18 +130,14 @@ class Generator(nn.Module):
             predictor's state. The hidden state at frame t predicts the update that decodes frame t + 1; the last one,
             at T - 1, that of frame T, which equals frame 0.
         """
-        x_base = x_base.detach() if self.detach_video else x_base
-        images = self.video_images(x_base)
+        images, motion = self.video_of(x_base.detach() if self.detach_video else x_base, motion)
         frames = self.synthesizer.frames
         if self.update_kind != "predicted":
             video = images[:, None].expand(-1, frames, -1, -1, -1)
             return video, *self.predictor.encode(video)
-        if self.input_video == "static":
-            first = torch.zeros(len(images), 1, device=images.device)
-            video = self.synthesizer(images, motion, first).expand(-1, frames, -1, -1, -1)
-        else:
-            video = self.synthesizer(images, motion)
-        states, state = self.predictor.encode(torch.cat([self.downscale(images)[:, None], video], dim=1))
+        image = self.downscale(images)[:, None]
+        video = image.expand(-1, frames, -1, -1, -1) if self.is_static else self.synthesizer(images, motion)
+        states, state = self.predictor.encode(torch.cat([image, video], dim=1))
         return video, states[:, 1:], state
 
     def continue_video(self, output: GeneratorOutput, motion: Motion, rollout_count: int, frames: int) -> Tensor:
@@ -175,15 +158,15 @@ class Generator(nn.Module):
         assert output.predictor_state is not None
         first = self.synthesizer.frames
         times = torch.arange(first, first + frames, device=output.states.device).expand(len(output.states), -1)
-        if self.input_video == "static":
-            times = torch.zeros_like(times)
         states = []
         if rollout_count:
             states.append(self._rollout(output, motion, times[:rollout_count]))
         if rollout_count < len(output.states):
             rest = slice(rollout_count, None)
-            images = self.video_images(output.x_base.detach())[rest]
-            video = self.synthesizer(images, motion_rows(motion, rest), times[rest])
+            images, motion = self.video_of(output.x_base.detach(), motion)
+            video = self.downscale(images)[rest, None].expand(-1, frames, -1, -1, -1)
+            if not self.is_static:
+                video = self.synthesizer(images[rest], motion_rows(motion, rest), times[rest])
             encoded, _ = self.predictor.encode(video, state_rows(output.predictor_state, rest))
             states.append(torch.cat([output.states[rest, -1:], encoded], dim=1))
         return torch.cat(states)
@@ -205,9 +188,15 @@ class Generator(nn.Module):
             states.append(hidden[:, 0])
         return torch.stack(states, dim=1)
 
-    def video_images(self, x_base: Tensor) -> Tensor:
-        """x_base (B, C, H, W) -> the images of which the GRU gets videos: rolled by one for the control `other`."""
-        return x_base.roll(1, 0) if self.input_video == "other" else x_base
+    def video_of(self, x_base: Tensor, motion: Motion) -> tuple[Tensor, Motion]:
+        """The images (B, C, H, W) and motions of the GRU's videos: for the control `other` those of the one before.
+        Raises UserError: there is no other image.
+        """
+        if self.input_video != "other":
+            return x_base, motion
+        if len(x_base) < 2:
+            raise UserError("weight_predictor.input_video is other, which takes two images at a time, but there is one")
+        return x_base.roll(1, 0), Motion(*(numbers.roll(1, 0) for numbers in motion))
 
     def downscale(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) -> (B, C, height, width), the size of the video."""
@@ -378,10 +367,8 @@ def build_synthesizer(config: Config) -> VideoSynthesizer:
 
 
 def build_head(config: Config, vae: VAE) -> UpdateHead:
-    """The update head for the decoder tensors that `weight_predictor.layers` names.
-
-    Raises:
-        UserError: patterns that don't fit the VAE.
+    """The update head for the decoder tensors that `weight_predictor.layers` names. Raises UserError: patterns that
+    don't fit the VAE.
     """
     settings = config.weight_predictor
     return HEADS[settings.head](build_update_spec(vae, settings.layers), settings.rank)
@@ -390,10 +377,8 @@ def build_head(config: Config, vae: VAE) -> UpdateHead:
 def build_predictor(
     config: Config, synthesizer: VideoSynthesizer, head: UpdateHead
 ) -> WeightPredictorRNN | ConstantUpdate:
-    """The GRU that predicts the head's code from a video, or the constant that stands in its place.
-
-    Raises:
-        UserError: an `update_size` that isn't the head's.
+    """The GRU that predicts the head's code from a video, or the constant that stands in its place. Raises UserError:
+    an `update_size` that isn't the head's.
     """
     settings, image = config.weight_predictor, config.image
     update_size = check_update_size(settings.update_size, head)
@@ -408,10 +393,8 @@ def build_predictor(
 
 
 def build_generator(config: Config) -> Generator:
-    """The whole generator that the settings describe.
-
-    Raises:
-        UserError: `weight_predictor` settings that don't fit the VAE.
+    """The whole generator that the settings describe. Raises UserError: `weight_predictor` settings that don't fit the
+    VAE.
     """
     vae, synthesizer = build_vae(config), build_synthesizer(config)
     head = build_head(config, vae)

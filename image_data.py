@@ -2,111 +2,79 @@
 
 `open_images` finds the images below `data.root`, decodes them once if they fit `data.memory_gb` (else they stream
 through worker processes), and returns `TrainingImages`, whose `batches()` never end. What a batch holds depends on the
-seed and the batch's number alone: not on where the images are kept, how many workers read them, or where a run was
-stopped and resumed.
+seed and the batch's number alone: not on where images are kept, on workers, or on where a run was resumed.
 """
 
-import hashlib
+import ctypes
+import errno
+import io
 import logging
 import math
 import os
+import re
 import signal
 import stat
 import time
 import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, features
+from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, dataloader, get_worker_info
 from tqdm import tqdm
 
-from configuration import DataConfig, ImageConfig, UserError, one_line
-from util import absolute, shown_path
-
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-"""Endings of the files that count as images, in upper or lower case."""
-
-Sample = tuple[str, int]  # path of an image, and the number of its class
+from configuration import DataConfig, ImageConfig, UserError
+from media import BrokenImageError, find_images, parse_colour
+from util import LARGEST_FILE, Sample, absolute, names_digest, shown_path, split_held_out
 
 # Only these decoders: Pillow also opens EPS, which runs an external program, and a renamed file would reach it.
-_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-_LARGEST_FILE = 10**9  # bytes; more than the pixels allowed below take in any format, and WebP is read whole
+_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 
-# Pillow warns of oddly written files in the middle of the progress bar. The one warning that matters here (too many
-# pixels) is an error below; `warnings.catch_warnings` around it would not do, as threads share its state.
+# Pillow warns of oddly written files amid the progress bar. The one that matters (too many pixels) is an error below.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs besides raising would be a second line
+with suppress(AttributeError, OSError):  # nor may libtiff, which Pillow's core is linked to (not so on Windows)
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
+warnings.filterwarnings("ignore", "This DataLoader will create", module=r"torch\.")  # more workers than cores
+# Where torch cannot start all workers, for lack of files, it looks for this in vain when it ends the others.
+dataloader._MultiProcessingDataLoaderIter._workers_status = Counter()  # type: ignore[assignment]
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26  # bytes: some programs write more than 1 MB
 
-
-class BrokenImageError(UserError):
-    """An image file that cannot be read; the message names the file, the reason and the fix."""
-
-    def __init__(self, path: str | Path, reason: str):
-        super().__init__(path, reason)  # the arguments as they came, so that the error can be pickled
-        self.path, self.reason = Path(path), reason
-
-    def __str__(self) -> str:
-        return f"broken image {shown_path(self.path)}: {self.reason}; replace or remove it, or set data.on_broken=skip"
-
-
-def find_images(root: str | Path, setting: str = "data.root") -> list[str]:
-    """Absolute paths of the image files below `root`, sorted; hidden files and folders don't count.
-
-    Links to folders are followed, but no folder is entered twice, so loops of links end; a folder that can be reached
-    directly and through a link counts where it really lies. `setting` is the setting or option that errors name.
-
-    Raises:
-        UserError: `root` is missing, no folder or without images, or a folder in it cannot be read.
-    """
-    top = absolute(root)
-    extensions = ", ".join(extension[1:] for extension in IMAGE_EXTENSIONS)
-    hint = f"(looked for {extensions}); set {setting} to a folder of images"
-    if not str(root).strip():  # else it would mean the working directory
-        raise UserError(f"{setting} is empty {hint}")
-    if not os.path.isdir(top):  # noqa: PTH112  Path.is_dir raises for overlong names and locked places
-        reason = "is not a folder" if os.path.lexists(top) else "does not exist"
-        raise UserError(f"{setting}: {shown_path(top)} {reason} {hint}")
-    files: list[str] = []
-    entered: set[str] = set()
-    pending = deque([str(top)])  # links on the left, to be entered last
-    while pending:
-        folder = pending.pop()
-        real_path = os.path.realpath(folder)
-        if real_path in entered:
-            continue
-        entered.add(real_path)
-        try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as error:
-            raise UserError(f"{setting}: folder {shown_path(folder)} cannot be read: {error.strerror}") from None
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if os.path.isdir(entry.path):  # noqa: PTH112
-                (pending.appendleft if entry.is_symlink() else pending.append)(entry.path)
-            elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
-                files.append(entry.path)
-    if not files:
-        raise UserError(f"{setting}: {shown_path(top)} holds no images {hint}")
-    return sorted(files)
+_DAMAGED, _CONVERT = "it is damaged or cut short", "convert it to jpg, for example with heif-convert or ImageMagick"
+_REASONS = {  # what Pillow raises, or how a file begins that it cannot identify -> why, in our words
+    "DecompressionBomb": f"its pixels exceed the limit of {Image.MAX_IMAGE_PIXELS}",
+    "MemoryError": "there is not enough memory to decode it",
+    "(?i).*(unsupported|unknown)": "it is of a kind that Pillow cannot read",
+    "version https://git-lfs": "it is a Git LFS pointer, not the image itself; run git lfs pull",
+    "(\xef\xbb\xbf)?\\s*<": "it is a web page, SVG or other XML; download the image itself",
+    "....ftypavi[fs]": _DAMAGED if features.check("avif") else f"this Pillow cannot read AVIF; {_CONVERT}",
+    "....ftyp(he|mi|ms)|(\0\0\0\x0c)?(jP|JX|\xff\x4f|\xff\x0a)": f"HEIC, JPEG 2000 and XL are not read; {_CONVERT}",
+    "II[*+]\0|MM\0[*+]|\xff\xd8": "it is damaged, or a TIFF or JPEG of a kind that Pillow cannot read (for example "
+    "floating-point colours, or 12 bits); save it with 8 bits a channel",
+    "\\w+: |\x89PNG|RIFF....WEBP|BM|GIF8": _DAMAGED,
+    "": "its content is not a jpg, png, webp, avif, bmp, gif or tiff image",
+}
 
 
 def open_folder(root: str | Path, loader: Callable[[str], Tensor]) -> Any:
     """The images below `root` as torchvision's `ImageFolder`, whose classes are the folders at the top.
 
     Where an image lies at the top itself, all are one set without classes: `ImageFolder` would refuse such a folder, or
-    drop the loose images in silence, while training needs no classes. Raises UserError as `find_images` does.
+    drop the loose images in silence, while training needs no classes. `left_out` tells what is not read. Raises
+    UserError as `find_images` does.
     """
-    files = find_images(root)
+    files, note = find_images(root)
     top = str(absolute(root))
     parts = [file[len(top) :].lstrip(os.sep).partition(os.sep) for file in files]
     folders = [folder if separator else "" for folder, separator, _ in parts]
@@ -114,6 +82,8 @@ def open_folder(root: str | Path, loader: Callable[[str], Tensor]) -> Any:
     from torchvision.datasets import ImageFolder  # here: it takes a second or two to load
 
     class FoundImages(ImageFolder):  # its own search would enter hidden folders and loops of links
+        left_out = note
+
         def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
             return classes, {name: number for number, name in enumerate(classes)}
 
@@ -121,32 +91,6 @@ def open_folder(root: str | Path, loader: Callable[[str], Tensor]) -> Any:
             return [(file, class_to_idx.get(folder, 0)) for file, folder in zip(files, folders, strict=True)]
 
     return FoundImages(top, loader=loader)
-
-
-def split_held_out(samples: list[Sample], root: str, fraction: float) -> tuple[list[Sample], list[Sample]]:
-    """The samples to train on, in their order, and a `fraction` that is held out, in the order of a hash.
-
-    The hash is that of an image's name below `root`; those with the smallest ones are held out, at least one and never
-    all. So the choice is the same on every machine and for every seed. Raises UserError where there is one image only.
-    """
-    if fraction == 0:
-        return samples, []
-    if len(samples) < 2:
-        raise UserError(f"data.holdout={fraction:g}: {shown_path(root)} holds one image only; set it to 0")
-
-    def name_hash(sample: Sample) -> bytes:
-        name = Path(sample[0].removeprefix(root)).as_posix()
-        return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
-
-    count = min(max(1, round(fraction * len(samples))), len(samples) - 1)
-    held_out = sorted(samples, key=name_hash)[:count]
-    excluded = set(held_out)
-    return [sample for sample in samples if sample not in excluded], held_out
-
-
-def names_digest(names: Iterable[str]) -> str:
-    """SHA-256 of names in their order: identifies the images of a folder without reading them."""
-    return hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()
 
 
 def decode_image(path: str | Path, size: int, channels: int = 3, fit: str = "crop",
@@ -163,36 +107,57 @@ def decode_image(path: str | Path, size: int, channels: int = 3, fit: str = "cro
     """
     canvas = Image.new("RGB", (size, size), parse_colour(background))
     try:
-        status = Path(path).stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is not a regular file")  # opening a named pipe would block for ever
-        if status.st_size == 0:
-            raise ValueError("the file is empty (0 bytes)")
-        if status.st_size > _LARGEST_FILE:
-            raise ValueError(f"its {status.st_size:,} bytes exceed the limit of {_LARGEST_FILE:,} bytes")
-        with Image.open(path, formats=_PILLOW_FORMATS) as image:
+        with _open_image(path) as image:
             _paste_fitted(canvas, image, fit)
-    except Image.UnidentifiedImageError:
-        raise BrokenImageError(path, "its content is not a jpg, png, webp, bmp, gif or tiff image") from None
-    # Damaged files raise nearly anything: OSError, SyntaxError, ValueError, EOFError, struct.error, ...
-    except Exception as error:
-        reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-        raise BrokenImageError(path, one_line(" ".join(reason.split()))) from None
+    except Exception as error:  # damaged files raise nearly anything: OSError, SyntaxError, EOFError, struct.error, ...
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise  # the system's limits are no fault of the image
+        raise BrokenImageError(path, _reason(path, error)) from None
     pixels = np.asarray(canvas if channels == 3 else canvas.convert("L")).reshape(size, size, channels)
     # The copy in NumPy: torch would start a team of threads for it, in each of the decoding threads.
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
+def _open_image(path: str | Path) -> Image.Image:
+    """The image, of which only the header is read yet. Raises UserError with our reason, or anything."""
+    status = Path(path).stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError("it is not a regular file")  # opening a named pipe would block for ever
+    if not 0 < status.st_size <= LARGEST_FILE:
+        size = f"its {status.st_size:,} bytes exceed the limit of {LARGEST_FILE:,} bytes"
+        raise UserError(size if status.st_size else "the file is empty (0 bytes)")
+    return Image.open(path, formats=_PILLOW_FORMATS)
+
+
+def _reason(path: str | Path, error: Exception) -> str:
+    if isinstance(error, UserError) or (isinstance(error, OSError) and error.strerror):
+        return getattr(error, "strerror", None) or str(error)
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, Image.UnidentifiedImageError):
+        with Path(path).open("rb") as file:
+            text = file.read(64).decode("latin-1")
+    return next(words for pattern, words in _REASONS.items() if re.match(pattern, text, re.DOTALL))
+
+
 def _paste_fitted(canvas: Image.Image, image: Image.Image, fit: str) -> None:
     limit = Image.MAX_IMAGE_PIXELS  # None: no limit
     if limit is not None and image.width * image.height > limit:  # Pillow itself refuses from twice that size on
-        raise ValueError(f"its {image.width} × {image.height} pixels exceed the limit of {limit} pixels")
+        raise UserError(f"its {image.width} × {image.height} pixels exceed the limit of {limit} pixels")
     size, measure = canvas.width, min if fit == "crop" else max
     # JPEG decodes to 1/2, 1/4 or 1/8 several times faster; twice the final size leaves the rest to the better filter.
     scale = 2 * size / measure(image.size)
     image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
-    ImageOps.exif_transpose(image, in_place=True)
-    image = _to_eight_bits(image)
+    # Pillow keeps the transparent colour of a PNG as it stands there, and scales pixels of 16 bits to 8.
+    if isinstance(image, ImageFile) and image.tile and image.tile[0][3] == "RGB;16B" and "transparency" in image.info:
+        image.info["transparency"] = tuple(level >> 8 for level in image.info["transparency"])
+    image.load()
+    with suppress(Exception):  # broken EXIF is none
+        ImageOps.exif_transpose(image, in_place=True)
+    kind = "CMYK" if image.mode == "CMYK" else "L" if image.mode in ("1", "L", "LA") or image.mode[0] in "FI" else "RGB"
+    profile = image.info.get("icc_profile")
+    to_srgb = _transform_to_srgb(profile, kind) if isinstance(profile, bytes) else None
+    if not (to_srgb and kind == "CMYK"):
+        image = _to_eight_bits(image)
     width, height = image.size
     side = measure(width, height)
     if fit == "crop":  # cutting and scaling in one go: 1 × 5000 pixels never become size × 5000·size
@@ -201,35 +166,53 @@ def _paste_fitted(canvas: Image.Image, image: Image.Image, fit: str) -> None:
     else:
         box, shape = None, (max(1, round(width * size / side)), max(1, round(height * size / side)))
     image = image.resize(shape, Image.Resampling.BICUBIC, box, reducing_gap=3.0)
-    corner = ((size - shape[0]) // 2, (size - shape[1]) // 2)
-    canvas.paste(image, corner, mask=image.getchannel("A") if image.mode == "RGBA" else None)
+    alpha = image.getchannel("A") if image.mode == "RGBA" else None
+    if to_srgb:  # of the small image, which is as good and costs little
+        image = to_srgb.apply(image.getchannel(0) if to_srgb.input_mode == "L" else image.convert(to_srgb.input_mode))
+    canvas.paste(image, ((size - shape[0]) // 2, (size - shape[1]) // 2), mask=alpha)
+
+
+@lru_cache(maxsize=16)
+def _transform_to_srgb(profile: bytes, kind: str) -> ImageCms.ImageCmsTransform | None:
+    """From 8-bit pixels of a profile to sRGB; None if it is sRGB, broken or of another `kind`."""
+    with suppress(Exception):
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space]
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        if "sRGB" not in ImageCms.getProfileDescription(source) and mode in (kind, "RGB" * (kind == "L")):
+            return transform
+    return None
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
     """The image as RGB, or as RGBA where it may be transparent. Pillow's own conversion clips greys of more bits."""
+    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    alpha = image.getchannel("A") if image.mode == "RGBA" else None
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
+        if image.mode == "I" and tags and 2 not in tags.get(339, ()):  # unsigned, but Pillow's are signed
+            values = values.view(np.uint32)
         largest = float(values.max())
         if not np.isfinite([largest, float(values.min())]).all():  # NaN anywhere makes both NaN
-            raise ValueError("it holds values that are not finite")
+            raise UserError("it holds values that are not finite")
         # 16-bit greys have a known range; 32-bit ones (TIFF) don't: white is the end of a usual one, else the maximum.
-        usual = (1, 255) if image.mode == "F" else (65535,)
+        deep = 2 ** np.ravel(tags.get(258, 16))[0] - 1 if image.mode.startswith("I;16") else 65535  # 12 bits in TIFF
+        usual = (1, 255) if image.mode == "F" else (int(deep),)
         white = next((limit for limit in usual if largest <= limit), largest)
         pixels = np.empty(values.size, np.uint8)
         for start in range(0, values.size, 2**20):  # in parts: float64 of all pixels at once took 2.2 GB
             part = values.reshape(-1)[start : start + 2**20].astype(np.float64)
             pixels[start : start + len(part)] = (part.clip(0, white) * (255 / white)).round()
+        if tags.get(262) == 0:  # white is zero; Pillow turns only pixels of 8 bits round
+            pixels = 255 - pixels
+        if "transparency" in image.info:
+            alpha = Image.fromarray(values != image.info["transparency"]).convert("L")
         image = Image.fromarray(pixels.reshape(values.shape))
+        if alpha:
+            image.putalpha(alpha)
+    elif alpha and not alpha.getextrema()[1] and (image.format == "BMP" or (tags and 338 not in tags)):
+        return image.convert("RGB")  # an alpha that is 0 everywhere, where nothing says that it is one
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
-
-
-def parse_colour(colour: str) -> tuple[int, ...]:
-    """Red, green and blue, 0 to 255, of `data.background`. Raises UserError where it is no colour."""
-    with suppress(ValueError):
-        rgb = ImageColor.getrgb(colour)[:3]
-        if all(0 <= level <= 255 for level in rgb):  # Pillow passes on rgb(999,0,0) as it stands
-            return rgb
-    raise UserError(f"data.background must be a colour such as white or '#ff8800', but is {colour[:60]!r}")
 
 
 class TrainingImages:
@@ -239,18 +222,17 @@ class TrainingImages:
         count: number of images. Broken ones met while loading into memory are not among them; when streaming they are,
             and the next readable image takes their place.
         held_out_count: number of images that are held out for evaluation, besides.
-        class_names: names of the class folders, sorted and printable; empty for a flat folder.
-        class_counts: class name -> number of its images.
-        fingerprint: SHA-256 of the images' names below `data.root`, in their order, and of those held out; the same
-            wherever the folder lies.
-        storage: `device` (uint8 on the GPU), `memory` (uint8 in RAM) or `stream` (decoded by workers as needed).
+        class_names, class_counts: sorted and printable names of the class folders, none for a flat one; name -> images.
+        fingerprint: SHA-256 of the names below `data.root`, in order, and of those held out: same wherever it lies.
+        storage: `device` or `memory` (uint8 on the GPU or in RAM), or `stream` (decoded by workers as needed).
         seconds_waited: how long callers have waited for batches.
     """
 
     def __init__(self, folder: Any, data: DataConfig, image: ImageConfig, *, batch_size: int, seed: int,
                  device: torch.device | str, progress: bool = True, shard: slice = slice(None)):  # fmt: skip
         self.batch_size, self.seed, self.device, self.shard = batch_size, seed, torch.device(device), shard
-        self._root, self._mirror, self._workers = folder.root, data.mirror, data.workers
+        self._root, self._left_out, self._fit = folder.root, folder.left_out, data.fit
+        self._mirror, self._workers = data.mirror, data.workers
         samples, held_out = split_held_out(folder.samples, folder.root, data.holdout)
         reader = partial(_ImageReader, loader=folder.loader, skip=data.on_broken == "skip")
         self._reader, self._held_out = reader(samples), reader(held_out)
@@ -280,17 +262,30 @@ class TrainingImages:
 
     @property
     def description(self) -> str:
-        """One or two lines for the log: how many images, from where, where kept, and what was skipped."""
+        """Lines for the log: how many images, from where, where kept, which files are not read, what was skipped."""
         layout = f"in {len(self.class_names)} class folders of" if self.class_names else "as one set from"
         place = {"device": f"kept on {self.device}", "memory": "kept in memory", "stream": "streamed"}[self.storage]
         text = f"{self.count:,} images {layout} {shown_path(self._root)}, {place} ({self._megabytes:,.1f} MB decoded"
         text += f", {self._workers} workers)" if self.storage == "stream" else ")"
         if self.held_out_count:
             text += f"; {self.held_out_count:,} more are held out for evaluation"
+        text += f"\n{self._left_out}" if self._left_out else ""
         if self.skipped:
             some = ", ".join(f"{shown_path(path)} ({reason})" for path, reason in self.skipped[:3])
             text += f"\nskipped {len(self.skipped):,} broken: {some}{', ...' if len(self.skipped) > 3 else ''}"
         return text
+
+    @property
+    def crop_note(self) -> str:
+        """How much `data.fit=crop` cuts away, by the headers of 200 files; "" where that is little."""
+        cut = []
+        for path in self._reader.paths[:: -(-len(self._reader.paths) // 200)] if self._fit == "crop" else ():
+            with suppress(Exception), _open_image(path) as image:
+                cut.append(100 - 100 * min(image.size) / max(image.size))
+        if sum(cut) < 3 * len(cut) or not cut:
+            return ""
+        return (f"data.fit=crop cuts away {sum(cut) / len(cut):.0f} % of the images' area on average (of {len(cut)} "
+                f"looked at), at most {max(cut):.0f} %; data.fit=pad keeps all")  # fmt: skip
 
     def batches(self, first: int = 0) -> Iterator[Tensor]:
         """Batches number `first`, `first` + 1, ... without end: float32 (B, C, H, W) in [0, 1] on the device.
@@ -299,9 +294,8 @@ class TrainingImages:
         places k·B to (k + 1)·B of that row, across the borders of epochs. Starting anywhere costs one permutation.
         Of several processes each gets its `shard` of every batch.
 
-        Raises:
-            BrokenImageError: when streaming with `data.on_broken=error`, once the image's batch is due.
-            UserError: when streaming with `data.on_broken=skip`, if no image at all can be read.
+        When streaming, raises BrokenImageError once the image's batch is due, or, where broken images are skipped,
+        UserError if no image at all can be read.
         """
         batches = self._batches(first)
         while True:
@@ -318,7 +312,7 @@ class TrainingImages:
         # loader samples a seed for its workers, and torch's global random numbers must not depend on the storage.
         batches = (indices.tolist() for indices, _ in self._batch_indices(first))
         loaded = iter(DataLoader(self._reader, batch_size=None, sampler=batches, num_workers=self._workers,
-                                 pin_memory=self.device.type == "cuda", worker_init_fn=_ignore_interrupt,
+                                 pin_memory=self.device.type == "cuda", worker_init_fn=_prepare_worker,
                                  generator=torch.Generator()))  # fmt: skip
         try:
             for _, flip_mask in self._batch_indices(first):
@@ -327,10 +321,9 @@ class TrainingImages:
             del loaded
 
     def fixed_sample(self, n: int) -> Tensor:
-        """The same `n` images every time, spread evenly over the sorted set and never mirrored, for sample grids.
+        """The same `n` images every time, evenly from the sorted set and never mirrored; of fewer, some repeat.
 
-        Returns float32 (n, C, H, W) in [0, 1] on the device; with fewer images than `n`, they repeat. Raises as
-        `batches` does.
+        Returns float32 (n, C, H, W) in [0, 1] on the device. Raises as `batches` does.
         """
         indices = [i * self.count // n if n <= self.count else i % self.count for i in range(n)]
         if self._images is not None:
@@ -340,8 +333,8 @@ class TrainingImages:
     def held_out(self, limit: int | None = None) -> Tensor:
         """The images that are never trained on, or `limit` of them: uint8 (n, C, H, W) on the CPU, never mirrored.
 
-        They are decoded at each call, in an order that depends on their names alone and mixes the classes. A broken one
-        is left out with `data.on_broken=skip`, else raises BrokenImageError. Raises UserError where none can be read.
+        They are decoded at each call, in an order that depends on their names alone. A broken one is left out with
+        `data.on_broken=skip`, else raises BrokenImageError. Raises UserError where none can be read.
         """
         decoded = []
         for image in map(self._held_out.read, range(self.held_out_count)[:limit]):
@@ -353,9 +346,9 @@ class TrainingImages:
             raise UserError(f"data.holdout: none of {self.held_out_count:,} images can be read; change the fraction")
         return torch.stack(decoded)
 
-    def held_out_halves(self) -> tuple[Tensor, Tensor]:
-        """`held_out()` in two: images to fit the critic's probability to, and images to test it on."""
-        images = self.held_out()
+    def held_out_halves(self, limit: int | None = None) -> tuple[Tensor, Tensor]:
+        """`held_out()` in two, of at most `limit` each: to fit the critic's probability to, and to test it on."""
+        images = self.held_out(limit and 2 * limit)
         return images[0::2], images[1::2]
 
     def _epoch_order(self, epoch: int) -> Tensor:
@@ -391,7 +384,7 @@ class TrainingImages:
         """Decodes every image, in threads (Pillow's decoders leave the GIL): the readable ones and their indices."""
         images = torch.empty(shape, dtype=torch.uint8)
         kept: list[int] = []
-        broken: list[BrokenImageError] = []
+        broken: list[Exception] = []
         pool = ThreadPoolExecutor(min(32, os.cpu_count() or 1))
         try:
             decoded = pool.map(self._reader.read, range(shape[0]))
@@ -409,10 +402,10 @@ class TrainingImages:
             pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C: don't decode those still queued
         return self._checked(images[: len(kept)] if kept else None, broken), kept
 
-    def _checked(self, images: Tensor | None, broken: list[BrokenImageError]) -> Tensor:
+    def _checked(self, images: Tensor | None, broken: list[Exception]) -> Tensor:
         """The images, after the broken ones among them are recorded, or raised unless they are skipped."""
         for error in broken:
-            if not self._reader.skip:
+            if not self._reader.skip or not isinstance(error, BrokenImageError):
                 raise error
             self._broken[error.path] = error.reason
         if images is None:
@@ -433,8 +426,8 @@ def open_images(data: DataConfig, image: ImageConfig, *, batch_size: int, seed: 
     """
     parse_colour(data.background)  # before anything slow
     loader = partial(decode_image, size=image.size, channels=image.channels, fit=data.fit, background=data.background)
-    return TrainingImages(open_folder(data.root, loader), data, image, batch_size=batch_size, seed=seed, device=device,
-                          progress=progress, shard=shard)  # fmt: skip
+    return TrainingImages(open_folder(data.root, loader), data, image, batch_size=batch_size, seed=seed,
+                          device=device, progress=progress, shard=shard)  # fmt: skip
 
 
 class _ImageReader(Dataset):
@@ -451,25 +444,33 @@ class _ImageReader(Dataset):
         except BrokenImageError as error:
             return error.with_traceback(None)
 
-    def __getitem__(self, indices: list[int]) -> tuple[Tensor | None, list[BrokenImageError]]:
-        """The images, uint8 (B, C, H, W), or None if one is missing; and the broken ones met.
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor | None, list[Exception]]:
+        """The images, uint8 (B, C, H, W), or None if one is missing; and the errors met.
 
         When skipping, the next readable image takes a broken one's place.
         """
-        images, broken = [], []
-        for index in indices:
-            for step in range(len(self.paths) if self.skip else 1):
-                image = self.read((index + step) % len(self.paths))
-                if isinstance(image, Tensor):
-                    images.append(image)
-                    break
-                broken.append(image)
-        return torch.stack(images) if len(images) == len(indices) else None, broken
+        images: list[Tensor] = []
+        broken: list[Exception] = []
+        try:
+            for index in indices:
+                for step in range(len(self.paths) if self.skip else 1):
+                    image = self.read((index + step) % len(self.paths))
+                    if isinstance(image, Tensor):
+                        images.append(image)
+                        break
+                    broken.append(image)
+            batch = torch.stack(images) if len(images) == len(indices) else None
+            # Shared here, where a lack of memory is caught, not while the batch is sent.
+            return batch.share_memory_() if batch is not None and get_worker_info() else batch, broken
+        except (OSError, RuntimeError, MemoryError) as error:
+            return None, [error.with_traceback(None)]
 
 
-def _ignore_interrupt(_worker: int) -> None:
+def _prepare_worker(_worker: int) -> None:
     # Ctrl-C reaches the whole process group; the main process decides when to stop, and needs its workers until then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What cannot be sent, for example for lack of files, is only printed otherwise, and the batch is awaited for ever.
+    Queue._on_queue_feeder_error = lambda queue, error, item: queue.put((item[0], (None, [error])))  # type: ignore
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:

@@ -29,13 +29,8 @@ class CriticLoss(NamedTuple):
     score_fake: Tensor
 
 
-def critic_loss(
-    critic: Callable[[Tensor], Tensor],
-    x_real: Tensor,
-    x_fake: Tensor,
-    epsilon: Tensor,
-    weights: LossConfig,
-) -> CriticLoss:
+def critic_loss(critic: Callable[[Tensor], Tensor], x_real: Tensor, x_fake: Tensor, epsilon: Tensor,
+                weights: LossConfig) -> CriticLoss:  # fmt: skip
     """L_D = mean D(x_fake) - mean D(x_real) + λ_gp · penalty + ε_drift · mean D(x_real)²  (Gulrajani et al., eq. 3).
 
     The drift term (Karras et al. 2017, section A.1) keeps the scores, whose zero is arbitrary, from wandering off.
@@ -89,16 +84,8 @@ class GeneratorLoss(NamedTuple):
     video: Tensor
 
 
-def generator_loss(
-    *,
-    score_fake: Tensor,
-    score_base: Tensor,
-    reconstruction: Tensor,
-    kl: Tensor,
-    update: Tensor,
-    video: Tensor,
-    weights: LossConfig,
-) -> GeneratorLoss:
+def generator_loss(*, score_fake: Tensor, score_base: Tensor, reconstruction: Tensor, kl: Tensor, update: Tensor,
+                   video: Tensor, weights: LossConfig) -> GeneratorLoss:  # fmt: skip
     """L = λ_adv · adversarial + λ_base · adversarial_base + λ_vae · (rec + β · KL) + λ_Δ · update + λ_video · video.
 
     The adversarial terms are -mean D(x_fake) and -mean D(x_base) (Gulrajani et al. 2017); together with the VAE's own

@@ -15,10 +15,12 @@ keep a whole animation in memory.
 | none | a folder of numbered PNG files | exact |
 """
 
+import logging
 import math
 import os
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -28,12 +30,14 @@ import av
 import numpy as np
 import torch
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from configuration import UserError
-from util import atomic_write, os_errors_as_user_errors
+from util import UserError, absolute, atomic_write, os_errors_as_user_errors, shown_path
 
 Pixels = torch.Tensor | np.ndarray  # images as `to_pixels` takes them
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+"""Endings of the files that count as images, in upper or lower case."""
 
 _CELL = 128  # the least height and width of a sheet's cell, in pixels: a 32 px image is shown four times as large
 _VIDEO_SIDE = 256  # the least height and width of a video written with scale=None: comfortable on a web page
@@ -160,7 +164,6 @@ def _wrapped(text: str, font: Any, width: int) -> tuple[str, int, int]:
 
 def save_image(path: str | Path, image: Image.Image | Pixels) -> None:
     """Write one image as a PNG, whole or not at all: an `Image`, a tensor (C, H, W) in [0, 1], or pixels (H, W, 3).
-
     Raises `UserError` where the name does not end in .png or the file cannot be written; an older file stays as it was.
     """
     path = Path(path)
@@ -171,11 +174,27 @@ def save_image(path: str | Path, image: Image.Image | Pixels) -> None:
         image.save(part, format="PNG")
 
 
+def save_figure(path: str | Path, draw: Callable[[], Any], dpi: int) -> None:
+    """Writes the matplotlib Figure that `draw` makes as a PNG, whole or not at all.
+
+    In matplotlib's own style: a user's settings (fonts that are missing, `$` for mathematics) don't reach it. Raises
+    `UserError` where it cannot be written.
+    """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # what it says of a user's matplotlibrc doesn't matter here
+    import matplotlib
+
+    with matplotlib.rc_context(), os_errors_as_user_errors(path), atomic_write(path) as part:
+        matplotlib.rcdefaults()
+        matplotlib.rcParams["text.parse_math"] = False  # a run's name may hold $
+        draw().savefig(part, dpi=dpi, format="png")
+
+
 class _Format(NamedTuple):
     container: str
     encoder: str
     pixels: str
     max_side: int
+    min_fps: float  # slower, a frame's time has no room in the file
     max_fps: int  # faster animated images are shown by browsers at 10 frames/s
     encoding: dict[str, str]
     muxing: dict[str, str]
@@ -186,11 +205,11 @@ _FORMATS = {
     # crf 15: small images then lose more to 4:2:0 than to the encoder, and files stay small.
     # mbtree off: with it, the same frames gave other bytes now and then, by what memory held from earlier videos.
     # faststart: the index goes first, so that a browser plays before it has everything.
-    ".mp4": _Format("mp4", "libx264", "yuv420p", 16384, 240,
+    ".mp4": _Format("mp4", "libx264", "yuv420p", 16384, 0.0001, 240,
                     {"crf": "15", "preset": "medium", "mbtree": "0"}, {"movflags": "+faststart"}, {}),
-    ".webp": _Format("webp", "libwebp", "bgra", 16383, 90, {"quality": "90"}, {"loop": "0"}, {"loop": "1"}),
-    ".gif": _Format("gif", "gif", "pal8", 65535, 50, {}, {"loop": "0"}, {"loop": "-1"}),
-    ".png": _Format("apng", "apng", "rgb24", 65535, 90, {"pred": "mixed"}, {"plays": "0"}, {"plays": "1"}),
+    ".webp": _Format("webp", "libwebp", "bgra", 16383, 0.0001, 90, {"quality": "90"}, {"loop": "0"}, {"loop": "1"}),
+    ".gif": _Format("gif", "gif", "pal8", 65535, 0.00153, 50, {}, {"loop": "0"}, {"loop": "-1"}),
+    ".png": _Format("apng", "apng", "rgb24", 65535, 0.0001, 90, {"pred": "mixed"}, {"plays": "0"}, {"plays": "1"}),
 }  # fmt: skip
 
 
@@ -210,15 +229,11 @@ def open_video(path: str | Path, *, fps: float, scale: int | None = 1, loop: boo
     Memory does not grow with the number of frames, in any format. Raises `UserError`, of one line, before the first
     frame where that is possible: an unknown ending, a frame rate the format cannot show, no frames at all, a frame of
     another size than the first, an encoder that this PyAV lacks, a path that cannot be written, a full disk.
-
-    >>> with open_video("clip.mp4", fps=8, scale=None) as video:    # doctest: +SKIP
-    ...     for frame in frames:                                    # (C, H, W) in [0, 1]
-    ...         video.write(frame)
     """
     as_folder = str(path).endswith(("/", os.sep)) or not Path(path).suffix
     path = Path(path)
-    if not 0.001 <= fps < math.inf:
-        raise UserError(f"{path}: frames per second must be 0.001 or more, not {fps}")
+    if not 0.0001 <= fps < math.inf:
+        raise UserError(f"{path}: frames per second must be 0.0001 or more, not {fps:g}")
     if scale is not None and scale < 1:
         raise UserError(f"{path}: scale must be a whole number from 1 up, not {scale}")
     file_format = None if as_folder else _format_of(path, fps)
@@ -249,7 +264,6 @@ class VideoWriter:
 
     def write(self, frame: Pixels) -> None:
         """Append one frame: a tensor (C, H, W) in [0, 1] with 1 or 3 channels, or uint8 pixels (H, W, 3) or (H, W).
-
         Raises `UserError` when its size differs from the first frame's, it holds NaN, or the disk is full.
         """
         pixels = to_pixels(frame)
@@ -293,8 +307,9 @@ def _format_of(path: Path, fps: float) -> _Format:
         known = ", ".join(_FORMATS)
         raise UserError(f"{path}: videos end in {known}, or in nothing for a folder of frames; not in '{ending}'")
     file_format = _FORMATS[ending]
-    if fps > file_format.max_fps:
-        raise UserError(f"{path}: a {ending} shows at most {file_format.max_fps} frames per second, not {fps:g}")
+    if not file_format.min_fps <= fps <= file_format.max_fps:
+        limit = "most " + str(file_format.max_fps) if fps > 1 else "least " + str(file_format.min_fps)
+        raise UserError(f"{path}: a {ending} shows at {limit} frames per second, not {fps:g}")
     try:
         av.Codec(file_format.encoder, "w")
     except (av.FFmpegError, ValueError) as error:  # PyAV's UnknownCodecError is a ValueError alone
@@ -310,7 +325,7 @@ class _EncodedWriter(VideoWriter):
     def __init__(self, path: Path, part: Path, scale: int | None, file_format: _Format, fps: float, loop: bool) -> None:
         super().__init__(path, part, scale, file_format.max_side)
         self._format = file_format
-        self._fps = Fraction(fps).limit_denominator(1000)
+        self._fps = Fraction(fps).limit_denominator(10**6)
         self._tick = 1 / self._fps
         self._options = file_format.muxing | ({} if loop else file_format.once)
         if file_format.encoder == "gif":
@@ -372,3 +387,89 @@ def _palette_graph(frame: av.VideoFrame) -> av.filter.Graph:
     best.link_to(use, 0, 1)
     graph.link_nodes(use, sink).configure()
     return graph
+
+
+# ------------------------------------------------------------------------------------------------------ images to read
+
+
+class BrokenImageError(UserError):
+    """An image file that cannot be read; the message names the file, the reason and the fix."""
+
+    def __init__(self, path: str | Path, reason: str):
+        super().__init__(path, reason)  # the arguments as they came, so that the error can be pickled
+        self.path, self.reason = Path(path), reason
+
+    def __str__(self) -> str:
+        return f"broken image {shown_path(self.path)}: {self.reason}; replace or remove it, or set data.on_broken=skip"
+
+
+def parse_colour(colour: str) -> tuple[int, ...]:
+    """Red, green and blue, 0 to 255, of `data.background`. Raises UserError where it is no colour."""
+    with suppress(ValueError):
+        rgb = ImageColor.getrgb(colour)[:3]
+        if all(0 <= level <= 255 for level in rgb):  # Pillow passes on rgb(999,0,0) as it stands
+            return rgb
+    raise UserError(f"data.background must be a colour such as white or '#ff8800', but is {colour[:60]!r}")
+
+
+def find_images(root: str | Path, setting: str = "data.root") -> tuple[list[str], str]:
+    """Absolute paths of the image files below `root`, sorted, and a line about what is not read, or "".
+
+    Hidden files and folders don't count, and folders of runs are not searched: what they hold was generated. Links to
+    folders are followed, but no folder is entered twice, so loops of links end; a folder that can be reached directly
+    and through a link counts where it really lies. `setting` is the setting or option that errors name.
+
+    Raises UserError: `root` is missing, no folder, a run's or without images, or a folder in it cannot be read.
+    """
+    top = absolute(root, setting)
+    extensions = ", ".join(extension[1:] for extension in IMAGE_EXTENSIONS)
+    hint = f"(looked for {extensions}); set {setting} to a folder of images"
+    if not str(root).strip():  # else it would mean the working directory
+        raise UserError(f"{setting} is empty {hint}")
+    if not os.path.isdir(top):
+        reason = "is not a folder" if os.path.lexists(top) else "does not exist"
+        raise UserError(f"{setting}: {shown_path(top)} {reason} {hint}")
+    run = top.parent if top.name in ("samples", "clips") else top
+    if os.path.exists(run / "run.lock"):
+        raise UserError(f"{setting}: {shown_path(top)} holds what a run wrote; set {setting} to images of your own")
+    files: list[str] = []
+    left_out: Counter[str] = Counter()  # ending -> number of files
+    entered, runs = set[str](), 0
+    pending = deque([str(top)])  # links on the left, to be entered last
+    while pending:
+        folder = pending.pop()
+        real_path = os.path.realpath(folder)
+        if real_path in entered:
+            continue
+        entered.add(real_path)
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"{setting}: folder {shown_path(folder)} cannot be read: {error.strerror}") from None
+        if any(entry.name == "run.lock" for entry in entries):
+            runs += 1
+            continue
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if os.path.isdir(entry.path):
+                (pending.appendleft if entry.is_symlink() else pending.append)(entry.path)
+            elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
+                files.append(entry.path)
+            else:
+                left_out[Path(entry.name).suffix.lower()] += 1
+    note = _not_read(len(files), left_out, runs)
+    if not files:
+        raise UserError(f"{setting}: {shown_path(top)} holds no images{note and ', ' + note} {hint}")
+    return sorted(files), note
+
+
+def _not_read(found: int, left_out: Counter[str], runs: int) -> str:
+    """Such as `8 of 20 files are left out, as these are not read: 5 .svg, 3 without an ending`; and folders of runs."""
+    heic = " (convert them to jpg, for example with heif-convert or ImageMagick)"
+    kinds = [f"{count:,} {shown_path(ending[:12]) or 'without an ending'}{heic * (ending in ('.heic', '.heif'))}"
+             for ending, count in left_out.most_common()]  # fmt: skip
+    total = left_out.total()
+    kinds = [*kinds[:5], "..."] if len(kinds) > 5 else kinds
+    text = f"{total:,} of {found + total:,} files are left out, as these are not read: {', '.join(kinds)}"
+    return "; ".join([text] * bool(total) + [f"folders of runs that are not searched: {runs}"] * bool(runs))

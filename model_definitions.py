@@ -35,13 +35,8 @@ class VAE(nn.Module):
         channels: width of each encoder stage, from the image inwards; each stage halves the image.
     """
 
-    def __init__(
-        self,
-        image_size: int = 128,
-        image_channels: int = 3,
-        latent_dim: int = 128,
-        channels: tuple[int, ...] | list[int] = (32, 64, 128, 256),
-    ) -> None:
+    def __init__(self, image_size: int = 128, image_channels: int = 3, latent_dim: int = 128,
+                 channels: tuple[int, ...] | list[int] = (32, 64, 128, 256)) -> None:  # fmt: skip
         super().__init__()
         self.image_shape = (image_channels, image_size, image_size)
         self.latent_dim = latent_dim
@@ -337,11 +332,7 @@ def _centred(x: Tensor) -> Tensor:
 
 
 def _smallest_side(image_size: int, channels: tuple[int, ...] | list[int]) -> int:
-    """Side of the image after all stages.
-
-    Raises:
-        ValueError: sides that the stages cannot halve evenly.
-    """
+    """Side of the image after all stages. Raises ValueError: sides that the stages cannot halve evenly."""
     side, rest = divmod(image_size, 2 ** len(channels))
     if rest or not side:
         raise ValueError(f"image_size {image_size} cannot be halved {len(channels)} times; give fewer channels")

@@ -12,12 +12,11 @@ features' packages are imported where they are used, so that training without ev
 Images are decoded from seeds of their own: training's random numbers are never touched.
 """
 
-import hashlib
 import math
 import socket
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,20 +25,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from checkpoints import checksum
 from configuration import Config, UserError
 from distributed import SINGLE_PROCESS, World
 from image_data import TrainingImages
 from sampling import BATCH, Sampler
-from util import atomic_write, channels_last_on, os_errors_as_user_errors
+from util import channels_last_on
 
 FEATURES = ("efficientnet-lite0", "inception")
 FEATURE_BATCH = 100  # images that go through the feature network together
 FIRST_SEED = 2_000_000  # far from those that generate.py begins with
 CALIBRATION_IMAGES = 512  # real ones, at most, and as many generated ones, that the critic's probability is fitted to
-
-
-# ------------------------------------------------------------------------------------------------------------ features
 
 
 class ImageFeatures(nn.Module):
@@ -122,10 +117,8 @@ class InceptionFeatures(ImageFeatures):
 
 
 def load_features(name: str = "efficientnet-lite0", device: torch.device | str = "cpu") -> ImageFeatures:
-    """The features called `name`, ready on the device. The caller's random state stays as it is.
-
-    Raises:
-        UserError: an unknown name, a missing package, or weights that cannot be downloaded.
+    """The features called `name`, ready on the device. The caller's random state stays as it is. Raises UserError for
+    an unknown name, a missing package, or weights that cannot be downloaded.
     """
     networks = {"efficientnet-lite0": EfficientNetLiteFeatures, "inception": InceptionFeatures}
     if name not in networks:
@@ -141,20 +134,15 @@ def load_features(name: str = "efficientnet-lite0", device: torch.device | str =
 
 def image_features(features: ImageFeatures, images: Tensor | Iterable[Tensor]) -> Tensor:
     """Features of many images: (N, C, H, W), or an iterable of such batches, in [0, 1] -> (N, D), fp32 on the CPU.
-
-    Raises:
-        UserError: an image holds NaN or infinite values.
+    Raises UserError where an image holds NaN or infinite values.
     """
     batches = images.split(FEATURE_BATCH) if isinstance(images, Tensor) else images
     device = next(features.parameters()).device
     parts = [features(batch.to(device)).float().cpu() for batch in batches]
-    result = torch.cat(parts) if parts else torch.empty(0, features.num_features)
+    result = torch.cat([torch.empty(0, features.num_features), *parts])
     if not result.isfinite().all():
         raise UserError("an image holds values that are NaN or infinite: has the training run diverged?")
     return result
-
-
-# ----------------------------------------------------------------------------------------------------------- distances
 
 
 def kernel_distance(
@@ -164,22 +152,14 @@ def kernel_distance(
 
     https://arxiv.org/abs/1801.01401. Unbiased: for two samples of the same images 0 on average, so at times a little
     below. Papers often show it times 1,000. As the other distances, it takes features (N, D) and (M, D), and raises
-    ValueError where D differs or there are too few.
-
-    Args:
-        subsets, subset_size: random pairs of subsets that are compared, no larger than the smaller side.
-        seed: of the choice of subsets.
-
-    Returns:
-        Mean and standard deviation over the subsets. The second is the spread of one subset's estimate.
+    ValueError where D differs or there are too few. Returns the mean over `subsets` random pairs of subsets, no larger
+    than the smaller side, chosen by `seed`; and their standard deviation, which is the spread of one subset's estimate.
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     real, fake = _comparable(real, fake)
     size = min(subset_size, len(real), len(fake))
-    kid = kid_features_to_metric(
-        real, fake, kid_subsets=subsets, kid_subset_size=size, rng_seed=seed % 2**32, verbose=False
-    )
+    kid = kid_features_to_metric(real, fake, kid_subsets=subsets, kid_subset_size=size, rng_seed=seed, verbose=False)
     return kid[KEY_METRIC_KID_MEAN], kid[KEY_METRIC_KID_STD]
 
 
@@ -204,10 +184,10 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
     real, fake = _comparable(real, fake, at_least=k + 1)
-    metrics = prc_features_to_metric(
+    prc = prc_features_to_metric(
         fake, real, prc_neighborhood=k, prc_batch_size=10_000, save_cpu_ram=True, verbose=False
     )
-    return metrics[KEY_METRIC_PRECISION], metrics[KEY_METRIC_RECALL]
+    return prc[KEY_METRIC_PRECISION], prc[KEY_METRIC_RECALL]
 
 
 def nearest(features: Tensor, reference: Tensor, own_index: Tensor | None = None) -> Any:
@@ -245,20 +225,15 @@ def decode_shard(sampler: Sampler, seeds: Sequence[int], world: World = SINGLE_P
 
     An image doesn't depend on how many processes there are.
     """
-    mixed = sampler.generator.input_video == "other"  # then each image needs the one before it: all decode all of them
-    empty = torch.empty(0, *sampler.generator.vae.image_shape, dtype=torch.uint8)
-    base, updated = [empty], [empty]
-    for batch in seed_batches(seeds if mixed else seeds[world.rank :: world.size]):
-        x_base, x_fake = sampler.decode(sampler.inputs(batch))
-        base.append(as_bytes(x_base))
-        updated.append(as_bytes(x_fake))
-    images = {"base": torch.cat(base), "updated": torch.cat(updated)}
-    return {name: world.shard(x) for name, x in images.items()} if mixed else images
+    empty = [torch.empty(0, *sampler.generator.vae.image_shape, dtype=torch.uint8)] * 2
+    batches = (sampler.decode(sampler.inputs(batch)) for batch in seed_batches(seeds[world.rank :: world.size]))
+    base, updated = zip(empty, *(map(as_bytes, images) for images in batches), strict=True)
+    return {"base": torch.cat(base), "updated": torch.cat(updated)}
 
 
 def as_bytes(images: Tensor) -> Tensor:
-    """[0, 1] -> uint8 on the CPU, as files hold images: a quarter of the memory."""
-    return images.clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
+    """[0, 1] -> uint8 on the CPU, as files hold images: a quarter of the memory; in parts, which take little more."""
+    return torch.cat([x.clamp(0, 1).mul(255).round().to(torch.uint8).cpu() for x in images.split(BATCH)])
 
 
 def as_floats(images: Tensor) -> Iterator[Tensor]:
@@ -267,47 +242,17 @@ def as_floats(images: Tensor) -> Iterator[Tensor]:
         yield batch.float() / 255
 
 
-def real_features(features: ImageFeatures, images: Tensor, cache: Path | None, world: World = SINGLE_PROCESS) -> Tensor:
-    """Features (N, D) of real images, uint8 (N, C, H, W); computed once where there is a folder `cache` for them.
-
-    A file's name is a hash of the pixels and the features' name, so it is never that of other images; a damaged file
-    is computed anew. Where none can be written, the next call computes again. Several processes compute a shard each;
-    the first one alone reads and writes files.
-    """
-    key = hashlib.sha256(f"{features.name} {tuple(images.shape)}".encode())
-    key.update(images.contiguous().numpy().data)
-    path = cache / f"features_{key.hexdigest()[:32]}.pt" if cache and world.is_main else None
-    cached = world.broadcast(_cached_features(path, len(images)))
-    if cached is not None:
-        return cached
-    result = world.gather_shards(image_features(features, as_floats(world.shard(images))))
-    if path and path.parent.parent.is_dir():  # don't recreate the folder of a run that was moved or deleted
-        with suppress(UserError), os_errors_as_user_errors(path), atomic_write(path) as part:
-            torch.save({"features": result, "checksum": checksum(result)}, part)
-    return result
-
-
-def _cached_features(path: Path | None, count: int) -> Tensor | None:
-    """The features of `count` images in a file of `real_features`; None without one, or where it is damaged."""
-    with suppress(Exception):  # torch reports damage through many types
-        saved = torch.load(path, map_location="cpu", weights_only=True) if path and path.exists() else None
-        if saved and saved["checksum"] == checksum(saved["features"]) and len(saved["features"]) == count:
-            return saved["features"]
-    return None
-
-
 @torch.no_grad()
 def scores(critic: nn.Module, images: Tensor) -> Tensor:
     """A critic's scores (N,) of images, uint8 (N, C, H, W); fp32 on the CPU."""
     device = next(critic.parameters()).device
-    parts = [critic(batch.to(device)).float().cpu() for batch in as_floats(images)]
-    return torch.cat(parts) if parts else torch.empty(0)
+    return torch.cat([torch.empty(0), *(critic(batch.to(device)).float().cpu() for batch in as_floats(images))])
 
 
 def calibration_images(images: TrainingImages) -> Tensor:
     """The real images that the critic's probability is fitted to: half of the held-out ones, if there are any."""
     if images.held_out_count:
-        return images.held_out_halves()[0][:CALIBRATION_IMAGES]
+        return images.held_out_halves(CALIBRATION_IMAGES)[0]
     return as_bytes(images.fixed_sample(min(images.count, CALIBRATION_IMAGES)))
 
 
@@ -347,9 +292,7 @@ def reliability(p_real: Tensor, p_fake: Tensor, bins: int = 10) -> Reliability:
     p = torch.cat([p_real[:count], p_fake[:count]]).double()
     is_real = torch.cat([torch.ones_like(p[:count]), torch.zeros_like(p[count:])])
     index = (p * bins).long().clamp_max(bins - 1)
-
-    def sums(values: Tensor) -> Tensor:
-        return torch.bincount(index, values, minlength=bins)
+    sums = partial(torch.bincount, index, minlength=bins)
 
     def error(is_real: Tensor) -> float:
         return (sums(p) - sums(is_real)).abs().sum().item() / len(p)
@@ -362,17 +305,13 @@ def reliability(p_real: Tensor, p_fake: Tensor, bins: int = 10) -> Reliability:
     return Reliability(error(is_real), sum(perfect) / 100, probability, real_fraction, counts)
 
 
-# ----------------------------------------------------------------------------------------------------- during training
-
-
 class QualityCheck:
     """Every `output.evaluate_every` steps and after the last one: KID, and the critic's gap on images it never saw.
 
     Always with the same latents, motions and real images. Features are EfficientNet-Lite0's, which need no download;
     where the check is switched off nothing is loaded. Several processes take a shard each.
 
-    Raises:
-        UserError: a package is missing, or a held-out image cannot be read.
+    Raises UserError: too few images, a package is missing, or a held-out image cannot be read.
     """
 
     def __init__(self, config: Config, images: TrainingImages, world: World = SINGLE_PROCESS) -> None:
@@ -381,9 +320,20 @@ class QualityCheck:
         self.config, self.world = config, world
         if self.every is None:
             return
+        if images.count < 4:  # KID compares subsets of half of them, and one image alone has no kernel distance
+            held_out = f" beside {images.held_out_count} held out" if images.held_out_count else ""
+            raise UserError(
+                f"output.evaluate_every needs 4 images to train on, but data.root has {images.count}{held_out}; "
+                "add images, or set output.evaluate_every=null"
+            )
         self.features = load_features("efficientnet-lite0", images.device)
         self.real = as_bytes(images.fixed_sample(min(self.count, images.count)))
         self.held_out = images.held_out(self.count) if images.held_out_count else None
+
+    @cached_property
+    def real_features(self) -> Tensor:
+        """Of all real images; computed once a session, a shard by each process."""
+        return self.world.gather_shards(image_features(self.features, as_floats(self.world.shard(self.real))))
 
     def due(self, step: int, last: bool) -> bool:
         """Whether quality is to be measured at this step."""
@@ -405,14 +355,11 @@ class QualityCheck:
         world = self.world
         sampler = Sampler(state.generator_ema, self.config, state.step, self.config.output.folder)
         shards = decode_shard(sampler, evaluation_seeds(self.count), world)
-        real = real_features(self.features, self.real, self.config.output.folder / "cache", world)
-        generated = {
-            name: world.gather_shards(image_features(self.features, as_floats(shard))) for name, shard in shards.items()
-        }
-        metrics: dict[str, float] = {}
+        fakes = {name: world.gather_shards(image_features(self.features, as_floats(x))) for name, x in shards.items()}
+        real, metrics = self.real_features, dict[str, float]()
         if world.is_main:
-            size = min(len(real), self.count) // 2  # subsets of full size would all be the same
-            kid = {name: kernel_distance(real, fake, subsets=20, subset_size=size) for name, fake in generated.items()}
+            size = len(real) // 2  # subsets of full size would all be the same
+            kid = {name: kernel_distance(real, fake, subsets=20, subset_size=size) for name, fake in fakes.items()}
             metrics["quality/kid"], metrics["quality/kid_std"] = kid["updated"]
             metrics["quality/kid_base"] = kid["base"][0]
         metrics = world.broadcast(metrics)

@@ -6,13 +6,13 @@ loss_curves.png    the same, plotted
 samples/           real, reconstruction, base and updated images from fixed noise: step_000100.png, ...
 clips/             synthetic and weight-driven videos of fixed samples: step_000100.mp4 and .webp
 checkpoints/       step_000100.pt, ...: the last few, each whole; latest.pt is the newest
-cache/             features of real images, if quality was measured
 skipped.txt        broken images that were left out, if there were any
 run.lock           locked by the process that writes here, until it ends
 """
 
 import errno
 import gc
+import itertools
 import json
 import os
 import platform
@@ -29,8 +29,8 @@ from torch import Tensor
 
 from checkpoints import Checkpoints, check_settings, differences
 from configuration import Config, UserError, config_to_yaml
-from media import labelled_frames, labelled_grid, save_image, write_video
-from util import atomic_write, os_errors_as_user_errors, shown_path
+from media import labelled_frames, labelled_grid, save_figure, save_image, write_video
+from util import atomic_write, one_line, os_errors_as_user_errors, shown_path
 
 
 class RunDirectory:
@@ -41,8 +41,7 @@ class RunDirectory:
 
     Failed samples, clips, curves and logs are reported once and left out. A failed checkpoint ends the run in the end.
 
-    Raises:
-        UserError: the folder holds something else, cannot be written, or another process is training in it.
+    Raises UserError: the folder holds something else, cannot be written, or another process is training in it.
     """
 
     def __init__(self, config: Config) -> None:
@@ -65,27 +64,26 @@ class RunDirectory:
     @staticmethod
     def holds_run(path: Path) -> bool:
         """Whether a run was begun in this folder."""
-        return (path / "run.lock").exists()
+        return os.path.exists(path / "run.lock")
 
     @staticmethod
     def check(config: Config) -> None:
-        """Refuses a folder that holds something other than a run, and suggests a name that is free.
-
-        Raises:
-            UserError: the folder holds other things, or its path is a file.
+        """Refuses a folder that holds something other than a run, and suggests a name that is free. Raises UserError:
+        the folder holds other things, its path is a file, or nothing may be written there.
         """
         path = config.output.folder
-        if path.exists() and not RunDirectory.holds_run(path) and (not path.is_dir() or any(path.iterdir())):
+        nearest = next(parent for parent in (path, *path.absolute().parents) if os.path.exists(parent))
+        if os.path.isdir(nearest) and not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(f"output.root: nothing may be written into {nearest}; choose another output.root")
+        if nearest == path and not RunDirectory.holds_run(path) and (not os.path.isdir(path) or any(path.iterdir())):
             raise UserError(
                 f"output.name: {path} holds something else than a run, which is never overwritten; "
                 f"choose another name, for example output.name={free_name(path)}"
             )
 
     def resume_point(self, accept_changes: bool) -> tuple[dict[str, Any] | None, list[str]]:
-        """The newest whole checkpoint if a run was begun here, else None; and lines about it for the log.
-
-        Raises:
-            UserError: no checkpoint is whole, or the settings are of another run.
+        """The newest whole checkpoint if a run was begun here, else None; and lines about it for the log. Raises
+        UserError: no checkpoint is whole, or the settings are of another run.
         """
         if not self.exists:
             return None, []
@@ -101,9 +99,7 @@ class RunDirectory:
 
     def begin(self, step: int) -> None:
         """Makes the folder ready for a run that goes on from `step` (0: from the start), and cuts its logs there.
-
-        Raises:
-            UserError: the folder cannot be written, or another process has taken it in the meantime.
+        Raises UserError: the folder cannot be written, or another process has taken it in the meantime.
         """
         new = not self.exists
         try:
@@ -113,20 +109,20 @@ class RunDirectory:
                     part.unlink()
                 if new and not folder:
                     self._take_lock()  # the first file: it marks the folder as a run
-                    if (self.path / "config.yaml").exists():
+                    if os.path.exists(self.path / "config.yaml"):
                         raise UserError(f"output.name: {self.path} was begun by another process just now; try again")
             with atomic_write(self.path / "config.yaml") as part:
                 part.write_text(config_to_yaml(self.config), encoding="utf-8")
             self._record_session(step)
             self._metrics.open(lambda line: json.loads(line)["step"] <= step)
         except OSError as error:
-            raise UserError(
-                f"output.root: cannot write into {self.path.absolute()} ({error.strerror}); choose another output.root"
-            ) from None
+            reason = f"cannot write into {self.path.absolute()} ({error.strerror})"
+            raise UserError(f"output.root: {reason}; choose another output.root") from None
         if self.config.output.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a second to load
 
             def start() -> None:
+                from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a second to load
+
                 # `purge_step` hides what was written for steps that are repeated.
                 self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=None if new else step + 1)
 
@@ -171,10 +167,8 @@ class RunDirectory:
         return path
 
     def save_checkpoint(self, state: dict[str, Any]) -> Path:
-        """Saves `state` as checkpoints/step_<step>.pt, after the logs of all steps until then.
-
-        Raises:
-            UserError: it cannot be written; the checkpoints of before are whole.
+        """Saves `state` as checkpoints/step_<step>.pt, after the logs of all steps until then. Raises UserError: it
+        cannot be written; the checkpoints of before are whole.
         """
         self._attempt("metrics.jsonl", self._metrics.sync)
         if self._tensorboard:
@@ -186,7 +180,7 @@ class RunDirectory:
         path = self.path / "skipped.txt"
 
         def write() -> None:
-            known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            known = path.read_text(encoding="utf-8").splitlines() if os.path.exists(path) else []
             lines = [f"{str(image)!r}\t{reason}" for image, reason in skipped]
             with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(f"{line}\n" for line in lines if line not in known)
@@ -224,10 +218,10 @@ class RunDirectory:
             if not self.exists:  # writing would begin half a run in its place
                 raise FileNotFoundError(errno.ENOENT, "the run's folder is gone; was it moved or deleted?")
             write()
-        except (OSError, UserError) as error:
-            reason = error
-            if isinstance(error, OSError):
-                reason = UserError(f"cannot write {self.path / what}: {error.strerror or error}")
+        except Exception as error:  # whatever it is: what only shows the training must not end it
+            reason = str(error)
+            if not isinstance(error, UserError):
+                reason = f"cannot write {self.path / what}: {getattr(error, 'strerror', None) or one_line(error)}"
             if what not in self._failing:
                 self._warn(f"{reason}; training goes on without {what}")
             self._failing.add(what)
@@ -316,11 +310,9 @@ def _without_tensorboards_thread(failure: threading.ExceptHookArgs) -> None:
 
 
 def free_name(path: Path) -> str:
-    """The first of name-2, name-3, ... beside `path` that doesn't exist."""
-    number = 2
-    while (path.parent / f"{path.name}-{number}").exists():
-        number += 1
-    return f"{path.name}-{number}"
+    """The first of name-2, name-3, ... beside `path` that doesn't exist; names have 255 bytes at most."""
+    names = (path.name.encode()[:245].decode(errors="ignore") + f"-{number}" for number in itertools.count(2))
+    return next(name for name in names if not os.path.lexists(path.with_name(name)))
 
 
 def _lock_file(file: IO[str]) -> bool:
@@ -354,19 +346,13 @@ def _environment() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
+    changed = (_git("status", "--porcelain") or "").splitlines()
     return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": versions,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "python": platform.python_version(),
+        "platform": platform.platform(), "versions": versions, "threads": torch.get_num_threads(),
         "cuda": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "threads": torch.get_num_threads(),
-        "git": {
-            "revision": _git("rev-parse", "HEAD"),
-            "changed_files": (_git("status", "--porcelain") or "").splitlines(),
-        },
-    }
+        "git": {"revision": _git("rev-parse", "HEAD"), "changed_files": changed},
+    }  # fmt: skip
 
 
 def _git(*arguments: str) -> str | None:
@@ -408,17 +394,19 @@ def read_metrics(run: str | Path) -> Records:
     """
     path = Path(run) / "metrics.jsonl"
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
         raise UserError(f"{shown_path(path)}: {error.strerror}; give a run's folder, such as runs/quick") from None
     except ValueError:
         raise UserError(f"{shown_path(path)} is damaged: not every line of it is JSON") from None
+    if not all(isinstance(record, dict) and isinstance(record.get("step"), int) for record in records):
+        raise UserError(f"{shown_path(path)}: not the metrics of a run, whose every line has a step")
+    return records
 
 
 def plot_losses(runs: dict[str, Records], path: Path) -> None:
     """Writes `loss_figure` as a PNG."""
-    with os_errors_as_user_errors(path), atomic_write(path) as part:
-        loss_figure(runs).savefig(part, dpi=110, format="png")
+    save_figure(path, lambda: loss_figure(runs), dpi=110)
 
 
 def loss_figure(runs: dict[str, Records]) -> Any:

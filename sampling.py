@@ -7,14 +7,12 @@
 True
 >>> from media import save_image, tile_images
 >>> save_image("three.png", tile_images(x_fake, rows=1, columns=3, scale=4))
->>> from media import open_video
->>> with open_video("rollout.mp4", fps=8, scale=8) as video:
-...     for frame in sampler.weight_driven(inputs, frames=24, rollout_after=8):
-...         video.write(tile_images(frame, rows=1, columns=3))
 """
 
 import itertools
 import math
+import os
+import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,12 +21,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+_HERE = str(Path(__file__).parent)
+for name in ("checkpoints", "configuration", "generator", "image_data", "util", "video_synth", "weight_updates"):
+    file = getattr(sys.modules.get(name), "__file__", None) or _HERE
+    if not file.startswith(_HERE):
+        raise ImportError(f"{file} has the name of a module that {__file__} needs: import sampling first, or rename it")
+sys.path.insert(0, _HERE)  # while ours are imported: a script that imports sampling may have a util.py of its own
+
 from checkpoints import DamagedCheckpointError, load_checkpoint
-from configuration import Config, UserError, config_from_dict
+from configuration import Config, UserError, config_from_dict, similar_path
 from generator import Generator, build_generator, stable_seed
-from image_data import BrokenImageError, decode_image
+from image_data import decode_image
+from media import BrokenImageError
 from util import choose_device, shown_path
 from video_synth import Motion, VideoSynthesizer
+
+sys.path.remove(_HERE)
 
 BATCH = 64
 """Images decoded at a time, so that memory doesn't grow with the number of images."""
@@ -110,8 +118,7 @@ class Sampler:
             seeds: one per image, any integers.
             files: as many image files. They are fitted as the run's own images were, and encoded as mu.
 
-        Raises:
-            UserError: an image file cannot be read.
+        Raises UserError: an image file cannot be read.
         """
         latents, motions = [], []
         for seed in seeds:
@@ -184,8 +191,7 @@ def load_sampler(source: str | Path, device: torch.device | str | None = None, b
         device: where to compute; None takes a CUDA GPU if there is one.
         best: of a run, take best.pt instead of the newest.
 
-    Raises:
-        UserError: there is no checkpoint, or it is damaged, of another version or of other networks.
+    Raises UserError: there is no checkpoint, or it is damaged, of another version or of other networks.
     """
     return load_sampler_with_content(source, device, best)[0]
 
@@ -219,21 +225,21 @@ def load_sampler_with_content(
 
 
 def find_checkpoint(source: str | Path, best: bool = False) -> Path:
-    """The checkpoint file of a run's folder, or `source` itself where it is a file.
-
-    Raises:
-        UserError: there is none; the message names one nearby, if there is one.
+    """The checkpoint file of a run's folder, or `source` itself where it is a file. Raises UserError: there is none;
+    the message names one nearby, if there is one.
     """
     source = Path(source)
-    if not source.exists():
-        raise UserError(f"{shown_path(source)}: no such run or checkpoint; runs lie in runs/, for example runs/default")
-    if not source.is_dir():
+    if not os.path.exists(source):
+        runs = [path.parents[1] for path in sorted(source.parent.glob("*/checkpoints/latest.pt"))]
+        known = f"; runs there: {', '.join(run.name for run in runs[:5])}" if runs else "; training.py makes runs"
+        raise UserError(f"{shown_path(source)}: no such run or checkpoint{similar_path(source, runs) or known}")
+    if not os.path.isdir(source):
         return source
     folder = source if source.name == "checkpoints" else source / "checkpoints"
     path = folder / ("best.pt" if best else "latest.pt")
-    if path.exists():
+    if os.path.exists(path):
         return path
-    if best and (folder / "latest.pt").exists():
+    if best and os.path.exists(folder / "latest.pt"):
         raise UserError(f"{path}: no such file; a run keeps its best with output.best_metric, leave out --best")
     inside = sorted(source.glob("*/checkpoints/latest.pt"))
     hint = f"; did you mean {inside[0].parent.parent}?" if inside else "; a run saves one every output.checkpoint_every"
@@ -247,9 +253,9 @@ def weight_driven_frames(
 ) -> Iterator[Tensor]:  # fmt: skip
     """The weight-driven video: yields x_t (N, C, H, W) = decode(z; θ + Δ_t) for t = 0, 1, ..., `frames` - 1.
 
-    As in training, the GRU first encodes the base image and then its synthetic video. After `warm_up` frames of it the
-    yielded video begins: the state at one frame predicts the update of the next. The synthetic video is periodic, so it
-    can go on without end. From frame `rollout_after` on the GRU encodes its own decoded frames instead.
+    As in training, the GRU first encodes the base image and then its synthetic video, which is periodic and has no end.
+    After `warm_up` frames the yielded video begins: the state at one frame predicts the update of the next. From frame
+    `rollout_after` on the GRU encodes its own decoded frames instead.
 
     The speed changes neither the synthetic video nor the predictions: prediction k is point k of a smooth path of the
     weights (see `catmull_rom`), and frame t is decoded at point `speed` · t of it.
@@ -259,8 +265,7 @@ def weight_driven_frames(
         speed: predictions per frame.
         warm_up: frames encoded before the first one that is yielded, 1 or more; None: as many as in training.
 
-    Raises:
-        ValueError: `warm_up` below 1, with the first frame.
+    Raises ValueError: `warm_up` below 1, with the first frame.
     """
     warm_up = generator.synthesizer.frames if warm_up is None else warm_up
     if warm_up < 1:
@@ -290,16 +295,16 @@ def _predictions(
 
     From frame `rollout_from` on the decoded frame (N, C, H, W) comes with the state, before it None.
     """
-    images = generator.video_images(x_base)
+    images, motion = generator.video_of(x_base, motion)
     states, predictor_state = generator.predictor.encode(generator.downscale(images)[:, None])
     for k in itertools.count(-warm_up):
         frame = generator.decode(features, generator.predict(states[:, -1])) if k >= rollout_from else None
         if k >= -1:
             yield states[:, -1], frame
-        if frame is None:
-            next_input = _synthetic_frame(generator, images, motion, 0 if generator.input_video == "static" else k)
+        if frame is None and not generator.is_static:
+            next_input = _synthetic_frame(generator, images, motion, k)
         else:
-            next_input = generator.downscale(frame)
+            next_input = generator.downscale(images if frame is None else frame)
         states, predictor_state = generator.predictor.encode(next_input[:, None], predictor_state)
 
 

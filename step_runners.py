@@ -38,10 +38,8 @@ class PreparedSteps(EagerSteps):
         self._prepared: dict[str, Callable[[Tensor, Any], Pass]] = {}
 
     def run_pass(self, name: str, x_real: Tensor, noise: CriticNoise | GeneratorNoise) -> Pass:
-        """As `EagerSteps.run_pass`. Gradients may be overwritten at the next call for either pass.
-
-        Raises:
-            UserError: the pass could not be prepared, and the user asked for this runner.
+        """As `EagerSteps.run_pass`. Gradients may be overwritten at the next call for either pass. Raises UserError:
+        the pass could not be prepared, and the user asked for this runner.
         """
         if name not in self._prepared:
             try:
@@ -130,10 +128,8 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def choose_step(config: Config, device: torch.device) -> tuple[str, str]:
-    """`eager`, `compiled` or `cuda_graph`, and one or two lines for the log that say why.
-
-    Raises:
-        UserError: the settings ask for what this machine cannot do.
+    """`eager`, `compiled` or `cuda_graph`, and one or two lines for the log that say why. Raises UserError: the
+    settings ask for what this machine cannot do.
     """
     kind, reason = config.runtime.step, "as runtime.step says"
     if kind == "cuda_graph" and device.type != "cuda":

@@ -17,14 +17,45 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from util import CommandParser, choose_device, describe_device, prepare_device, print_line, run_command
+sys.path.insert(0, str(Path(__file__).parent))  # under PYTHONSAFEPATH too
 
-# isort: split
-# util came first: torch reads an environment variable that it sets
+from configuration import Config, config_template, config_to_dict, config_to_yaml, load_config, setting_of
+from util import CommandParser, UserError, answer_early, print_line, run_command
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        setting_of=setting_of,
+        description="Train a VAE decoder, the GRU that predicts updates to its weights, and a WGAN-GP critic.",
+        epilog="examples:\n"
+        "  python training.py --config configs/quick.yaml\n"
+        "  python training.py data.root=my_images output.name=my-run\n"
+        "  python training.py image.size=64 training.epochs=100 --dry-run\n"
+        "  python training.py --print-config > my.yaml\n"
+        "  torchrun --nproc-per-node=8 training.py\n",
+    )
+    default = Path(__file__).with_name("config.yaml")
+    add = parser.add_argument
+    add("--config", metavar="FILE", default=str(default), help="YAML file with settings (config.yaml)")
+    add("--dry-run", action="store_true", help="check everything, print what would run, and stop")
+    add("--print-config", action="store_true", help="print every setting with its default, meaning and range, and stop")
+    add("--accept-changes", action="store_true", help="resume with settings that change what is learned")
+    add("--profile", action="store_true", help="leave a torch.profiler trace of steps 4 and 5")
+    add("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
+    return parser
+
+
+def read_options(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
+    options = build_parser().parse_args(arguments)
+    return options, load_config(None if options.print_config else options.config, options.overrides)
+
+
+# Mistakes and --help are answered before torch is imported, which takes seconds.
+EARLY = answer_early(read_options) if __name__ == "__main__" else None
+
 import torch
 from torch import Tensor, nn
 
-from configuration import Config, UserError, config_template, config_to_dict, config_to_yaml, load_config
 from distributed import SINGLE_PROCESS, World, join_processes, report_error
 from generator import Generator, build_critic, build_head, build_predictor, build_synthesizer, build_vae
 from image_data import TrainingImages, open_images
@@ -34,6 +65,7 @@ from run_directory import RunDirectory, free_name
 from step_runners import build_steps, choose_step
 from training_log import CheckpointManager, FixedSamples, Log, StopRequest, step_profiler
 from training_step import EagerSteps, NoiseSampler, TrainingState
+from util import choose_device, describe_device, prepare_device
 
 
 def build_networks(config: Config) -> tuple[Generator, Discriminator]:
@@ -112,7 +144,7 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
     with run or nullcontext(), stop, profiler or nullcontext():
         if run and samples_missing:
             with log.pause():
-                log.line(f"samples of step {state.step}: {samples.save(run, state)}")
+                samples.save(run, state, log)
         while state.step < steps:
             step = state.step + 1
             world.set_phase(f"step {step}")
@@ -140,7 +172,7 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
                         if manager:
                             manager.save(state, log, last or stopping)
                     if run and sample_due:
-                        samples.save(run, state)
+                        samples.save(run, state, log)
             if stopping:
                 break
     log.finish(state.step, stop)
@@ -160,24 +192,21 @@ def total_steps(config: Config, image_count: int) -> int:
 
 
 def check_processes(config: Config, world: World) -> None:
-    """Refuses what several processes cannot do together.
-
-    Raises:
-        UserError: the batch cannot be divided evenly, or a shared update would need all images of the batch.
+    """Refuses what several processes cannot do together. Raises UserError: the batch cannot be divided evenly, or an
+    update would depend on other processes' images.
     """
     world.check_batch_size(config.training.batch_size)
-    if world.size > 1 and config.weight_predictor.sharing == "shared":
-        raise UserError(
-            "weight_predictor.sharing is shared, an update from the mean over the whole batch, which no single one of "
-            f"{world.size} processes sees; use per_sample, or one process"
-        )
+    for key, value, use in (("sharing", "shared", "per_sample"), ("input_video", "other", "own")):
+        if world.size > 1 and getattr(config.weight_predictor, key) == value:
+            raise UserError(
+                f"weight_predictor.{key} is {value}, which takes other images of the batch, and no single one of "
+                f"{world.size} processes sees them all; use {use}, or one process"
+            )
 
 
 def check_images(saved: dict[str, Any], images: TrainingImages, run: RunDirectory, accept_changes: bool) -> None:
-    """Refuses another set of images than the run was begun with: its place in the data would mean nothing.
-
-    Raises:
-        UserError: other names or another number of images, unless `accept_changes`.
+    """Refuses another set of images than the run was begun with: its place in the data would mean nothing. Raises
+    UserError: other names or another number of images, unless `accept_changes`.
     """
     before = saved["images"]
     if images.fingerprint != before["fingerprint"] and not accept_changes:
@@ -191,22 +220,16 @@ def check_images(saved: dict[str, Any], images: TrainingImages, run: RunDirector
 
 
 def open_shard(config: Config, device: torch.device, world: World) -> TrainingImages:
-    """The images, of whose batches this process takes its shard.
-
-    Raises:
-        UserError: as `open_images`; or the processes see different images, settings or versions.
+    """The images, of whose batches this process takes its shard. Raises UserError: as `open_images`; or the processes
+    see different images, settings or versions.
     """
     images = open_images(
         config.data, config.image, batch_size=config.training.batch_size, seed=config.training.seed, device=device,
         progress=world.is_main, shard=slice(world.rank, None, world.size),
     )  # fmt: skip
     may_differ = {"data.root", "output.root", "runtime.device"}  # names that each machine may have of its own
-    settings = {
-        f"{section}.{key}": value
-        for section, values in config_to_dict(config).items()
-        for key, value in values.items()
-        if f"{section}.{key}" not in may_differ
-    }
+    settings = {f"{part}.{key}": value for part, keys in config_to_dict(config).items() for key, value in keys.items()}
+    settings = {name: value for name, value in settings.items() if name not in may_differ}
     files = {"images in data.root": images.count, "names of images, by their SHA-256": images.fingerprint}
     world.check_equal(settings | files | {"torch": torch.__version__})
     return images
@@ -261,16 +284,17 @@ def dry_run(config: Config, world: World = SINGLE_PROCESS) -> Iterator[str]:
     yield f"# data\n{images.description}"
     for name, count in images.class_counts.items():
         yield f"  {name:<24} {count:>8,}"
+    if images.crop_note:
+        yield f"  {images.crop_note}"
     low, mean, high = (f"{value:.3f}" for value in (batch.min(), batch.mean(), batch.max()))
     yield f"  first batch {tuple(batch.shape)}, values {low} to {high}, mean {mean}\n"
     yield "# networks                             parameters"
     vae = generator.vae
     networks: dict[str, list[nn.Module]] = {
-        "VAE encoder": [vae.encoder, vae.to_mu, vae.to_logvar],
-        "VAE decoder θ": [vae.decoder],
+        "VAE encoder": [vae.encoder, vae.to_mu, vae.to_logvar], "VAE decoder θ": [vae.decoder],
         "WeightPredictorRNN and update head": [generator.predictor, generator.head],
         "Discriminator (the critic)": [critic],
-    }
+    }  # fmt: skip
     for name, modules in networks.items():
         yield f"  {name:<36} {sum(p.numel() for module in modules for p in module.parameters()):>12,}"
     yield "\n# updated tensors                      shape                  weights"
@@ -289,35 +313,10 @@ def dry_run(config: Config, world: World = SINGLE_PROCESS) -> Iterator[str]:
         yield f"a run would be refused: {error}"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        description="Train a VAE decoder, the GRU that predicts updates to its weights, and a WGAN-GP critic.",
-        epilog="examples:\n"
-        "  python training.py --config configs/quick.yaml\n"
-        "  python training.py data.root=my_images output.name=my-run\n"
-        "  python training.py image.size=64 training.epochs=100 --dry-run\n"
-        "  python training.py --print-config > my.yaml\n"
-        "  torchrun --nproc-per-node=8 training.py\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    default = Path(__file__).with_name("config.yaml")
-    add = parser.add_argument
-    add("--config", metavar="FILE", default=default, help="YAML file with settings (config.yaml)")
-    add("--dry-run", action="store_true", help="check everything, print what would run, and stop")
-    add("--print-config", action="store_true", help="print every setting with its default, meaning and range, and stop")
-    add("--accept-changes", action="store_true", help="resume with settings that change what is learned")
-    add("--profile", action="store_true", help="leave a torch.profiler trace of steps 4 and 5")
-    add("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
-    return parser
-
-
-def work(arguments: list[str] | None) -> int:
-    options = build_parser().parse_args(arguments)
+def work(options: argparse.Namespace, config: Config) -> int:
     if options.print_config:
         print_line(config_template().rstrip())
         return 0
-    config = load_config(options.config, options.overrides)
     with join_processes(config.runtime, choose_device(config.runtime.device)) as world:
         if options.dry_run:
             for line in dry_run(config, world):
@@ -329,7 +328,7 @@ def work(arguments: list[str] | None) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     hint = "try a smaller training.batch_size, video.height and video.width, or weight_predictor.head=low_rank"
-    return run_command(lambda: work(arguments), report_error, hint)
+    return run_command(lambda: work(*(EARLY or read_options(arguments))), report_error, hint)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """What the user sees while a run trains: progress, metrics, samples of fixed latents, checkpoints, and how it stops."""
 
+import itertools
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -59,21 +61,15 @@ class Log:
             unit="step",
             disable=not self.is_terminal,
             dynamic_ncols=True,
-            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
+            bar_format="{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
         )
 
     def state(self) -> dict[str, Any]:
         """The interval that has begun, so that the line it becomes is the same after a stop between its steps."""
         now = time.perf_counter()
-        return {
-            "names": self.names,
-            "sums": self.sums,
-            "since_step": self.since_step,
-            "interval_seconds": now - self.since_time,
-            "waited_seconds": self.images.seconds_waited - self.waited_before,
-            "seconds": now - self.started,
-            "latest": self.latest,
-        }
+        return {"names": self.names, "sums": self.sums, "since_step": self.since_step, "latest": self.latest,
+                "interval_seconds": now - self.since_time, "seconds": now - self.started,
+                "waited_seconds": self.images.seconds_waited - self.waited_before}  # fmt: skip
 
     def restore(self, saved: dict[str, Any] | None, device: torch.device) -> None:
         """Goes on with what `state` gave; None: from the start."""
@@ -115,10 +111,8 @@ class Log:
         self.first_bad = torch.full(sums.shape, math.inf, device=sums.device, dtype=torch.float64)
 
     def check(self, networks: dict[str, nn.Module] | None = None) -> None:
-        """Stops a run that has gone wrong, before its state reaches a checkpoint. Waits for the device.
-
-        Raises:
-            UserError: a loss, score, gradient or weight of `networks` is not finite; names the first step.
+        """Stops a run that has gone wrong, before its state reaches a checkpoint. Waits for the device. Raises
+        UserError: a loss, score, gradient or weight of `networks` is not finite; names the first step.
         """
         if self.first_bad is not None and (bad := self.first_bad.min().item()) < math.inf:
             first = self.first_bad.tolist()
@@ -129,11 +123,7 @@ class Log:
                 self._stop(f"a weight of the {name} is not finite at step {self.step}")
 
     def write(self, step: int) -> None:
-        """Reads the averages since the last call, writes them and shows them.
-
-        Raises:
-            UserError: as `check`.
-        """
+        """Reads the averages since the last call, writes them and shows them. Raises UserError: as `check`."""
         if self.sums is None or self.first_bad is None or step == self.since_step:
             return
         waited = self.images.seconds_waited - self.waited_before  # seconds in which the loop had no images
@@ -173,16 +163,16 @@ class Log:
 
     def show(self, step: int, metrics: dict[str, float]) -> None:
         """The bar's tail, or a plain line where output goes to a file."""
-        summary = (
-            f"gap {metrics['critic/gap']:.2f}, rec {metrics['generator/reconstruction']:.1f}, "
-            f"kl {metrics['generator/kl']:.1f}, update {metrics['update/relative_size']:.1%}, "
-            f"{metrics['speed/images_per_second']:.0f} images/s"
-        )
-        if self.is_terminal:
-            self.bar.set_postfix_str(summary)
+        parts = [f"{metrics['speed/images_per_second']:.0f} images/s", f"gap {metrics['critic/gap']:.2f}",
+                 f"rec {metrics['generator/reconstruction']:.1f}", f"kl {metrics['generator/kl']:.1f}",
+                 f"update {metrics['update/relative_size']:.1%}"]  # fmt: skip
+        if self.is_terminal:  # as much as fits beside the bar: its counts and times take 41 columns and more
+            room = shutil.get_terminal_size().columns - 41 - 2 * len(str(self.steps))
+            lengths = itertools.accumulate(len(part) + 2 for part in parts)
+            self.bar.set_postfix_str(", ".join(part for part, end in zip(parts, lengths, strict=True) if end <= room))
         else:
             left = (self.steps - step) * metrics["speed/seconds_per_step"]
-            self.line(f"step {step}/{self.steps}  {summary}, {tqdm.format_interval(left)} left")
+            self.line(f"step {step}/{self.steps}  {', '.join(parts)}, {tqdm.format_interval(left)} left")
 
     def report_skipped(self) -> None:
         """Lists broken images that any process has met since the last call, on the screen and in skipped.txt."""
@@ -214,12 +204,9 @@ class Log:
             self.line("the same command goes on from there")
             return
         self.line(f"finished {step} steps in {tqdm.format_interval(time.perf_counter() - self.started)}. Look at:")
-        for what, where in (
-            ("images", f"samples/step_{step:06d}.png"),
-            ("videos", f"clips/step_{step:06d}.mp4"),
-            ("curves", "loss_curves.png"),
-            ("checkpoint", "checkpoints/latest.pt"),
-        ):
+        files = {"images": f"samples/step_{step:06d}.png", "videos": f"clips/step_{step:06d}.mp4",
+                 "curves": "loss_curves.png", "checkpoint": "checkpoints/latest.pt"}  # fmt: skip
+        for what, where in files.items():
             self.line(f"  {what:<11}{self.path / where}")
 
     def _stop(self, what: str) -> NoReturn:
@@ -227,9 +214,9 @@ class Log:
         latest, network = self.path / "checkpoints" / "latest.pt", _likely_network(what)
         raise UserError(
             f"training stopped: {what}; "
-            + (f"the last good checkpoint is {latest}" if latest.exists() else "no checkpoint was written yet")
+            + (f"the last good checkpoint is {latest}" if os.path.exists(latest) else "no checkpoint was written yet")
             + f"; it began in the {network}: try a smaller training.lr_{network}, or training.clip_{network}=10"
-            + (", and go on from there with --accept-changes" if latest.exists() else "")
+            + (", and go on from there with --accept-changes" if os.path.exists(latest) else "")
         )
 
     def close(self) -> None:
@@ -267,23 +254,16 @@ class FixedSamples:
     def missing(self, run: RunDirectory, step: int) -> bool:
         """Whether the samples of `step` are due and not there: a kill may come between a checkpoint and them."""
         due = step in (0, self.last_step) or step % self.every == 0
-        return due and not (run.path / "samples" / f"step_{step:06d}.png").exists()
+        return due and not os.path.exists(run.path / "samples" / f"step_{step:06d}.png")
 
     @torch.no_grad()
-    def save(self, run: RunDirectory, state: TrainingState) -> Path:
-        """Writes the sample grid, the clips and the curves of this moment; returns the grid's path."""
+    def save(self, run: RunDirectory, state: TrainingState, log: Log) -> None:
+        """Writes the sample grid, the clips and the curves of this moment, and says where the grid is."""
         generator, step = state.generator_ema, state.step
         output = generator(self.z, self.motion)
         mu, _ = generator.vae.encode(self.x_real)
-        path = run.save_samples(
-            step,
-            {
-                "real": self.x_real,
-                "reconstruction": generator.vae.decode(mu),
-                "base image": output.x_base,
-                "updated image": output.x_fake,
-            },
-        )
+        columns = {"real": self.x_real, "reconstruction": generator.vae.decode(mu)}
+        path = run.save_samples(step, columns | {"base image": output.x_base, "updated image": output.x_fake})
         # A shared update is the mean over all samples; otherwise only those that are shown need be decoded.
         shown = slice(len(self.z) if generator.shared else 4)
         motion = type(self.motion)(*(numbers[shown] for numbers in self.motion))
@@ -294,7 +274,7 @@ class FixedSamples:
         run.save_clip(step, {"synthetic video": video, "weight-driven video": frames})
         if step:
             run.plot_losses()
-        return path
+        log.line(f"samples of step {step}: {path}")
 
 
 class CheckpointManager:
@@ -313,27 +293,21 @@ class CheckpointManager:
         self.failures = 0
 
     def save(self, state: TrainingState, log: Log, last: bool) -> None:
-        """Writes a checkpoint of this moment; `last`: nothing comes after it.
-
-        Raises:
-            UserError: it cannot be written, and that was the last chance.
+        """Writes a checkpoint of this moment; `last`: nothing comes after it. Raises UserError: it cannot be written,
+        and that was the last chance.
         """
         self._update_best(state.step, log)
         content = state.to_dict() | {
-            "images_seen": state.step * log.images_per_step,
-            "config": config_to_dict(self.config),
-            "update_spec": state.generator.spec.to_dict(),
-            "images": self.images,
-            "log": log.state(),
-            "best": self.best,
-        }
+            "images_seen": state.step * log.images_per_step, "config": config_to_dict(self.config), "best": self.best,
+            "update_spec": state.generator.spec.to_dict(), "images": self.images, "log": log.state(),
+        }  # fmt: skip
         try:
             self.run.save_checkpoint(content)
             self.failures = 0
         except UserError as error:
             self.failures += 1
             latest = self.run.path / "checkpoints" / "latest.pt"
-            what_is_left = f"{latest} is whole" if latest.exists() else "no checkpoint was written yet"
+            what_is_left = f"{latest} is whole" if os.path.exists(latest) else "no checkpoint was written yet"
             if last or self.failures == self.MOST_FAILURES or not self.run.exists:
                 log.close()
                 raise UserError(

@@ -13,19 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+import losses
 from configuration import Config, TrainingConfig
 from distributed import SINGLE_PROCESS, World
 from generator import Generator, GeneratorOutput, build_synthesizer, stable_seed
-from losses import (
-    AUGMENTATION_NUMBERS,
-    CriticLoss,
-    GeneratorLoss,
-    critic_loss,
-    diffaugment,
-    generator_loss,
-    vae_loss,
-    video_loss,
-)
+from losses import AUGMENTATION_NUMBERS, CriticLoss, GeneratorLoss, diffaugment
 from model_definitions import Discriminator, WeightPredictorRNN
 from util import channels_last_on
 from video_synth import Motion
@@ -92,14 +84,8 @@ class NoiseSampler:
         augment_fake = self._uniform(batch, AUGMENTATION_NUMBERS)
         motion = self._motion(batch - base, updated)
         frame = self._adversarial_frame(batch - base)
-        return CriticNoise(
-            z=z[self.rows],
-            motion=motion,
-            frame=None if frame is None else frame[updated],
-            epsilon=epsilon[self.rows],
-            augment_real=augment_real[self.rows],
-            augment_fake=augment_fake[self.rows],
-        )
+        frame, rows = None if frame is None else frame[updated], self.rows
+        return CriticNoise(z[rows], motion, frame, epsilon[rows], augment_real[rows], augment_fake[rows])
 
     def generator(self, step: int) -> GeneratorNoise:
         """For the generator step of iteration `step`."""
@@ -111,15 +97,9 @@ class NoiseSampler:
         motion = self._motion(batch, rows)
         frame = self._adversarial_frame(batch)
         video_times = self._integers(loss.rollout_frames + 1, batch, loss.video_frames)
-        return GeneratorNoise(
-            z=z[rows],
-            motion=motion,
-            frame=None if frame is None else frame[rows],
-            posterior=posterior[rows],
-            rollout_count=len(range(round(loss.rollout_fraction * batch))[rows]),
-            video_times=video_times[rows],
-            augment=torch.cat([augment_fake[rows], augment_base[rows]]),
-        )
+        frame, augment = None if frame is None else frame[rows], torch.cat([augment_fake[rows], augment_base[rows]])
+        rollout_count = len(range(round(loss.rollout_fraction * batch))[rows])
+        return GeneratorNoise(z[rows], motion, frame, posterior[rows], rollout_count, video_times[rows], augment)
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self.device, generator=self.random)
@@ -166,7 +146,7 @@ def critic_objective(
         x_fake = generator.fakes(noise.z, noise.motion, noise.frame, noise.base_count)
     if kinds := config.training.diffaugment:
         x_real, x_fake = diffaugment(x_real, kinds, noise.augment_real), diffaugment(x_fake, kinds, noise.augment_fake)
-    return critic_loss(critic, x_real, x_fake, noise.epsilon, config.loss)
+    return losses.critic_loss(critic, x_real, x_fake, noise.epsilon, config.loss)
 
 
 def generator_objective(
@@ -182,16 +162,11 @@ def generator_objective(
     scores = critic(x_generated)
     score_fake, score_base = scores.chunk(2) if has_update else (scores, scores)
     x_rec, mu, logvar = generator.vae(x_real, noise.posterior)
-    reconstruction, kl = vae_loss(x_real, x_rec, mu, logvar)
-    loss = generator_loss(
-        score_fake=score_fake,
-        score_base=score_base,
-        reconstruction=reconstruction,
-        kl=kl,
-        update=output.update.mean_square(),
-        video=weight_driven_video_loss(generator, output, noise, config),
-        weights=config.loss,
-    )
+    reconstruction, kl = losses.vae_loss(x_real, x_rec, mu, logvar)
+    loss = losses.generator_loss(
+        score_fake=score_fake, score_base=score_base, reconstruction=reconstruction, kl=kl, weights=config.loss,
+        update=output.update.mean_square(), video=weight_driven_video_loss(generator, output, noise, config),
+    )  # fmt: skip
     return loss, output
 
 
@@ -209,7 +184,7 @@ def weight_driven_video_loss(
     frames = generator.decode_frames(output.features.detach(), states, noise.video_times, frozen=True)
     times = generator.synthesizer.frames + noise.video_times
     target = generator.synthesizer(output.x_base.detach(), noise.motion, times, full_size=True)
-    return video_loss(frames, target)
+    return losses.video_loss(frames, target)
 
 
 # ----------------------------------------------------------------------------------------------------------- the state
@@ -305,10 +280,8 @@ class TrainingState:
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Takes over what `to_dict` gave, with the learning rates of the present settings.
-
-        Raises:
-            RuntimeError, KeyError, ValueError: `saved` is of other networks.
+        """Takes over what `to_dict` gave, with the learning rates of the present settings. Raises RuntimeError,
+        KeyError, ValueError: `saved` is of other networks.
         """
         for name, network in self.networks().items():
             network.load_state_dict(saved[name])
@@ -390,13 +363,8 @@ class EagerSteps:
         with torch.autocast(x_real.device.type, torch.bfloat16, enabled=config.runtime.precision == "bf16"):
             loss = critic_objective(state.generator, state.critic, x_real, noise, config)
         gradients = torch.autograd.grad(loss.total, state.parameters["critic"])
-        metrics = {
-            "critic/total": loss.total,
-            "critic/gap": -loss.wasserstein,
-            "critic/penalty": loss.penalty,
-            "critic/drift": loss.drift,
-            "score/real": loss.score_real.mean(),
-        }
+        metrics = {"critic/total": loss.total, "critic/gap": -loss.wasserstein, "critic/penalty": loss.penalty,
+                   "critic/drift": loss.drift, "score/real": loss.score_real.mean()}  # fmt: skip
         # Shards may hold different numbers of base images: divided by the mean number, they average to the batch mean.
         batch, base, processes = config.training.batch_size, base_fake_count(config), self.world.size
         if base:

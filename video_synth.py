@@ -85,13 +85,8 @@ class VideoSynthesizer(nn.Module):
         height, width: size of the video; None keeps the image's. Must not exceed the image's.
     """
 
-    def __init__(
-        self,
-        frames: int = 8,
-        strengths: Mapping[str, float] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-    ) -> None:
+    def __init__(self, frames: int = 8, strengths: Mapping[str, float] | None = None, height: int | None = None,
+                 width: int | None = None) -> None:  # fmt: skip
         super().__init__()
         self.frames = frames
         self.strengths = {name: kind.strength for name, kind in MOTIONS.items()} | dict(strengths or {})
@@ -103,17 +98,9 @@ class VideoSynthesizer(nn.Module):
         """(height, width) of the video made of images of shape (..., H, W)."""
         return self.height or image_shape[-2], self.width or image_shape[-1]
 
-    def sample_motion(
-        self,
-        batch: int,
-        image_shape: tuple[int, ...] | torch.Size,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-        *,
-        rows: slice = slice(None),
-        noise: bool = True,
-        varied: bool = False,
-    ) -> Motion:
+    def sample_motion(self, batch: int, image_shape: tuple[int, ...] | torch.Size,
+                      device: torch.device | str | None = None, generator: torch.Generator | None = None, *,
+                      rows: slice = slice(None), noise: bool = True, varied: bool = False) -> Motion:  # fmt: skip
         """Samples the motion of `batch` videos of images of shape (C, H, W).
 
         Args:
@@ -131,14 +118,8 @@ class VideoSynthesizer(nn.Module):
         noise_numbers = torch.randn(batch, 2, image_shape[-3], height, width, **options)
         return Motion(phases[rows], amplitudes[rows], noise_numbers[rows])
 
-    def forward(
-        self,
-        images: Tensor,
-        motion: Motion,
-        times: Tensor | None = None,
-        full_size: bool = False,
-        noise: bool | None = None,
-    ) -> Tensor:
+    def forward(self, images: Tensor, motion: Motion, times: Tensor | None = None, full_size: bool = False,
+                noise: bool | None = None) -> Tensor:  # fmt: skip
         """The videos of a batch of images.
 
         Args:
@@ -151,6 +132,13 @@ class VideoSynthesizer(nn.Module):
         Returns:
             (B, T or K, C, height, width) in [0, 1].
         """
+        with torch.autocast(images.device.type, enabled=False):  # in bf16 places would be half a pixel off at 128 px
+            images = images.to(torch.promote_types(images.dtype, torch.float32))
+            return self._synthesize(images, motion, times, full_size, noise)
+
+    def _synthesize(
+        self, images: Tensor, motion: Motion, times: Tensor | None, full_size: bool, noise: bool | None
+    ) -> Tensor:
         strengths = self.strengths
         aspect = images.shape[-2] / images.shape[-1]
         height, width = images.shape[-2:] if full_size else self.video_size(images.shape)
@@ -192,24 +180,6 @@ class VideoSynthesizer(nn.Module):
         return times * (2 * math.pi / self.frames)
 
 
-def synthesize_video(
-    images: Tensor,
-    frames: int = 8,
-    strengths: Mapping[str, float] | None = None,
-    generator: torch.Generator | None = None,
-    height: int | None = None,
-    width: int | None = None,
-) -> Tensor:
-    """Images (B, C, H, W) in [0, 1] to synthetic videos (B, T, C, height, width), in one call.
-
-    >>> video = synthesize_video(torch.rand(2, 3, 32, 32), frames=5, generator=torch.Generator().manual_seed(0))
-    >>> video.shape
-    torch.Size([2, 5, 3, 32, 32])
-    """
-    synthesizer = VideoSynthesizer(frames, strengths, height, width)
-    return synthesizer(images, synthesizer.sample_motion(len(images), images.shape[1:], images.device, generator))
-
-
 def _warp(images: Tensor, paths: Sequence[Tensor], strengths: Mapping[str, float], aspect: float) -> Tensor:
     """Shifts, zooms and rotates: (B, C, H, W) -> (B, K, C, H, W). Beyond its border an image goes on as its edge.
 
@@ -223,13 +193,9 @@ def _warp(images: Tensor, paths: Sequence[Tensor], strengths: Mapping[str, float
     # affine_grid maps places in the frame to places in the image, in units of half a side: the inverse of the motion.
     shift_x, shift_y = 2 * strengths["shift"] * path_x, 2 * strengths["shift"] * path_y
     sin_x, sin_y = sin * aspect, sin / aspect
-    theta = torch.stack(
-        [
-            torch.stack([cos, sin_x, -(cos * shift_x + sin_x * shift_y)], dim=-1),
-            torch.stack([-sin_y, cos, sin_y * shift_x - cos * shift_y], dim=-1),
-        ],
-        dim=-2,
-    )
+    row_x = torch.stack([cos, sin_x, -(cos * shift_x + sin_x * shift_y)], dim=-1)
+    row_y = torch.stack([-sin_y, cos, sin_y * shift_x - cos * shift_y], dim=-1)
+    theta = torch.stack([row_x, row_y], dim=-2)
     grid = functional.affine_grid(theta.flatten(0, 1), [batch * count, 1, height, width], align_corners=False)
     # The frames of one image stand below each other in one tall grid, so the image is never copied K times.
     tall = grid.view(batch, count * height, width, 2)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from configuration import UserError
+from util import UserError
 
 # Biases start at zero, so their own RMS would pin their updates to zero: below this they count as this large.
 SMALLEST_SCALE = 0.01
@@ -99,10 +99,9 @@ def build_update_spec(vae: nn.Module, patterns: list[str]) -> UpdateSpec:
     Tensors come in the decoder's own order, whatever the order of the patterns, so that the same choice always means
     the same Δ.
 
-    Raises:
-        UserError: a pattern that matches nothing (with the nearest name), that matches only the encoder (an update
-            there cannot change an image), that adds nothing to the patterns before it, or that names a frozen or
-            non-float tensor.
+    Raises UserError: a pattern that matches nothing (with the nearest name), that matches only the encoder (an update
+    there cannot change an image), that adds nothing to the patterns before it, or that names a frozen or non-float
+    tensor.
     """
     parameters = {name: tensor for name, tensor in vae.named_parameters() if name.startswith("decoder.")}
     encoder_names = [name for name, _ in vae.named_parameters() if not name.startswith("decoder.")]
@@ -341,10 +340,8 @@ HEADS: dict[str, type[UpdateHead]] = {"full": FullHead, "low_rank": LowRankHead,
 
 
 def check_update_size(given: int | str, head: UpdateHead) -> int:
-    """The head's update size, after checking the number that the user may have given by hand.
-
-    Raises:
-        UserError: a number that is not the head's; the message says the right one.
+    """The head's update size, after checking the number that the user may have given by hand. Raises UserError: a
+    number that is not the head's; the message says the right one.
     """
     if given not in ("auto", head.update_size):
         kind = next(name for name, head_class in HEADS.items() if type(head) is head_class)

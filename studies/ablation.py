@@ -39,6 +39,7 @@ from util import (
     choose_device,
     describe_device,
     int_between,
+    names_digest,
     prepare_device,
     print_line,
     run_command,
@@ -51,7 +52,8 @@ from torch import Tensor
 from checkpoints import differences
 from configuration import Config, UserError, config_to_dict, config_to_yaml, load_config
 from generator import build_generator
-from image_data import find_images, names_digest, open_images
+from image_data import open_images
+from media import find_images, save_figure
 from quality import frechet_distance, image_features, kernel_distance, load_features, precision_recall
 from sampling import BATCH, Sampler, load_sampler
 from step_runners import build_steps, choose_step
@@ -88,7 +90,7 @@ ARMS: dict[str, tuple[str, list[str]]] = {
     "no-video-loss": ("no frame has to follow the synthetic video: λ_video 0", ["loss.lambda_video=0"]),
     "constant": ("a learned constant update, lr_predictor times hidden_size / 2", ["weight_predictor.update=constant"]),
     "mismatched": ("the GRU encodes another image's video", ["weight_predictor.input_video=other"]),
-    "still": ("the GRU encodes one frame, repeated", ["weight_predictor.input_video=static"]),
+    "still": ("the GRU encodes the image itself, standing still", ["weight_predictor.input_video=static"]),
     "frozen": ("the GRU keeps its initial weights", ["weight_predictor.train_gru=false"]),
     "wide": ("no predictor, a wider VAE with about as many parameters as `full`", [OFF]),
     "shared": ("one update for the batch: the mean", ["weight_predictor.sharing=shared"]),
@@ -156,8 +158,7 @@ def seed_list(text: str) -> list[int]:
 def read_options(arguments: list[str]) -> argparse.Namespace:
     """Reads the command line; `--report` takes what it isn't given from the folder's record."""
     summary, _, more = (__doc__ or "").partition("\n\n")
-    parser = CommandParser("python -m studies.ablation", description=summary, epilog=more,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = CommandParser("python -m studies.ablation", description=summary, epilog=more)
     add = parser.add_argument
     add("--config", metavar="FILE", help="the base settings (configs/quick.yaml)")
     add("--out", metavar="FOLDER", default="runs/ablation", help="where all is written (%(default)s)")
@@ -226,7 +227,7 @@ class Study:
     def claim(self) -> None:
         """Saves the real images' features, and the record with earlier arms and seeds. Refuses another study."""
         record, root = read_json(self.folder / "study.json"), absolute(self.base.data.root)
-        names = names_digest(path.removeprefix(str(root)) for path in find_images(root))
+        names = names_digest(path.removeprefix(str(root)) for path in find_images(root)[0])
         changes = [str(one) for one in (differences(record, self.base, "study.json") if record else ())
                    if not any(fnmatch(one.key, pattern) for pattern in UNCOMPARED)]  # fmt: skip
         changes += ["data.root holds images of other names"] * (names != record.get("image_names", names))
@@ -396,7 +397,7 @@ class Study:
             results[key] = {"where": where, "arms": [compare(curves, arm, where) for arm in arms]}
         write_json(self.folder / "results.json", results | {"curves": [curve._asdict() for curve in curves]})
         write_table(self.folder / "table.md", results)
-        plot_over_time(self.folder / "over_time.png", curves, features)
+        save_figure(self.folder / "over_time.png", lambda: plot_over_time(curves, features), dpi=120)
         summary = f"wrote {self.folder}/table.md, results.json and over_time.png"
         if failed and not self.options.report:
             raise UserError(f"{len(failed)} runs failed ({', '.join(failed)}); {summary}")

@@ -166,7 +166,7 @@ def _percent(*values: float) -> str:
     return "–" if math.isnan(values[0]) else " to ".join(texts)
 
 
-def plot_over_time(path: Path, curves: list[LearningCurve], features: str) -> None:
+def plot_over_time(curves: list[LearningCurve], features: str) -> Any:
     """KID over seconds of training: a line for each arm, its seeds' mean, in a band from the least to the largest."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -196,5 +196,4 @@ def plot_over_time(path: Path, curves: list[LearningCurve], features: str) -> No
         axis.grid(alpha=0.25, which="both")
     axes[0].set_ylabel(f"KID × 1000 on {features.partition(' (')[0]}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    with os_errors_as_user_errors(path), atomic_write(path) as part:
-        figure.savefig(part, dpi=120, format="png")
+    return figure

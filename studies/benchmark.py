@@ -23,6 +23,7 @@ import tempfile
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,7 @@ import torch
 
 from configuration import UserError, load_config
 from image_data import open_images
+from media import save_figure
 from step_runners import has_bf16, has_compiler
 
 ROOT = Path(__file__).parent.parent
@@ -240,7 +242,7 @@ def processor() -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def plot(results: list[Line], path: Path) -> None:
+def plot(results: list[Line]) -> Any:
     """Bars: seconds per iteration of every line with its quartiles, and a mark at its floor."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
@@ -255,7 +257,7 @@ def plot(results: list[Line], path: Path) -> None:
     axes.set_yticks(range(len(results)), [f"{line['case']}: {line['runner']} {line['precision']}" for line in results])
     axes.invert_yaxis()
     axes.set(xscale="log", xlabel="seconds per iteration (median, quartiles); black: the floor")
-    figure.savefig(path, dpi=120, format="png")
+    return figure
 
 
 def run(options: argparse.Namespace) -> str:
@@ -285,15 +287,13 @@ def run(options: argparse.Namespace) -> str:
         for path in filter(None, texts):
             with atomic_write(path) as part:
                 part.write_text(texts[path], encoding="utf-8")
-        with atomic_write(options.out / "benchmark.png") as part:
-            plot(results, part)
+        save_figure(options.out / "benchmark.png", partial(plot, results), dpi=120)
     print_line(text)
     return f"also written to {options.out}/benchmark.md and benchmark.png"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = CommandParser("python -m studies.benchmark", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser("python -m studies.benchmark", description=__doc__)
     add = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda or cuda:<number> (%(default)s)")
     add("--quick", action="store_true", help="small sizes without compiling, about a minute")

@@ -35,8 +35,7 @@ def compare(options: argparse.Namespace) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = CommandParser("python -m studies.loss_curves", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser("python -m studies.loss_curves", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
     parser.add_argument("--out", required=True, metavar="FILE", help="the .png to write")
     return run_command(lambda: compare(parser.parse_args(arguments)))

@@ -8,7 +8,6 @@ Makes a new virtual environment, installs the lowest release of every listed pac
 and runs pytest with the arguments that are not its own. The exit status is pytest's, or 2 if it was not reached.
 """
 
-import argparse
 import os
 import re
 import subprocess
@@ -89,8 +88,7 @@ def install_lowest(python: str, folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = CommandParser("python -m studies.lowest_versions", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser("python -m studies.lowest_versions", description=__doc__)
     parser.add_argument("--python", default=sys.executable, help="the interpreter to use; this one by default")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where to make the environment and leave it")
     try:

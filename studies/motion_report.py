@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from util import CommandParser, atomic_write, command_device, int_between, run_command
+from util import CommandParser, atomic_write, command_device, int_between, print_line, run_command
 
 # isort: split
 import torch
@@ -196,8 +196,8 @@ def _squared_error(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() - b.double()).square().flatten(1).mean(dim=1)
 
 
-def report(options: argparse.Namespace) -> str:
-    """Measures what the options name, writes --json, and returns the tables."""
+def report(options: argparse.Namespace) -> int:
+    """Measures what the options name, prints the tables and writes --json."""
     if 0 < options.rollout_frames < 2 * WINDOW + 1:
         raise UserError(f"--rollout-frames must be 0 or at least {2 * WINDOW + 1}, but is {options.rollout_frames}")
     sampler = load_sampler(options.source, command_device(options.device), options.best)
@@ -207,15 +207,15 @@ def report(options: argparse.Namespace) -> str:
         "image_size": sampler.config.image.size, "period": sampler.generator.synthesizer.frames, "motion": dict(rows),
         "rollout": rollout(sampler, options.videos, options.rollout_frames) if options.rollout_frames else None,
     }  # fmt: skip
+    print_line(markdown(figures))  # before a file that may fail
     if options.json:
         with atomic_write(options.json) as part:
             part.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    return markdown(figures)
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = CommandParser("python -m studies.motion_report", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser("python -m studies.motion_report", description=__doc__)
     add = parser.add_argument
     add("source", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest checkpoint), or a .pt file")
     add("--json", metavar="FILE", help="write the figures there too")

@@ -14,9 +14,9 @@ from util import CommandParser, int_between, run_command
 import torch
 
 from configuration import UserError
-from image_data import BrokenImageError, decode_image
-from media import write_video
-from video_synth import MOTIONS, synthesize_video
+from image_data import decode_image
+from media import BrokenImageError, write_video
+from video_synth import MOTIONS, VideoSynthesizer
 
 
 def preview(options: argparse.Namespace) -> str:
@@ -29,18 +29,18 @@ def preview(options: argparse.Namespace) -> str:
         image = decode_image(options.image, options.size, 3)[None].float() / 255
     except BrokenImageError as error:
         raise UserError(f"cannot read the image {options.image}: {error.reason}") from None
-    random = torch.Generator().manual_seed(options.seed)
-    video = synthesize_video(image, options.frames, strengths, random)
-    write_video(options.clip, video[0], fps=options.fps)
+    synthesizer = VideoSynthesizer(options.frames, strengths)
+    motion = synthesizer.sample_motion(1, image.shape[1:], generator=torch.Generator().manual_seed(options.seed))
+    frames = (synthesizer(image, motion, torch.tensor([[t]]))[0, 0] for t in range(options.frames))  # one at a time
+    write_video(options.clip, frames, fps=options.fps)
     return f"wrote {options.clip}: {options.frames} frames, {options.size} px wide, {options.fps:g} a second"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = CommandParser("python -m studies.preview_motion", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser("python -m studies.preview_motion", description=__doc__)
     add = parser.add_argument
-    add("image", help="any image file; its centre is cut to a square")
-    add("clip", help="the file to write: .mp4, .webp, .gif, .png (APNG), or a new folder for frames")
+    add("image", metavar="PATH", help="any image file; its centre is cut to a square")
+    add("clip", metavar="FILE", help="the file to write: .mp4, .webp, .gif, .png (APNG), or a new folder for frames")
     add("--size", type=int_between("size", 4, 4096), default=128, help="side of the clip in pixels (%(default)s)")
     add("--frames", type=int_between("frames", 1, 100_000), default=32, help="frames in one closed path (%(default)s)")
     add("--fps", type=float, default=16, help="frames per second (%(default)s)")

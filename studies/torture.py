@@ -5,7 +5,6 @@ python -m studies.torture memory --steps 10000     does the memory of a long run
 python -m studies.torture saving                   which fraction of the training time goes into checkpoints?
 """
 
-import argparse
 import json
 import random
 import subprocess
@@ -139,8 +138,7 @@ def saving(folder: Path, name: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = CommandParser("python -m studies.torture", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser("python -m studies.torture", description=__doc__)
     add = parser.add_argument
     add("study", choices=("kills", "memory", "saving"))
     add("--kills", type=int_between("kills", 1, 10**6), default=100, metavar="N", help="how many (%(default)s)")

@@ -34,18 +34,10 @@ from training_step import EagerSteps, NoiseSampler, TrainingState
 ROOT = Path(__file__).parent.parent
 
 SMALL = [
-    "image.size=16",
-    "vae.channels=[4,8]",
-    "vae.latent_dim=6",
-    "critic.channels=[4,8]",
-    "weight_predictor.hidden_size=8",
-    "video.frames=3",
-    "training.batch_size=4",
-    "training.n_critic=2",
-    "output.samples=2",
-    "runtime.device=cpu",
-    "output.tensorboard=false",
-]
+    "image.size=16", "vae.channels=[4,8]", "vae.latent_dim=6", "critic.channels=[4,8]",
+    "weight_predictor.hidden_size=8", "video.frames=3", "training.batch_size=4", "training.n_critic=2",
+    "output.samples=2", "runtime.device=cpu", "output.tensorboard=false",
+]  # fmt: skip
 """Overrides for a run that takes a second or two."""
 
 VARIED = ["data.mirror=true", "training.diffaugment=[color,translation,cutout]", "loss.lambda_video=1",
@@ -329,7 +321,7 @@ def run_process(
         os.dup2(os.open(folder / f"{name}.{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
     os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": f"{size}", "LOCAL_RANK": f"{rank}", "LOCAL_WORLD_SIZE": f"{size}"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "none"}
     torch.set_num_threads(1)
     try:
         status = work(*arguments) or 0
@@ -431,12 +423,10 @@ def run_iterations(runner: EagerSteps, count: int) -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------------------------------- generators
 
 ARMS = {
-    "off": ["weight_predictor.update=off"],
-    "constant": ["weight_predictor.update=constant"],
-    "other": ["weight_predictor.input_video=other"],
-    "static": ["weight_predictor.input_video=static"],
+    "off": ["weight_predictor.update=off"], "constant": ["weight_predictor.update=constant"],
+    "other": ["weight_predictor.input_video=other"], "static": ["weight_predictor.input_video=static"],
     "frozen": ["weight_predictor.train_gru=false"],
-}
+}  # fmt: skip
 """The controls of the method: name -> overrides."""
 
 

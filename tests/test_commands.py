@@ -1,15 +1,19 @@
 """All commands: --help shows how they are called; a mistake is one line, exit status 2, and leaves nothing."""
 
 import importlib
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Done, assert_one_line, small
+from conftest import ROOT, Done, assert_one_line, small, start_command
 
 from checkpoints import Checkpoints, load_checkpoint
 
+LONG = "n" * 300  # names have 255 bytes at most
 MISTAKES = [  # (command and its run or checkpoint, arguments, what the line holds)
     ("training", "training.stpes=3", "unknown setting 'training.stpes'; did you mean 'training.steps'?"),
     ("training", "--acept-changes", "unknown argument '--acept-changes', did you mean --accept-changes?"),
@@ -19,7 +23,13 @@ MISTAKES = [  # (command and its run or checkpoint, arguments, what the line hol
     ("training", "weight_predictor.update_size=7", "or auto"),
     ("training", "weight_predictor.layers=[decoder.stge1.*]", "decoder.stage1"),
     ("training", "data.root=nowhere", "nowhere does not exist (looked for jpg"),
-    ("training", "--config nowhere.yaml", "--config nowhere.yaml: no such file"),
+    ("training", "--config nowhere.yaml", "--config nowhere.yaml: no such file; give a YAML file"),
+    ("training", "--config qiuck.yaml", "--config qiuck.yaml: no such file; did you mean quick.yaml?"),
+    ("training", "--steps 100", "unknown argument '--steps', did you mean training.steps=100?"),
+    ("training", "--data.fit=pad training.seed=1", "did you mean data.fit=pad?"),
+    ("training", "output.root=${oc.env:HOME}/runs", "output.root: ${oc.env:HOME} stands for nothing here"),
+    ("training", "output.root=$HOME", "output.root: $HOME stands for nothing here"),
+    ("training", f"output.name={LONG[:254]}", f"for example output.name={LONG[:245]}-2"),
     ("training", "output.name=a/b", "output.name must be one plain folder name, for example my-run, but is 'a/b'"),
     ("training", "runtime.device=tpu", "runtime.device must be auto, cpu, cuda or cuda:<number>, but is 'tpu'"),
     ("training", "runtime.device=cuda:99", "use auto or cpu"),
@@ -37,15 +47,21 @@ MISTAKES = [  # (command and its run or checkpoint, arguments, what the line hol
     ("generate", "--out x.mp4 --grid 9x9", "64 are the most"),
     ("generate", "--out x.mp4 --motion shfit=1", "did you mean 'shift'?"),
     ("generate", "--out x.mp4 --motion zoom=2", "zoom must be a number, 0 to 0.9, but is '2'"),
-    ("generate", "--out x.mp4 --fps 0", "--fps must be a number above 0"),
+    ("generate", "--out x.mp4 --fps 0", "--fps must be a number from 0.0001 to 1000"),
+    ("generate", "--out x.gif --fps 0.001", "a .gif shows at least 0.00153 frames per second, not 0.001"),
+    ("generate", "--out $X/x.png", "--out: $X stands for nothing here"),
+    ("generate", f"--out {LONG}.png --images 1", "File name too long"),
+    ("generate", f"--out x.png --image {LONG}.png", "no such file or folder"),
     ("generate", "--out x.png --image missing.jpg", "missing.jpg: no such file or folder"),
     ("generate", "--out x.png --image text.jpg", "cannot read the image text.jpg: its content is not a jpg"),
     ("generate", "--out x.png --image empty", "--image: "),
     ("generate", "--out x.png --best", "leave out --best"),
     ("generate", "--out full", "already holds files"),
-    ("generate", "--out x.mp4 --roll", "--roll is now called --rollout"),
-    ("generate", "--out x.png --draw=base", "--draw is now called --show"),
-    ("generate missing", "--out x.png", "missing: no such run or checkpoint"),
+    ("generate", "--out x.mp4 --roll", "unknown argument '--roll', did you mean --rollout?"),
+    ("generate missing", "--out x.png", "missing: no such run or checkpoint; training.py makes runs"),
+    ("generate runs/brokn", "--out x.png", "no such run or checkpoint; did you mean runs/broken?"),
+    ("generate runs/xyz", "--out x.png", "no such run or checkpoint; runs there: broken, old"),
+    (f"generate {LONG}", "--out x.png", "no such run or checkpoint"),
     ("generate empty", "--out x.png", "empty holds no checkpoint (looked for checkpoints/latest.pt)"),
     ("generate runs", "--out x.png", "did you mean runs/broken?"),
     ("generate runs/broken", "--out x.png", "an older one is runs/broken/checkpoints/step_000002.pt"),
@@ -55,6 +71,8 @@ MISTAKES = [  # (command and its run or checkpoint, arguments, what the line hol
     ("evaluate runs/old", "", "by an older version of this project (format 2, here 3)"),
     ("evaluate missing", "", "missing: no such run or checkpoint"),
     ("evaluate", "--sheet x.jpg", "images are written as .png"),
+    ("evaluate", "--image 10", "unknown argument '--image', did you mean --images?"),
+    ("studies.loss_curves odd", "--out x.png", "odd/metrics.jsonl: not the metrics of a run"),
     ("studies.ablation", "--seeds 0,0", "--seeds must be different"),
     ("studies.benchmark", "discriminator.channels=[4,8]", "it is called 'critic' now"),
 ]
@@ -64,8 +82,10 @@ MISTAKES = [  # (command and its run or checkpoint, arguments, what the line hol
 def folder(tmp_path_factory: pytest.TempPathFactory, sample_run: Path) -> Path:
     """A folder with all that a command may stumble over."""
     folder = tmp_path_factory.mktemp("mistakes")
-    for name in ("empty", "full/precious", "full-2", "other"):
+    for name in ("empty", "full/precious", "full-2", "other", "odd", f"{LONG[:254]}/precious"):
         (folder / name).mkdir(parents=True)
+    (folder / "quick.yaml").touch()
+    (folder / "odd" / "metrics.jsonl").write_text('{"loss": 1}\n')
     (folder / "text.jpg").write_text("no image")
     for name in ("broken", "old"):
         shutil.copytree(sample_run, folder / "runs" / name)
@@ -104,3 +124,60 @@ def test_help_shows_how_the_command_is_called(command: str, capsys: pytest.Captu
     shown = capsys.readouterr()
     assert (end.value.code, shown.err) == (0, "")
     assert f"python {f'-m {command}' if '.' in command else f'{command}.py'} " in shown.out
+
+
+@pytest.mark.parametrize("arguments", ["training.py --help", "generate.py --hlep", "evaluate.py --nothing"])
+def test_help_and_mistakes_come_before_torch_is_imported(arguments: str) -> None:
+    code = "import runpy, sys\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    code = f"import sys; sys.argv[:] = {arguments.split()}\n{code}finally: print('torch' in sys.modules, flush=True)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (2 * ("--help" not in arguments), "False"), done.stderr
+
+
+def test_nothing_around_a_command_stops_it(tmp_path: Path, image_folder: Path) -> None:
+    """A closed standard error, an ASCII terminal, a notebook's backend, no TensorBoard, no path to our modules, names
+    of torchrun without a value, ~, options between settings, settings in a pipe, a folder in other letters.
+    """
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard" / "__init__.py").write_text("raise ModuleNotFoundError('tensorboard')")
+    shutil.copytree(image_folder, tmp_path / "фото")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "ascii",
+                                "MPLBACKEND": "module://nowhere", "WORLD_SIZE": "", "RANK": "", "HOME": str(tmp_path),
+                                "OMP_NUM_THREADS": "1"}  # fmt: skip
+    first, *rest = small(Path("~/runs"), Path("фото"), "output.tensorboard=true", "training.steps=1")
+    read, write = os.pipe()
+    os.write(write, b"training: {batch_size: 2, n_critic: 1}\n")
+    os.close(write)
+    rest.remove("training.batch_size=4")
+    script = ["training.py", first, "--config", f"/dev/fd/{read}", *rest]
+    with start_command(*script, cwd=tmp_path, env=environment, pass_fds=[read], stderr=None,
+                       preexec_fn=lambda: os.close(2)) as process:  # fmt: skip
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "finished 1 steps" in output
+    assert "\\u0444\\u043e\\u0442\\u043e" in output
+    run = tmp_path / "runs" / "run"
+    assert {"loss_curves.png", "samples", "checkpoints"} <= {path.name for path in run.iterdir()}
+    assert "batch_size: 2" in (run / "config.yaml").read_text(encoding="utf-8")
+
+
+def test_a_script_elsewhere_imports_ours_beside_modules_of_the_same_names(tmp_path: Path, sample_run: Path) -> None:
+    for name in ("losses", "quality", "util", "generator"):
+        (tmp_path / f"{name}.py").write_text("own = True")
+    load = f"from sampling import load_sampler; print(load_sampler({str(sample_run)!r}, 'cpu').step)"
+    for before, after in (("", "import losses; print(losses.own)"), ("import util; ", "")):
+        code = f"import sys; sys.path.append({str(ROOT)!r}); {before}{load}; {after}"
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        if before:  # too late: one line says so
+            assert f"{tmp_path / 'util.py'} has the name of a module that" in done.stderr.splitlines()[-1]
+        else:
+            assert done.stdout == "2\nTrue\n", done.stderr
+
+
+def test_what_torchrun_left_behind_is_told_by_the_process_that_finds_it(
+    tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "8" if name == "WORLD_SIZE" else "3")
+    status = importlib.import_module("training").main(small(tmp_path, image_folder))
+    assert_one_line(Done(status, *capsys.readouterr()), ["process 3 of 8 did not meet the others"])

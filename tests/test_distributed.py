@@ -75,9 +75,8 @@ def save_twenty_steps(folder: Path, overrides: list[str]) -> None:
 
 
 # Of 4 processes with one image each, half decode base images only, and the others updated ones.
-@pytest.mark.parametrize(
-    ("size", "overrides"), [(2, [*VARIED, "training.clip_vae=1", "training.clip_critic=5"]), (4, [])]
-)
+@pytest.mark.parametrize(("size", "overrides"),
+                         [(2, [*VARIED, "training.clip_vae=1", "training.clip_critic=5"]), (4, [])])  # fmt: skip
 def test_processes_that_shard_a_batch_learn_what_one_does(
     size: int, overrides: list[str], launch: Launch, tmp_path: Path
 ) -> None:
@@ -148,37 +147,29 @@ def test_shards_objects_and_states_travel_between_processes(launch: Launch) -> N
 
 def measure_in_shards(folder: Path, images: Path, world: World) -> None:
     """Quality and calibration as `world` measures them against what each process measures on its own."""
-    for video in ("own", "other"):
-        roots = [folder / f"{video}_{rank}" for rank in range(world.size)]
-        own, alone = (
-            load_config(None, small(root, images, *MEASURED, f"weight_predictor.input_video={video}"))
-            for root in (roots[world.rank], folder / "nowhere")
-        )
-        (roots[world.rank] / "run").mkdir(parents=True)
-        state = new_state(own)
-        torch.nn.init.normal_(state.generator_ema.predictor.to_update.weight, std=0.3)
-        state.restore(world.broadcast(state.to_dict()))
-        opened = training.open_shard(own, CPU, world)
-        before = copy.deepcopy((state.tensors(), torch.get_rng_state()))
-        check = QualityCheck(own, opened, world)
-        measured = [check.measure(state) for _ in range(2)]
-        count = len(range(world.rank, 11, world.size))  # decoded images of two kinds, and once the real ones
-        assert check.features.seen == 3 * count + 2 * count, (check.features.seen, count)
-        world.barrier()
-        assert [(root / "run" / "cache").exists() for root in roots] == [True, False]
-        expected = QualityCheck(alone, opened).measure(state)
-        assert measured[0] == measured[1] == pytest.approx(expected, rel=1e-5, abs=1e-5)
-        assert abs(expected["quality/kid"]) > 1e-4
-        world.check_equal(measured[0])
-        assert same((state.tensors(), torch.get_rng_state()), before)
+    own = load_config(None, small(folder / "nowhere", images, *MEASURED))
+    state = new_state(own)
+    torch.nn.init.normal_(state.generator_ema.predictor.to_update.weight, std=0.3)
+    state.restore(world.broadcast(state.to_dict()))
+    opened = training.open_shard(own, CPU, world)
+    before = copy.deepcopy((state.tensors(), torch.get_rng_state()))
+    check = QualityCheck(own, opened, world)
+    measured = [check.measure(state) for _ in range(2)]
+    count = len(range(world.rank, 11, world.size))  # decoded images of two kinds, and once the real ones
+    assert check.features.seen == 3 * count + 2 * count, (check.features.seen, count)
+    expected = QualityCheck(own, opened).measure(state)
+    assert measured[0] == measured[1] == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert abs(expected["quality/kid"]) > 1e-4
+    world.check_equal(measured[0])
+    assert same((state.tensors(), torch.get_rng_state()), before)
 
-        fitted = []
-        for processes in (world, SINGLE_PROCESS):
-            calibrate(state, own, opened.held_out(), processes)
-            fitted.append({name: value.item() for name, value in state.critic.calibration.state_dict().items()})
-        assert fitted[0] == pytest.approx(fitted[1], rel=1e-4)
-        assert all(fitted[1].values())
-        world.check_equal(fitted[0])
+    fitted = []
+    for processes in (world, SINGLE_PROCESS):
+        calibrate(state, own, opened.held_out(), processes)
+        fitted.append({name: value.item() for name, value in state.critic.calibration.state_dict().items()})
+    assert fitted[0] == pytest.approx(fitted[1], rel=1e-4)
+    assert all(fitted[1].values())
+    world.check_equal(fitted[0])
 
 
 def stop_after_every_step(folder: Path, root: Path) -> None:
@@ -227,17 +218,15 @@ def test_dry_run_describes_the_processes_once(launch: Launch, tmp_path: Path, im
 # ------------------------------------------------------------------------------------------------------ one that fails
 
 
-@pytest.mark.parametrize(
-    ("arguments", "others", "message"),
-    [
-        (["training.batch_size=5"], None, "training.batch_size is 5, which 2 processes cannot split evenly; use 4, or"),
-        (["weight_predictor.sharing=shared"], None, "weight_predictor.sharing is shared"),
-        (["training.stepz=5"], None, "unknown setting 'training.stepz'"),
-        ([], ["training.lr_vae=0.1"], "process 1 has 0.1 for training.lr_vae, but process 0 has 0.0005"),
-        (["data.root={broken}", "data.memory_gb=0", "data.workers=0"], None, "broken image"),
-        (["output.root={taken}"], None, "holds something else than a run"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "others", "message"), [
+    (["training.batch_size=5"], None, "training.batch_size is 5, which 2 processes cannot split evenly; use 4, or"),
+    (["weight_predictor.sharing=shared"], None, "weight_predictor.sharing is shared"),
+    (["weight_predictor.input_video=other"], None, "weight_predictor.input_video is other"),
+    (["training.stepz=5"], None, "unknown setting 'training.stepz'"),
+    ([], ["training.lr_vae=0.1"], "process 1 has 0.1 for training.lr_vae, but process 0 has 0.0005"),
+    (["data.root={broken}", "data.memory_gb=0", "data.workers=0"], None, "broken image"),
+    (["output.root={taken}"], None, "holds something else than a run"),
+])  # fmt: skip
 def test_a_mistake_ends_all_processes_with_one_line(
     arguments: list[str], others: list[str] | None, message: str, launch: Launch, tmp_path: Path, image_folder: Path
 ) -> None:
@@ -278,17 +267,14 @@ def fail_in_step_3(folder: Path, root: Path, how: str) -> int:
     return whole_command(small(folder, root, *EVERYTHING, timeout))
 
 
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ("killed", "error: process 1 .* gave no sign of life for 2 seconds at step 3; was it killed"),
-        ("stopped", "error: process 1 .* gave no sign of life for 4 seconds at step 3; was it killed"),
-        ("hangs", "error: process 1 .* did not come past step 3 within runtime.timeout_minutes=0.1; alive"),
-        ("memory", "error: out of memory .*CUDA out of memory"),
-        ("device", "torch.AcceleratorError: CUDA error: an illegal memory access"),
-        ("bug", "ZeroDivisionError: a bug"),
-    ],
-)
+@pytest.mark.parametrize(("how", "message"), [
+    ("killed", "error: process 1 .* gave no sign of life for 2 seconds at step 3; was it killed"),
+    ("stopped", "error: process 1 .* gave no sign of life for 4 seconds at step 3; was it killed"),
+    ("hangs", "error: process 1 .* did not come past step 3 within runtime.timeout_minutes=0.1; alive"),
+    ("memory", "error: out of memory .*CUDA out of memory"),
+    ("device", "torch.AcceleratorError: CUDA error: an illegal memory access"),
+    ("bug", "ZeroDivisionError: a bug"),
+])  # fmt: skip
 def test_a_process_that_fails_is_named_and_stops_all(
     how: str, message: str, launch: Launch, tmp_path: Path, image_folder: Path
 ) -> None:

@@ -1,38 +1,38 @@
-"""The generators, the update's statistics, fresh critics, the real images to compare with; evaluate.py as a command."""
+"""The generators, the update's statistics, the real images to compare with; evaluate.py as a command."""
 
 import json
 import math
-from functools import partial
+import shutil
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import Colours, fast_outputs, small, train
+from conftest import Colours, fast_outputs, small, train, write_image
 from PIL import Image
 
 import evaluate
 import quality
 from checkpoints import load_checkpoint
-from configuration import load_config
 from image_data import open_images
 from quality import as_bytes, evaluation_seeds
 from sampling import Sampler, load_sampler
+from weight_updates import DenseUpdate, FactoredUpdate
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
-    """A step, with images held out; its name holds what matplotlib takes for its own."""
+    """A step, with images held out."""
     folder = tmp_path_factory.mktemp("measured")
     with fast_outputs():
-        assert train(*small(folder, image_folder, "training.steps=1", "data.holdout=0.4", name="$a_$")) == 0
-    return folder / "$a_$"
+        assert train(*small(folder, image_folder, "training.steps=1", "data.holdout=0.4", name="measured")) == 0
+    return folder / "measured"
 
 
 @pytest.fixture
 def other_folder(tmp_path: Path) -> Path:
-    """Ten grey images that no run was trained on; its name holds what Markdown and matplotlib take for their own."""
-    folder = tmp_path / "other | $a_$"
+    """Ten grey images that no run was trained on; its name holds what Markdown takes for its own."""
+    folder = tmp_path / "other | θ"
     folder.mkdir()
     for index in range(10):
         Image.new("RGB", (20, 20), (20 * index,) * 3).save(folder / f"{index}.png")
@@ -63,50 +63,59 @@ def test_the_generators(sampler: Sampler) -> None:
     assert (decoded["moved"] - decoded["base"]).abs().max() > 3
 
 
-def test_the_update_is_decomposed_by_image_and_motion(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
-    generator, spec = sampler.generator, sampler.generator.spec
-    parts, mean = evaluate.update_statistics(sampler, evaluation_seeds(6))
-    assert parts[-1].between_motion_fraction > 0.001
-    assert sum(part.weights for part in parts[:-1]) == parts[-1].weights == spec.total_size == len(mean)
+def test_statistics_are_of_all_updates_but_one_at_a_time_is_written_out(sampler: Sampler, monkeypatch) -> None:
+    generator, seeds = sampler.generator, evaluation_seeds(5)
+    inputs, others = (sampler.inputs([seed + shift for seed in seeds]) for shift in (0, evaluate.OTHER_MOTIONS))
+    x_base = generator.decode_base(generator.features(inputs.z))
+    states = [generator.encode_video(x_base, motion)[1][:, -1] for motion in (inputs.motion, others.motion)]
+    first, second = (generator.predict(state).dense().numbers.double() for state in states)
+    total, variance = (first**2 + second**2) / 2, (first.var(0) + second.var(0)) / 2
+    between = ((first - first.mean(0)) * (second - second.mean(0))).sum(0) / 4
+    flags = generator.predict(states[0]).saturated(generator.bound)
+    written_out, dense = [], FactoredUpdate.dense
+    monkeypatch.setattr(FactoredUpdate, "dense", lambda self: written_out.append(len(self.v[0])) or dense(self))
+    parts, mean_update = evaluate.update_statistics(sampler, seeds)
+    assert [*evaluate.decode_generators(sampler, seeds, mean_update)]
+    assert set(written_out) == {1}
+    assert torch.allclose(mean_update, torch.cat([first, second]).mean(0).float(), atol=1e-7)
+    assert [part.weights for part in parts] == [*(tensor.size for tensor in generator.spec.tensors), len(mean_update)]
     assert [sum(part[4:]) for part in parts] == pytest.approx(len(parts) * [1])
-    images, motions = torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.tensor([1.0, 1.0, -1.0, -1.0])
-    # Two predicted numbers for the first tensor, at their bound for every other image; one for each of the others.
-    flags = {tensor.name: torch.zeros(4, 1, dtype=torch.bool) for tensor in spec.tensors}
-    flags[spec.tensors[0].name] = (images > 0)[:, None].expand(-1, 2)
-
-    def statistics(constant: float, image: float, motion: float) -> tuple[list[evaluate.UpdatePart], torch.Tensor]:
-        updates = iter((constant + image * images + sign * motion * motions)[:, None] for sign in (1, -1))
-
-        def predict(_: torch.Tensor) -> SimpleNamespace:
-            numbers = next(updates).expand(-1, spec.total_size)
-            return SimpleNamespace(dense=lambda: SimpleNamespace(numbers=numbers), saturated=lambda bound: flags)
-
-        monkeypatch.setattr(generator, "predict", predict)
-        return evaluate.update_statistics(sampler, evaluation_seeds(4))
-
-    for constant, image, motion in ((0.1, 0.0, 0.0), (0.0, 0.1, 0.0), (0.0, 0.0, 0.1), (0.06, 0.08, 0.0)):
-        (*parts, whole), mean = statistics(constant, image, motion)
-        assert torch.allclose(mean, torch.full_like(mean, constant), atol=1e-7)
-        # Of 4 images, a variance of 1 is estimated as 4 / 3 times the mean square, or of two motions as the opposite.
-        between = [(image**2 - motion**2) * 4 / 3 / 0.01, motion**2 * 8 / 3 / 0.01]
-        assert [whole.relative_size, *whole[5:]] == pytest.approx([0.1, *between], abs=1e-6)
-        assert [part.saturated_fraction for part in parts] == [0.5] + [0] * (len(parts) - 1)
-        assert whole.saturated_fraction == pytest.approx(0.5 * 2 / (len(parts) + 1))  # over predicted numbers
-    assert math.isnan(statistics(0.0, 0.0, 0.0)[0][-1].between_image_fraction)
+    assert parts[0].saturated_fraction == pytest.approx(flags[parts[0].name].double().mean().item())
+    for part, piece in ((parts[0], slice(parts[0].weights)), (parts[-1], slice(None))):
+        square, image, both = (x[..., piece].mean().item() for x in (total, between, variance))
+        assert [part[2] ** 2, *part[5:]] == pytest.approx([square, image / square, (both - image) / square])
 
 
-def test_a_fresh_critic_separates_black_from_white_and_not_equals() -> None:
-    config = load_config(None, ["image.size=16", "critic.channels=[4,8]", "training.batch_size=8",
-                                "training.lr_critic=0.01"])  # fmt: skip
-    white, black = (torch.full((20, 3, 16, 16), value, dtype=torch.uint8) for value in (230, 20))
-    gaps = partial(evaluate.fresh_critic_gap, config, torch.device("cpu"), steps=60)
-    before = torch.get_rng_state()
-    held_out, trained_on = gaps((white, black), (white, black))
-    assert held_out == pytest.approx(trained_on)
-    assert held_out > 1
-    assert gaps((white, black), (black, white))[0] == pytest.approx(-held_out)
-    assert abs(gaps((white, white), (white, white))[0]) < 1e-5
-    assert torch.equal(before, torch.get_rng_state())
+def test_what_depends_on_motion_alone_is_not_taken_to_depend_on_images(sampler: Sampler, monkeypatch) -> None:
+    generator, size = sampler.generator, sampler.generator.spec.total_size
+    one_path = torch.arange(size) % 8
+    monkeypatch.setattr(generator, "encode_video", lambda _, motion: (None, motion.phases.flatten(1)[:, None], None))
+
+    def fractions(first: int, scale: int) -> torch.Tensor:
+        update = lambda phases: scale * phases.cos()[:, one_path]  # noqa: E731
+        monkeypatch.setattr(generator, "predict", lambda x: DenseUpdate(generator.spec, update(x), torch.ones(size)))
+        return torch.tensor(evaluate.update_statistics(sampler, evaluation_seeds(4, first))[0][-1][4:])
+
+    mean = torch.stack([fractions(4 * k, 1) for k in range(25)]).mean(0)  # single estimates of few images vary
+    assert mean.tolist() == pytest.approx([0.0, 0.0, 1.0], abs=0.1)
+    assert fractions(0, 0).isnan().all()
+
+
+def test_a_relative_folder_of_images_is_found_from_elsewhere(tmp_path: Path, image_folder: Path, monkeypatch, capsys):
+    pics = shutil.copytree(image_folder, tmp_path / "there" / "pics")
+    monkeypatch.chdir(pics.parent)
+    with fast_outputs():
+        assert train(*small(Path("runs"), Path("pics"), "training.steps=1")) == 0
+    monkeypatch.chdir(tmp_path)
+    assert len(evaluate.real_images(*load(pics.parent / "runs" / "run"), None).reference) == 24
+    pics.rename(tmp_path / "moved")
+    for words in ("pics does not exist (looked for jpg", f"{pics} holds 1 image(s), and at least 10"):
+        assert evaluate.main(["there/runs/run", "--device", "cpu"]) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.endswith("; name a folder of images with --data\n")
+        assert {"--data:" in error, "data.root" in error} == {False}
+        write_image(pics / "one.png")
 
 
 def test_without_held_out_images_a_sample_of_the_training_images_replaces_them(sample_run: Path, monkeypatch) -> None:
@@ -118,7 +127,7 @@ def test_without_held_out_images_a_sample_of_the_training_images_replaces_them(s
     assert {index // 12 for index in real.held_out_index.tolist()} == {0, 1}  # both classes of twelve
     assert torch.equal(real.held_out_index, again.held_out_index)
     assert "8 training ones" in real.notes[-1]
-    evaluation = evaluate.evaluate(*load(sample_run), Colours(), images=12, critic_steps=0)
+    evaluation = evaluate.evaluate(*load(sample_run), Colours(), images=12)
     assert evaluation.figures["held_out"]["nearest_distance"] > 0  # to another image than itself
 
 
@@ -136,22 +145,18 @@ def test_another_folders_images_are_split(run: Path, other_folder: Path, limit: 
     assert f"{count} of its images, chosen at random" in real.notes[-1]
 
 
-def test_another_folders_images_are_not_called_training_images(run: Path, other_folder: Path, tmp_path: Path) -> None:
+def test_another_folders_images_are_not_called_training_images(run: Path, other_folder: Path, monkeypatch) -> None:
     sampler, saved = load(run)
     own = evaluate.real_images(sampler, saved, str(sampler.config.data.root))  # named, but the run's own
     assert (len(own.reference), own.reference_name, own.held_out_index) == (14, "training images", None)
     images = open_images(sampler.config.data, sampler.config.image, batch_size=1, seed=0, device="cpu")
     assert torch.equal(own.held_out, images.held_out()[1::2])  # the probability was fitted to the others
-    evaluation = evaluate.evaluate(sampler, saved, Colours(), images=12, folder=str(other_folder), critic_steps=0)
+    evaluation = evaluate.evaluate(sampler, saved, Colours(), images=12, folder=str(other_folder))
     held_out, fresh = evaluate.real_images(sampler, saved, str(other_folder)).held_out, evaluation_seeds(5, first=12)
     updated, critic = quality.decode_shard(sampler, fresh)["updated"], evaluate.load_critic(sampler, saved)
     gap = quality.scores(critic, held_out).mean() - quality.scores(critic, updated).mean()
     assert evaluation.figures["generators"]["updated"]["critic_gap"] == pytest.approx(gap.item(), rel=1e-3)
-    x, vae = held_out.double() / 255, sampler.generator.double().vae
-    errors = (vae.decode(vae.encode(x)[0]) - x).square().mean(dim=(1, 2, 3))
-    psnr = evaluation.figures["reconstruction_psnr_db"]
-    assert psnr == pytest.approx(sum(-10 * math.log10(error) for error in errors) / 5, rel=1e-4)
-    text = "\n".join(evaluate.tables(evaluation))
+    text = "\n".join(evaluate.tables(evaluation.figures))
     cell = f"to the nearest of the images of {other_folder}".replace("|", r"\|")
     assert f" | {cell} | " in text
     assert "are copied" not in text
@@ -159,25 +164,26 @@ def test_another_folders_images_are_not_called_training_images(run: Path, other_
     figures = evaluation.figures
     assert (figures["real_images"], figures["held_out_images"]) == (5, 5)
     assert figures["held_out"]["nearest_distance"] > 0
-    assert "fresh_critic_gap" not in figures["generators"]["updated"]
-    sheet = evaluate.plot_sheet(evaluation)
-    sheet.savefig(tmp_path / "sheet.png")
-    (title,) = (axis.get_title() for axis in sheet.axes if "nearest" in axis.get_title())
-    assert f"nearest to one of the images of {other_folder}" in " ".join(title.split())
+    shown, grid = {}, evaluate.labelled_grid
+    monkeypatch.setattr(evaluate, "labelled_grid", lambda columns, **kw: shown.update(columns) or grid(columns, **kw))
+    assert evaluate.draw_sheet(evaluation).shape[2] == 3
+    assert "nearest to one of the images of --data" in "".join(shown)
+    assert "".join(shown).isascii()  # the font has little more
 
 
 def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     # The eigenvalues of matrices of 1,280 x 1,280 take 10 seconds; test_quality.py has the formula.
     monkeypatch.setattr(quality, "frechet_distance", lambda *_: math.nan)
-    arguments = [str(run), "--images", "12", "--critic-steps", "2", "--device", "cpu"]
+    arguments = [str(run), "--images", "12", "--device", "cpu"]
     assert evaluate.main([*arguments, "--json", str(tmp_path / "a.json"), "--sheet", str(tmp_path / "a.png")]) == 0
-    text = capsys.readouterr().out
+    text, lines = capsys.readouterr()
+    assert "decoding, 0 of 17 images" in lines
     for words in ("EfficientNet-Lite0", "held-out images: 5", "| to the nearest of the training images |",
-                  "far below the held-out row's, images are copied"):  # fmt: skip
+                  "far below the held-out row's, images are copied", "only 12 images: KID"):  # fmt: skip
         assert words in text
     assert "FID" not in text  # a distance of other features isn't
     lines = text.splitlines()
-    for first, columns, rows in (("| decoded with", 8, 6), ("| updated tensor", 7, 7)):
+    for first, columns, rows in (("| decoded with", 7, 6), ("| updated tensor", 7, 7)):
         (row,) = (index for index, line in enumerate(lines) if line.startswith(first))
         table = lines[row : lines.index("", row)]
         assert [line.count("|") for line in table] == (2 + rows) * [columns + 1]
@@ -188,15 +194,38 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert row.pop("frechet") is None  # JSON has no NaN
         assert {"kid", "kid_std", "precision", "recall", "critic_gap"} <= set(row)
         assert all(math.isfinite(value) for value in row.values())
-    assert "fresh_critic_gap" in figures["generators"]["updated"]
+    assert len(figures["reliability"]["probability"]) == len(figures["reliability"]["real_fraction"])
+    assert sum(figures["reliability"]["images"]) == 10
     assert 0 <= figures["probability_ece"] <= 1
     assert figures["update"]["all"]["saturated_fraction"] == figures["update_saturated_fraction"]
+
+
+def test_what_cannot_be_written_costs_no_other_result(run: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(quality, "load_features", Colours)
+    shutil.copytree(run, tmp_path / "run")
+    sheet, numbers = tmp_path / "run" / "evaluation.png", tmp_path / "a.json"
+    sheet.mkdir()
+    arguments = [str(tmp_path / "run"), "--images", "12", "--device", "cpu", "--json", str(numbers)]
+    assert evaluate.main(arguments) == 2
+    text, errors = capsys.readouterr()
+    assert "| decoded with" in text
+    assert f"error: {sheet} is a folder" in errors.splitlines()[-1]
+    assert json.loads(numbers.read_text())["images"] == 12
+    sheet.rmdir()
+    monkeypatch.setattr("evaluate.print_line", Mock(side_effect=OSError("no space")))
+    assert evaluate.main(arguments) == 2
+    assert sheet.exists()
+    assert "error: cannot write the tables: " in capsys.readouterr().err
+    evaluate.write_json(str(numbers), {"a name": "caf\udce9", "NaN": math.nan})
+    assert json.loads(numbers.read_text()) == {"a name": "caf\udce9", "NaN": None}
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
     ("--features vgg", "features 'vgg' are unknown"),
     ("--sheet a.jpg", "--sheet a.jpg: images are written as .png"),
     ("--images 3", "--images must be a whole number, 10 to 100,000"),
+    ("--sheet /proc/none/a.png", "cannot write /proc/none/a.png: "),
+    ("--json .", ". is a folder: name a file to write"),
     ("--data nowhere", "nowhere"),
     ("--best --imagse 30", "did you mean --images?"),
 ])  # fmt: skip

@@ -98,6 +98,11 @@ def test_an_image_of_the_users_own(command, sampler: Sampler, image_folder: Path
         shutil.copyfile(photo, tmp_path / "twins" / folder / "same.png")
     command("--out both --image twins --show base")
     assert sorted(path.name for path in Path("both").iterdir()) == ["same-2.png", "same.png"]
+    for name in ("A.png", "a.bmp", "a-2.png"):
+        Image.open(photo).save(tmp_path / "twins" / name)
+    assert "5 images" in command("--out five --image twins").stdout
+    assert len({path.name.lower() for path in Path("five").iterdir()}) == 5  # none takes another's place on any disk
+    assert "the first 16 of 24 images" in command(f"--out x.webp --image {image_folder} --frames 1").stdout
 
 
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.webp", "clip.gif", "clip.png", "clip"])
@@ -124,12 +129,8 @@ def test_the_frames_of_each_kind(command, sampler: Sampler, kind: str) -> None:
 
 
 def test_how_long_videos_are(command) -> None:
-    for arguments, frames in (
-        ("--video weights", 4 * T),
-        ("--video synthetic --motion shift=0.1,speed=0.5", 8 * T),
-        ("--video latent --keyframes 3", 48),
-        ("--rollout", 200),
-    ):
+    for arguments, frames in (("--video weights", 4 * T), ("--video latent --keyframes 3", 48), ("--rollout", 200),
+                              ("--video synthetic --motion shift=0.1,speed=0.5", 8 * T)):  # fmt: skip
         assert f" {frames} frames" in command(f"--out x.webp --grid 1x1 --scale 1 {arguments}").stdout
 
 
@@ -209,4 +210,6 @@ def test_an_error_in_the_middle_keeps_the_old_file(command, monkeypatch, tmp_pat
 def test_option_texts() -> None:
     assert read_seeds("3, 0-2,1") == [3, 0, 1, 2]
     assert read_grid("2×3") == (2, 3)
-    assert read_motion("shift=0.2, speed=2") == (dict.fromkeys(MOTIONS, 0) | {"shift": 0.2}, 2)
+    own = {name: 0.01 * number for number, name in enumerate(MOTIONS, 1)}
+    assert read_motion("shift=0.2, speed=2", own) == (dict.fromkeys(MOTIONS, 0) | {"shift": 0.2}, 2)
+    assert read_motion("speed=0.33", own) == (own, 0.33)  # nothing else is said: the run's own motion, slower

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configuration import UserError
-from image_data import BrokenImageError, find_images
+from media import BrokenImageError, find_images
 
 EMOJI = Path(__file__).parent.parent / "data" / "emoji"
 
@@ -159,6 +159,8 @@ def test_held_out_images_are_never_in_a_batch(tmp_path, memory_gb):
     assert held_out_numbers(images, 2) == held_out[:2]
     halves = [numbers(half.float() / 255) for half in images.held_out_halves()]
     assert halves == [held_out[0::2], held_out[1::2]]
+    Path(images._held_out.paths[4]).write_bytes(b"broken")  # the third of the first half is not decoded
+    assert [numbers(half.float() / 255) for half in images.held_out_halves(2)] == [held_out[0:4:2], held_out[1:4:2]]
 
 
 def test_names_alone_decide_what_is_held_out(tmp_path):
@@ -171,6 +173,18 @@ def test_names_alone_decide_what_is_held_out(tmp_path):
     assert sorted(held_out_numbers(quarter)) != list(range(5))
     assert quarter.fingerprint == elsewhere.fingerprint
     assert len({training_images(here).fingerprint, quarter.fingerprint, half.fingerprint}) == 3
+
+
+def test_copies_of_a_file_are_on_one_side(tmp_path):
+    for path in list(numbered_images(tmp_path, 20).iterdir()):
+        (tmp_path / f"copy{path.name}").write_bytes(path.read_bytes())
+    images = training_images(tmp_path, holdout=0.25)
+    held_out = held_out_numbers(images)
+    assert Counter(Counter(held_out).values()) == {2: 5}
+    for number in range(100):  # they would be all that is held out
+        (tmp_path / f"more{number}.png").write_bytes((tmp_path / f"{held_out[0]:03}.png").read_bytes())
+    assert held_out[0] not in held_out_numbers(training_images(tmp_path, holdout=0.1))
+    assert not set(held_out) & {number for batch in take(images, 8) for number in numbers(batch)}
 
 
 def test_another_image_held_out_is_another_fingerprint(tmp_path):
@@ -245,6 +259,16 @@ def test_stream_error_is_one_plain_line(some_broken, workers):
         images.fixed_sample(8)
 
 
+def test_a_lack_of_shared_memory_is_an_error_of_the_main_process(tmp_path, monkeypatch, capfd):
+    def fail(*_):
+        raise RuntimeError("unable to allocate shared memory(shm)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)  # workers are forked
+    with pytest.raises(RuntimeError, match=r"^unable to allocate shared memory\(shm\)$"):
+        take(training_images(numbered_images(tmp_path, 3), memory_gb=0, workers=1, on_broken="skip"), 1)
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("memory_gb", [0, 4])
 def test_nothing_but_broken_images(tmp_path, memory_gb):
     for number in range(3):
@@ -255,7 +279,7 @@ def test_nothing_but_broken_images(tmp_path, memory_gb):
 
 
 def test_embedded_images():
-    for file in find_images(EMOJI):
+    for file in find_images(EMOJI)[0]:
         with Image.open(file) as image:
             assert (image.format, image.size, image.mode) == ("WEBP", (128, 128), "RGB"), file
     images = training_images(EMOJI, size=128)

@@ -4,8 +4,10 @@ import contextlib
 import os
 import pickle
 import re
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,11 @@ import torch
 from conftest import COLOUR, ROOT, SMALL, numbered_images, run_command, training_images, write_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from configuration import UserError
-from image_data import IMAGE_EXTENSIONS, BrokenImageError, decode_image, find_images, open_folder, parse_colour
+from image_data import decode_image, open_folder
+from media import IMAGE_EXTENSIONS, BrokenImageError, find_images, parse_colour
 
 
 def test_class_folders_at_any_depth_and_any_case(tmp_path, monkeypatch):
@@ -47,7 +50,26 @@ def test_every_extension_counts_and_nothing_hidden(tmp_path):
         for name in ("a" + extension, "b" + extension.upper(), "c" + extension + ".txt", ".hidden" + extension):
             (tmp_path / name).touch()
     write_image(tmp_path / ".cache" / "d.png")
-    assert [Path(path).stem for path in find_images(tmp_path)] == ["a"] * 8 + ["b"] * 8
+    assert [Path(path).stem for path in find_images(tmp_path)[0]] == ["a"] * 11 + ["b"] * 11
+
+
+def test_what_is_not_read_is_told(tmp_path):
+    for name in ("a.heic", "b.HEIC", "c.svg", "noending", ".hidden.svg", "run/samples/step.png", "run/run.lock"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(
+        UserError,
+        match=r"holds no images, 4 of 4 files are left out, as these are not read: 2 \.heic \(convert .*, 1 \.svg, 1",
+    ):
+        training_images(tmp_path)
+    write_image(tmp_path / "good.png")
+    line = training_images(tmp_path).description.splitlines()[1]
+    assert re.fullmatch(
+        r"4 of 5 files .* ImageMagick\), 1 \.svg, 1 without an ending; folders of runs that are not searched: 1", line
+    )
+    for folder in ("run", "run/samples"):
+        with pytest.raises(UserError, match=r"^data\.root: .* holds what a run wrote"):
+            training_images(tmp_path / folder)
 
 
 @pytest.mark.parametrize("name", ["with space.png", "line\nbreak.png", "\U0001f600.png", "ünïcödé.png", "-dash.png"])
@@ -84,7 +106,7 @@ def test_no_folder_of_images_is_one_clear_line(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=words) as error:
             training_images(root)
         assert str(error.value).startswith(f"data.root: {tmp_path / root} ")
-        assert "jpg, jpeg, png, webp, bmp, gif, tif, tiff" in str(error.value)
+        assert "jpg, jpeg, jpe, jfif, png, webp, avif, bmp, gif, tif, tiff" in str(error.value)
     for root in ("", "  ", "x" * 300, "a/" * 3000, "nul\0", "\udcff", "line\nbreak"):
         with pytest.raises(UserError, match=r"^data\.root(:| is empty) ") as error:
             training_images(root)
@@ -128,11 +150,15 @@ def test_every_format_and_mode_gives_its_colour(tmp_path, suffix, mode, channels
 
 @pytest.mark.parametrize(("suffix", "dtype", "white"), [
     ("png", "<u2", 65535), ("tif", "<u2", 65535), ("tif", ">u2", 65535), ("tif", "<i4", 2**31 - 1),
-    ("tif", "<f4", 1.0), ("tif", "<f4", 255.0), ("tif", "<f4", 4e4)])  # fmt: skip
+    ("tif", "<u4", 2**32 - 1), ("tif", "<f4", 1.0), ("tif", "<f4", 255.0), ("tif", "<f4", 4e4)])  # fmt: skip
 def test_greys_of_more_bits_are_scaled_not_clipped(tmp_path, suffix, dtype, white):
     values = (np.arange(256).reshape(16, 16) * (white / 255)).astype(dtype)
     big_endian = Image.frombytes("I;16B", (16, 16), values.tobytes()) if dtype == ">u2" else None
-    decoded = decode_image(write_image(tmp_path / f"x.{suffix}", big_endian or Image.fromarray(values)), 16, 1)[0]
+    image = big_endian or Image.fromarray(values.view("<i4") if dtype == "<u4" else values)
+    path = write_image(tmp_path / f"x.{suffix}", image)
+    if dtype == "<u4":  # Pillow writes signed ones
+        path.write_bytes(path.read_bytes().replace(b"S\1\3\0\1\0\0\0\2", b"S\1\3\0\1\0\0\0\1"))
+    decoded = decode_image(path, 16, 1)[0]
     assert (decoded.int() - torch.arange(256).view(16, 16)).abs().max() <= (white != 65535)
 
 
@@ -153,6 +179,66 @@ def test_transparent_pixels_lie_over_the_background(tmp_path):
         assert decode_image(tmp_path / name, 16, background="navy")[:, 8, 8].tolist() == [0, 0, 128]
 
 
+def png(colour: int, bits: int, row: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of 16 × 16 pixels, with chunks before its pixels."""
+    header = struct.pack(">IIBBBBB", 16, 16, bits, colour, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + row) * 16)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in ((b"IHDR", header), *chunks, (b"IDAT", pixels), (b"IEND", b""))
+    )
+
+
+DEPTHS = [(0, 1, b"\1"), (0, 8, b"\7"), (0, 16, b"\1\2"), (2, 16, b"\1\2\3\4\5\6")]
+
+
+@pytest.mark.parametrize(("colour", "bits", "pixel"), DEPTHS)
+def test_a_transparent_colour_of_any_depth(tmp_path, colour, bits, pixel):
+    row = pixel * 16 if bits >= 8 else b"\xff" * 2
+    for key, background in ((pixel.rjust(2, b"\0"), True), (b"\0" * max(2, len(pixel)), False)):
+        (tmp_path / "x.png").write_bytes(png(colour, bits, row, (b"tRNS", key)))
+        assert (decode_image(tmp_path / "x.png", 16, background="#010203")[:, 8, 8].tolist() == [1, 2, 3]) == background
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf"])
+def test_metadata_never_make_an_image_broken(tmp_path, kind):
+    huge = zlib.compress(bytes(40 << 20))
+    body = {b"tEXt": b"k\0" + bytes(20 << 20), b"zTXt": b"k\0\0" + huge, b"iTXt": b"k\0\1\0\0\0" + huge}
+    chunk = (kind, body.get(kind, b"k\0\0" + huge if kind == b"iCCP" else b"?"))
+    (tmp_path / "x.png").write_bytes(png(0, 8, b"\7" * 16, chunk))
+    assert decode_image(tmp_path / "x.png", 16)[:, 8, 8].tolist() == [7, 7, 7]
+
+
+def test_only_bmp_has_an_alpha_that_may_be_unused(tmp_path):
+    image = Image.new("RGBA", (20, 20), (*COLOUR, 0))
+    for suffix, expected in (("bmp", list(COLOUR)), ("png", [255] * 3), ("webp", [255] * 3), ("tif", [255] * 3)):
+        path = write_image(tmp_path / f"x.{suffix}", image)
+        if suffix == "bmp":  # Pillow writes none that says it has alpha: header 4, with masks
+            masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + b"BGRs" + bytes(48)
+            pixels = bytes([*COLOUR[::-1], 0]) * 400
+            info = struct.pack("<IiiHHIIiiII", 108, 20, 20, 1, 32, 3, len(pixels), 0, 0, 0, 0) + masks
+            path.write_bytes(b"BM" + struct.pack("<IHHI", 122 + len(pixels), 0, 0, 122) + info + pixels)
+        assert decode_image(path, 16)[:, 8, 8].tolist() == expected, suffix
+
+
+def test_colours_are_those_that_a_profile_means(tmp_path):
+    srgb = ImageCms.createProfile("sRGB")
+    swapped = bytearray(ImageCms.ImageCmsProfile(srgb).tobytes())  # its red is green, and its green is red
+    swapped = swapped.replace("sRGB".encode("utf-16-be"), "xRGB".encode("utf-16-be"))
+    red, green = swapped.index(b"rXYZ"), swapped.index(b"gXYZ")
+    swapped[red : red + 4], swapped[green : green + 4] = b"gXYZ", b"rXYZ"
+    expected = [COLOUR[1], COLOUR[0], COLOUR[2]]
+    kinds = {"jpg": "RGB", "png": "RGBA", "PNG": "P", "webp": "RGB", "avif": "RGB", "tif": "RGB"}
+    for suffix, mode in kinds.items():
+        path = write_image(tmp_path / f"x.{suffix}", plain_image(mode), icc_profile=bytes(swapped))
+        decoded = decode_image(path, 16)[:, 8, 8].tolist()
+        assert np.abs(np.subtract(decoded, expected)).max() <= 4, (suffix, mode, decoded)
+    plain = ImageCms.ImageCmsProfile(srgb).tobytes()
+    for profile, mode in ((b"junk", "RGB"), (bytes(swapped), "CMYK"), (plain, "RGB")):
+        path = write_image(tmp_path / "x.tif", plain_image(mode), icc_profile=profile)
+        assert decode_image(path, 16)[:, 8, 8].tolist() == list(COLOUR)
+
+
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
 def test_first_frame_of_an_animation(tmp_path, suffix):
     first, *others = (Image.new("RGB", (20, 20), colour) for colour in ("lime", "red", "blue"))
@@ -161,9 +247,8 @@ def test_first_frame_of_an_animation(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
-@pytest.mark.parametrize(
-    ("orientation", "stored"), [(4, np.flipud), (6, np.rot90), (7, lambda x: np.rot90(x, 2).transpose(1, 0, 2))]
-)
+@pytest.mark.parametrize(("orientation", "stored"),
+                         [(4, np.flipud), (6, np.rot90), (7, lambda x: np.rot90(x, 2).transpose(1, 0, 2))])  # fmt: skip
 def test_exif_orientation_is_applied(tmp_path, suffix, orientation, stored):
     upright = np.zeros((64, 32, 3), np.uint8)
     upright[:32, :16], upright[:32, 16:], upright[32:, :16] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -188,6 +273,8 @@ def stripes(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_crop_keeps_the_middle_and_pad_the_whole(tmp_path, shape, suffix):
     path = write_image(tmp_path / f"x.{suffix}", stripes(*shape))
+    cut, kept = (training_images(tmp_path, fit=fit).crop_note for fit in ("crop", "pad"))
+    assert (cut[:59], kept) == ("data.fit=crop cuts away 67 % of the images' area on average", "")
     inner = decode_image(path, 32, fit="crop")[:, 2:-2, 2:-2].float()
     assert (inner - torch.tensor([0.0, 255, 0])[:, None, None]).abs().max() < 16
     padded = decode_image(path, 48, fit="pad", background="yellow")
@@ -245,7 +332,17 @@ def test_a_run_leaves_out_the_hostile_files_and_lists_each_in_a_line(hostile, tm
     assert all(re.fullmatch(r"(['\"]).*\1\t[^\t]+", line) and line.replace("\t", "").isprintable() for line in skipped)
 
 
-def test_a_broken_file_is_named_with_the_reason_and_the_fix(tmp_path):
+@pytest.mark.filterwarnings("ignore")
+def test_a_broken_file_is_named_with_the_reason_and_the_fix(tmp_path, capfd):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    lzw = write_image(tmp_path / "x.tif", Image.fromarray(noise), compression="tiff_lzw").read_bytes()
+    for content, words in ((b"version https://git-lfs", "git lfs pull"), (b"<html>", "web page"), (b"II*\0", "12 bits"),
+                           (b"\0\0\0 ftypheic", "heif-convert"), (lzw[:900], "damaged"),
+                           (lzw[:60] + bytes(140) + lzw[200:], "damaged or cut short")):  # fmt: skip
+        (tmp_path / "x.jpg").write_bytes(content)
+        with pytest.raises(BrokenImageError, match=words):
+            decode_image(tmp_path / "x.jpg", 16)
+    assert capfd.readouterr() == ("", "")  # libtiff would have its own say
     write_image(tmp_path / "x.tif", Image.fromarray(np.array([[0, np.nan]], np.float32)))
     with pytest.raises(BrokenImageError, match=r"x\.tif: .* are not finite; .*data\.on_broken=skip$") as error:
         decode_image(tmp_path / "x.tif", 16)

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -142,6 +143,23 @@ def test_equal_frames_and_odd_rates_keep_their_time(tmp_path: Path, name: str) -
         assert seconds(tmp_path / name) == pytest.approx(30 / fps, abs=0.011)
 
 
+@pytest.mark.parametrize(("ending", "rates"), [("mp4", (0.0001, 0.0004, 23.976, 29.97002997, 240)), ("gif", (0.00153,)),
+                                               ("webp", (0.0001, 0.0007)), ("png", (0.0001, 0.3333, 90))])  # fmt: skip
+def test_the_slowest_and_oddest_rates_are_exact(tmp_path: Path, ending: str, rates: tuple[float, ...]) -> None:
+    for fps in rates:
+        path = tmp_path / f"clip.{ending}"
+        write_video(path, moving(3), fps=fps)
+        if ending == "webp":  # which PyAV doesn't read
+            durations = [
+                (frame.load(), frame.info["duration"] / 1000)[1] for frame in ImageSequence.Iterator(Image.open(path))
+            ][1:]
+        else:
+            with av.open(str(path)) as container:
+                times = [frame.pts * frame.time_base for frame in container.decode(video=0)]
+            durations = [float(b - a) for a, b in pairwise(times)]
+        assert durations == pytest.approx([1 / fps] * 2, rel=2e-4)
+
+
 def test_an_mp4_is_what_browsers_play(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     write_video(path, moving(5), fps=29.97)
@@ -216,18 +234,16 @@ def test_frames_that_fail_leave_the_old_file(tmp_path: Path, name: str) -> None:
     assert name == "clip" or (tmp_path / name).read_bytes() == b"old"
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("clip.avi", {}, r"clip\.avi: videos end in \.mp4, \.webp, \.gif, \.png, .*folder.*'\.avi'"),
-        ("clip.mp4", {"frames": []}, "at least one frame"),
-        ("clip.mp4", {"fps": float("nan")}, "0.001 or more, not nan"),
-        ("clip.gif", {"fps": 60}, r"a \.gif shows at most 50 frames per second, not 60"),
-        ("clip.mp4", {"scale": 0}, "scale must be a whole number"),
-        ("clip.webp", {"scale": 1000}, "36000 x 24000 pixels is too large, 16383 a side"),
-        ("folder.mp4/", {}, r"folder\.mp4 is a folder that already holds files"),
-    ],
-)
+@pytest.mark.parametrize(("name", "options", "message"), [
+    ("clip.avi", {}, r"clip\.avi: videos end in \.mp4, \.webp, \.gif, \.png, .*folder.*'\.avi'"),
+    ("clip.mp4", {"frames": []}, "at least one frame"),
+    ("clip.mp4", {"fps": float("nan")}, "0.0001 or more, not nan"),
+    ("clip.gif", {"fps": 0.0015}, r"a \.gif shows at least 0.00153 frames per second, not 0.0015"),
+    ("clip.gif", {"fps": 60}, r"a \.gif shows at most 50 frames per second, not 60"),
+    ("clip.mp4", {"scale": 0}, "scale must be a whole number"),
+    ("clip.webp", {"scale": 1000}, "36000 x 24000 pixels is too large, 16383 a side"),
+    ("folder.mp4/", {}, r"folder\.mp4 is a folder that already holds files"),
+])  # fmt: skip
 def test_mistakes_get_one_line_and_leave_nothing(tmp_path: Path, name: str, options: dict, message: str) -> None:
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "folder.mp4" / "file").touch()

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import Colours, fast_outputs, metrics_of, networks_and_noise, same, small, train, untimed_metrics
+from conftest import fast_outputs, metrics_of, networks_and_noise, numbered_images, same, small, train, untimed_metrics
 
 import quality
 from checkpoints import load_checkpoint
@@ -121,36 +121,6 @@ def test_unavailable_features_are_one_line(monkeypatch: pytest.MonkeyPatch) -> N
         load_features("efficientnet-lite0")
 
 
-def test_real_features_are_cached_and_never_stale(tmp_path: Path) -> None:
-    features, images = Colours(), torch.arange(3 * 16, dtype=torch.uint8).view(3, 1, 4, 4)
-    uncached = quality.real_features(Colours(), images, None)
-
-    def computed(images: torch.Tensor, cache: Path = tmp_path) -> int:
-        """How many images went through the network."""
-        before = features.seen
-        assert torch.allclose(quality.real_features(features, images, cache)[:, :16], images.flatten(1) / 255)
-        return features.seen - before
-
-    assert (computed(images), computed(images)) == (3, 0)
-    assert computed(images + 1) == 3  # other pixels under the same names
-    features.name = "another network"
-    assert computed(images) == 3
-    for damage in ("a flipped bit in a feature", "a file cut short"):
-        for file in tmp_path.iterdir():
-            content = bytearray(file.read_bytes())
-            if damage == "a file cut short":
-                del content[100:]
-            elif (place := content.find(uncached.numpy().tobytes())) >= 0:
-                content[place] ^= 1
-            file.write_bytes(content)
-        assert (computed(images), computed(images)) == (3, 0), damage
-    assert len(list(tmp_path.iterdir())) == 3  # nothing half written is left
-    assert computed(images, tmp_path / "gone" / "cache") == 3
-    assert not (tmp_path / "gone").exists()
-    (tmp_path / "file").touch()
-    assert computed(images, tmp_path / "file") == 3  # no place for a folder
-
-
 @pytest.mark.parametrize("count", [0, 2, 63, 64, 65, 129, 1000])
 def test_no_image_is_left_alone_in_its_batch(count: int) -> None:
     batches = list(quality.seed_batches(range(count)))
@@ -221,6 +191,22 @@ def test_kid_and_the_critics_gaps_on_images_it_was_and_was_not_trained_on(tmp_pa
             assert metrics[f"quality/{name}_gap"] == pytest.approx((critic(real).mean() - fake).item(), abs=1e-5)
 
 
+@pytest.mark.usefixtures("without_slow_outputs")
+@pytest.mark.parametrize(("count", "holdout"), [(1, 0), (2, 0.2), (3, 0), (4, 0.1), (4, 0), (5, 0.1)])
+def test_too_few_images_to_measure_are_refused_before_training(tmp_path: Path, count: int, holdout: float) -> None:
+    arguments = small(tmp_path, numbered_images(tmp_path / "few", count), "training.steps=1", f"data.holdout={holdout}")
+    measured, trained_on = [*arguments, "output.evaluate_every=1"], count - (holdout > 0)
+    if trained_on < 4:
+        with pytest.raises(
+            UserError, match=f"evaluate_every needs 4 images to train on, but data.root has {trained_on}"
+        ):
+            train(*measured)
+        assert not (tmp_path / "run").exists()
+        measured = arguments  # calibrates its critic all the same
+    assert train(*measured) == 0
+    assert ("quality/kid" in metrics_of(tmp_path / "run")[-1]) == (trained_on >= 4)
+
+
 def test_quality_is_measured_at_its_steps_and_the_best_checkpoint_kept(run: Path) -> None:
     measured = {line["step"]: line for line in metrics_of(run) if "quality/kid" in line}
     assert list(measured) == [2, 4, 5]
@@ -239,7 +225,6 @@ def test_quality_is_measured_at_its_steps_and_the_best_checkpoint_kept(run: Path
 def test_measuring_and_resuming_change_nothing_that_is_learned(run: Path, tmp_path: Path, image_folder: Path) -> None:
     plain = small(tmp_path, image_folder, "training.steps=5", "data.holdout=0.4", "output.log_every=1", name="plain")
     assert train(*plain) == 0
-    assert not (tmp_path / "plain" / "cache").exists()
     for steps in (2, 5):
         assert train(*small(tmp_path, image_folder, f"training.steps={steps}", *IN_LOOP, name="resumed")) == 0
     assert untimed_metrics(tmp_path / "resumed") == untimed_metrics(run)

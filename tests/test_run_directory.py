@@ -2,11 +2,13 @@
 
 import io
 import itertools
+import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 import torch
 from conftest import before_step, final, metrics_of, refused, small, start_command, train, whole_command
@@ -15,7 +17,7 @@ from PIL import Image
 import checkpoints
 import training
 from checkpoints import load_checkpoint
-from run_directory import Records, RunDirectory, loss_figure, read_metrics
+from run_directory import Records, RunDirectory, loss_figure, plot_losses, read_metrics
 
 # ------------------------------------------------------------------------------------------------------- a hostile disk
 
@@ -186,3 +188,23 @@ def test_a_run_that_has_no_line_yet_plots_its_curves_without_a_warning(
     assert "warning" not in capsys.readouterr().err
     assert Image.open(tmp_path / "run" / "loss_curves.png").size[0] > 1000
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == [2]
+
+
+def test_a_users_own_style_of_matplotlib_never_reaches_our_pictures(tmp_path: Path, capfd) -> None:
+    records = {name: [{"step": step, "critic/gap": step} for step in (1, 2)] for name in ("a", "$^$")}
+    plot_losses(records, tmp_path / "plain.png")
+    with matplotlib.rc_context({"font.family": "no such font", "text.usetex": True, "figure.facecolor": "red"}):
+        plot_losses(records, tmp_path / "styled.png")
+        assert matplotlib.rcParams["text.usetex"]
+    assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "styled.png").read_bytes()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_folder_that_may_not_be_written_into_is_refused_before_training(
+    tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    arguments = small(tmp_path / "new", image_folder, "training.steps=1")
+    assert f"nothing may be written into {tmp_path}; choose another output.root" in refused(*arguments)
+    assert training.main([*arguments, "--dry-run"]) == 0
+    assert f"a run would be refused: output.root: nothing may be written into {tmp_path}" in capsys.readouterr().out

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import T, frames_of, read_video, same
+from conftest import T, frames_of, same
 from PIL import Image
 
 import sampling
@@ -20,9 +20,8 @@ from video_synth import MOTIONS, Motion
 def test_the_documented_example_runs(sample_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "runs").symlink_to(sample_run.parent)
     monkeypatch.chdir(tmp_path)
-    assert doctest.testmod(sampling) == (0, 8)  # of 8 examples none fails
+    assert doctest.testmod(sampling) == (0, 6)  # of 6 examples none fails
     assert Image.open("three.png").size == (3 * 64 + 8, 64)
-    assert read_video("rollout.mp4").shape == (24, 128, 448, 3)
 
 
 def test_a_checkpoint_alone_rebuilds_everything(sample_run: Path, tmp_path: Path, sampler: Sampler) -> None:

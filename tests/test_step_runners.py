@@ -122,9 +122,8 @@ def test_images_and_random_numbers_reach_a_recorded_graph(monkeypatch: pytest.Mo
     assert len(calls) == 2 * 4  # of each pass three warm-up calls and the recorded one: all else were replays
 
 
-@pytest.mark.parametrize(
-    ("kind", "what"), [(CompiledSteps, "torch.compile"), (CudaGraphSteps, "recording a CUDA graph")]
-)
+@pytest.mark.parametrize(("kind", "what"),
+                         [(CompiledSteps, "torch.compile"), (CudaGraphSteps, "recording a CUDA graph")])  # fmt: skip
 def test_a_preparation_that_fails_is_an_error_or_a_warning(kind: type, what: str, monkeypatch) -> None:
     config = load_config(None, SMALL)
     monkeypatch.setattr(kind, "prepare", Mock(side_effect=RuntimeError("\ng++: internal error\nand a long story")))

@@ -135,18 +135,15 @@ def test_every_batch_reaches_the_critic_once_and_the_last_one_the_vae(
     assert len(torch.cat(latents).unique(dim=0)) == 9 * 4  # of each step its own
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["weight_predictor.head=low_rank", "weight_predictor.layers=[decoder.*.weight]"],
-        ["weight_predictor.head=per_channel", "weight_predictor.sharing=shared"],
-        ["loss.lambda_video=0.1", "loss.adversarial_frame=random", "weight_predictor.sharing=shared"],
-        ["training.diffaugment=[color,translation,cutout]", "loss.base_fake_fraction=0"],
-        ["loss.base_fake_fraction=1", "video.detach=false", "data.mirror=true"],
-        ["training.batch_size=30", "data.memory_gb=0", "data.workers=1"],
-        ["training.batch_size=1", "training.n_critic=1", "video.frames=1"],
-    ],
-)
+@pytest.mark.parametrize("overrides", [
+    ["weight_predictor.head=low_rank", "weight_predictor.layers=[decoder.*.weight]"],
+    ["weight_predictor.head=per_channel", "weight_predictor.sharing=shared"],
+    ["loss.lambda_video=0.1", "loss.adversarial_frame=random", "weight_predictor.sharing=shared"],
+    ["training.diffaugment=[color,translation,cutout]", "loss.base_fake_fraction=0"],
+    ["loss.base_fake_fraction=1", "video.detach=false", "data.mirror=true"],
+    ["training.batch_size=30", "data.memory_gb=0", "data.workers=1"],
+    ["training.batch_size=1", "training.n_critic=1", "video.frames=1"],
+])  # fmt: skip
 @pytest.mark.usefixtures("without_slow_outputs")
 def test_every_way_of_training_runs(overrides: list[str], tmp_path: Path, image_folder: Path) -> None:
     assert train(*small(tmp_path, image_folder, "training.steps=2", *overrides)) == 0

@@ -65,6 +65,22 @@ def test_the_first_bad_step_and_its_terms_are_named(log: Log, bad: float) -> Non
     assert log.run.lines == []
 
 
+@pytest.mark.parametrize(("columns", "shown"),
+                         [(80, ["images/s", "gap"]), (140, ["images/s", "gap", "rec", "kl", "update"])])  # fmt: skip
+def test_the_bar_has_room_beside_what_fits(
+    log: Log, columns: int, shown: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: True, write=lambda _: None, flush=lambda: None))
+    log = Log(log.run, 30_000, load_config(None, []), log.images)
+    log.bar.dynamic_ncols = None
+    log.show(30_000, scalars(12345.678) | {"speed/images_per_second": 1234.5, "speed/seconds_per_step": 3.5})
+    line = log.bar.format_meter(**log.bar.format_dict | {"n": 30_000, "elapsed": 99 * 3600, "ncols": columns})
+    assert len(line) <= columns
+    assert [word for word in ("images/s", "gap", "rec", "kl", "update") if word in line] == shown
+    assert line.count("#") + line.count("█") == 10
+
+
 def test_pauses_are_not_training_time(log: Log, clock: SimpleNamespace) -> None:
     log.collect(1, scalars(1.0))
     clock.now += 1

@@ -9,17 +9,22 @@ import pytest
 import torch
 
 from configuration import UserError
-from util import atomic_write, os_errors_as_user_errors, run_command
+from util import CommandParser, absolute, atomic_write, expanded, os_errors_as_user_errors, run_command
 
 ENDS = [  # (what the work of a command returns or raises, exit status, standard output, the line of an error)
     ("wrote x.png", 0, "wrote x.png\n", ""),
     (7, 7, "", ""),
     (UserError("--out x:\nno"), 2, "", "--out x:\\nno"),
     (KeyboardInterrupt(), 130, "", ""),
-    (MemoryError("8 GB"), 2, "", "out of memory (8 GB); make fewer"),
-    (torch.OutOfMemoryError("CUDA out of\nmemory"), 2, "", "out of memory (CUDA out of memory); make fewer"),
-    (RuntimeError("DefaultCPUAllocator: no"), 2, "", "out of memory (DefaultCPUAllocator: no); make fewer"),
-]
+    *((error, 2, "", f"out of memory ({type(error).__name__}: {' '.join(str(error).split())}); make fewer")
+      for error in (MemoryError("8 GB"), torch.OutOfMemoryError("CUDA out of\nmemory"), ImportError("failed to map "
+                    "segment"), RuntimeError("DefaultCPUAllocator: no"), RuntimeError("could not create a primitive"))),
+    (OSError(errno.EMFILE, "Too many open files", "x"), 2, "", "the system allows no more open files (OSError: [Errno "
+     "24] Too many open files: 'x'); use data.workers=0, or raise it: ulimit -n 4096"),
+    (RuntimeError("unable to allocate shared memory(shm)"), 2, "", "shared memory is full (RuntimeError: unable to "
+     "allocate shared memory(shm)); use data.workers=0, or give more of it (docker run --shm-size=2g)"),
+    (PermissionError(errno.EACCES, "Permission denied", "a\nb"), 2, "", "'a\\nb': Permission denied"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("end", "status", "output", "error"), ENDS)
@@ -34,6 +39,23 @@ def test_a_command_ends_with_its_status_and_one_line(end, status: int, output: s
     reported = []
     run_command(work, lambda *report: reported.append(report) or 5, "make fewer")
     assert reported == ([(error, 2)] if error else [])
+
+
+def test_a_path_is_expanded_as_a_shell_does_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "$there").mkdir()
+    for path, text in (("~/x/", "/home/me/x/"), ("a/~", "a/~"), ("~x", "~x"), ("a$b", "a$b"), ("$there", "$there")):
+        assert expanded(path, "--out") == text
+    parser = CommandParser()
+    parser.add_argument("runs", nargs="*", metavar="RUN")
+    parser.add_argument_group("more").add_argument("--json", metavar="FILE", type=Path)
+    options = parser.parse_args(["~/a", "--json", "~/b", "c"])
+    assert (options.runs, options.json) == (["/home/me/a", "c"], Path("/home/me/b"))
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where there is no home
+    for path in ("~/x", "a/$missing/x", "${a.b:c}"):
+        with pytest.raises(UserError, match=r"^data.root: .* stands for nothing here"):
+            absolute(path, "data.root")
 
 
 def test_other_errors_are_bugs_and_keep_their_traceback() -> None:

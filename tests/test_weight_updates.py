@@ -18,12 +18,10 @@ from training_step import EagerSteps, TrainingState
 from weight_updates import HEADS, DenseUpdate, UpdateSpec, bounded_update, build_update_spec, check_update_size
 
 LAYERS = {
-    "last layer": ["decoder.stage1.*"],
-    "last weight": ["decoder.stage1.weight"],
-    "last two": ["decoder.stage2.*", "decoder.stage1.*"],
-    "all weights": ["decoder.*.weight"],
+    "last layer": ["decoder.stage1.*"], "last weight": ["decoder.stage1.weight"],
+    "last two": ["decoder.stage2.*", "decoder.stage1.*"], "all weights": ["decoder.*.weight"],
     "projection": ["decoder.projection.*"],
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +82,13 @@ def test_scales_are_each_tensors_rms_with_a_floor_for_zero_biases(vae: VAE) -> N
     assert not scales.requires_grad
 
 
-@pytest.mark.parametrize(
-    ("layers", "words"),
-    [
-        (["decoder.stage9.*"], ["decoder.stage9.*", "did you mean 'decoder.stage"]),
-        (["decodr.stage1.weight"], ["decodr.stage1.weight", "did you mean 'decoder.stage1.weight'"]),
-        (["encoder.*"], ["encoder.*", "decode no image"]),
-        (["decoder.stage1.*", "decoder.stage1.weight"], ["decoder.stage1.weight", "remove it"]),
-        (["decoder.stage1.*", "decoder.stage2.*"], ["decoder.stage2.*", "stage2.weight, which is frozen"]),
-    ],
-)
+@pytest.mark.parametrize(("layers", "words"), [
+    (["decoder.stage9.*"], ["decoder.stage9.*", "did you mean 'decoder.stage"]),
+    (["decodr.stage1.weight"], ["decodr.stage1.weight", "did you mean 'decoder.stage1.weight'"]),
+    (["encoder.*"], ["encoder.*", "decode no image"]),
+    (["decoder.stage1.*", "decoder.stage1.weight"], ["decoder.stage1.weight", "remove it"]),
+    (["decoder.stage1.*", "decoder.stage2.*"], ["decoder.stage2.*", "stage2.weight, which is frozen"]),
+])  # fmt: skip
 def test_wrong_patterns_name_themselves_and_the_nearest(layers: list[str], words: list[str]) -> None:
     vae = VAE(16, 3, 8, (4, 6))
     vae.decoder.stage2.requires_grad_(False)
@@ -269,7 +264,7 @@ def test_training_and_evaluation_report_the_same_saturated_fraction(head: str, m
     metrics, _ = EagerSteps(state).generator_pass(torch.rand(4, 3, 16, 16), numbers)
 
     def inputs(seeds: list[int]) -> SimpleNamespace:
-        rows = slice(seeds[0], seeds[-1] + 1)
+        rows = slice(seeds[0] % 4, seeds[-1] % 4 + 1)  # other motions' seeds are multiples of 4 away
         return SimpleNamespace(z=numbers.z[rows], motion=motion_rows(numbers.motion, rows))
 
     sampler = evaluate.Sampler(generator, config, 1, Path())
