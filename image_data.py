@@ -441,8 +441,8 @@ class _ImageReader(Dataset):
         """The image, uint8 (C, H, W), or why it cannot be read."""
         try:
             return self.loader(self.paths[index])
-        except BrokenImageError as error:
-            return error.with_traceback(None)
+        except BrokenImageError as error:  # a new one: what it came from holds frames, and these what they worked on
+            return BrokenImageError(error.path, error.reason)
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor | None, list[Exception]]:
         """The images, uint8 (B, C, H, W), or None if one is missing; and the errors met.
