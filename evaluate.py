@@ -263,6 +263,7 @@ def evaluate(
         reason = re.sub(r"^data\.\w+(=\S+)?:? |; (set|replace|change) [^;]*$", "", str(error))
         option = "" if folder is None else "--data: "
         raise UserError(f"{option}{reason}; name a folder of images with --data") from None
+    psnr, ssim, reconstructed = reconstruction(sampler, real.held_out)  # first: a missing package shows before the work
     update, mean_update = update_statistics(sampler, evaluation_seeds(min(images, UPDATE_IMAGES)))
     seeds = evaluation_seeds(images + len(real.held_out))  # the images that the critic scores come last
     batches = [*progress(decode_generators(sampler, seeds, mean_update), len(seeds), "decoding")]
@@ -297,7 +298,6 @@ def evaluate(
         real_row["kid"], real_row["kid_std"] = quality.kernel_distance(compared, held_out, subset_size=kid_size)
     p_real, p_fake = (critic.calibration(x.to(sampler.device)).cpu() for x in (score_real, score_fake["updated"]))
     calibration = quality.reliability(p_real, p_fake)
-    psnr, ssim, reconstructed = reconstruction(sampler, real.held_out)
     figures = {
         "checkpoint": str(sampler.path), "step": sampler.step,
         "features": features.name, "frechet_is_fid": features.is_inception,

@@ -209,6 +209,8 @@ def run_command(work: Callable[[], str | int], report: Callable[[str, int], int]
         for words, what, fix in _LIMITS:
             if re.search(words, reason):
                 return report(f"{what} ({reason[:120]}); {fix or memory_hint}", 2)
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            return report(f"the package {error.name} is missing; pip install -r requirements.txt", 2)
         if isinstance(error, OSError) and error.filename is not None:  # a disk or a permission, not our mistake
             return report(f"{shown_path(error.filename)}: {error.strerror or error}", 2)
         raise

@@ -23,6 +23,7 @@ ENDS = [  # (what the work of a command returns or raises, exit status, standard
      "24] Too many open files: 'x'); use data.workers=0, or raise it: ulimit -n 4096"),
     (RuntimeError("unable to allocate shared memory(shm)"), 2, "", "shared memory is full (RuntimeError: unable to "
      "allocate shared memory(shm)); use data.workers=0, or give more of it (docker run --shm-size=2g)"),
+    (ModuleNotFoundError("no", name="av"), 2, "", "the package av is missing; pip install -r requirements.txt"),
     (PermissionError(errno.EACCES, "Permission denied", "a\nb"), 2, "", "'a\\nb': Permission denied"),
 ]  # fmt: skip
 
