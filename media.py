@@ -177,15 +177,13 @@ def save_image(path: str | Path, image: Image.Image | Pixels) -> None:
 def save_figure(path: str | Path, draw: Callable[[], Any], dpi: int) -> None:
     """Writes the matplotlib Figure that `draw` makes as a PNG, whole or not at all.
 
-    In matplotlib's own style: a user's settings (fonts that are missing, `$` for mathematics) don't reach it. Raises
-    `UserError` where it cannot be written.
+    A user's own style of matplotlib, with fonts that are missing, doesn't reach it. Raises `UserError` if it can't be.
     """
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # what it says of a user's matplotlibrc doesn't matter here
     import matplotlib
 
     with matplotlib.rc_context(), os_errors_as_user_errors(path), atomic_write(path) as part:
         matplotlib.rcdefaults()
-        matplotlib.rcParams["text.parse_math"] = False  # a run's name may hold $
         draw().savefig(part, dpi=dpi, format="png")
 
 

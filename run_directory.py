@@ -437,5 +437,7 @@ def loss_figure(runs: dict[str, Records]) -> Any:
             axis.legend(fontsize=8, frameon=False)
     if len(runs) > 1:
         lines = [Line2D([], [], color=f"C{number}") for number in range(len(runs))]
-        figure.legend(lines, list(runs), loc="outside upper center", ncols=min(6, len(runs)), frameon=False)
+        legend = figure.legend(lines, list(runs), loc="outside upper center", ncols=min(6, len(runs)), frameon=False)
+        for name in legend.get_texts():
+            name.set_parse_math(False)  # it may hold $
     return figure

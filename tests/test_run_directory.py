@@ -176,6 +176,8 @@ def test_several_runs_have_a_colour_each_and_metrics_a_style() -> None:
     assert real[3] == other[3] != base[3]
     assert other[:2] == ([1, 2], [5, 10])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]
+    assert not any(text.get_parse_math() for text in figure.legends[0].get_texts())  # a run's name may hold $
+    assert all(label.get_parse_math() for axis in figure.axes for label in axis.get_yticklabels())  # powers of ten
     assert [line[:2] for line in lines(figure, "kernel distance")] == [([1, 2], [1, 2])]
 
 
