@@ -438,6 +438,6 @@ def loss_figure(runs: dict[str, Records]) -> Any:
     if len(runs) > 1:
         lines = [Line2D([], [], color=f"C{number}") for number in range(len(runs))]
         legend = figure.legend(lines, list(runs), loc="outside upper center", ncols=min(6, len(runs)), frameon=False)
-        for name in legend.get_texts():
-            name.set_parse_math(False)  # it may hold $
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a run's name may hold $
     return figure
