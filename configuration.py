@@ -408,11 +408,8 @@ def _checked(setting: Field, value: Any) -> Any:
     if "off" in limits.get("choices", ()):  # to YAML 1.1 that word is a boolean
         items = ["off" if item is False else item for item in items]
     nouns = {bool: "true or false", int: "a whole number", float: "a number", str: "a text, in quotes", Any: "a value"}
-    text = (
-        f"one of {limits['range']}"
-        if "choices" in limits
-        else nouns[kind] + (limits["range"] and f", {limits['range']}")
-    )
+    text = nouns[kind] + (limits["range"] and f", {limits['range']}")
+    text = f"one of {limits['range']}" if "choices" in limits else text
     for item in items:
         if kind in (int, float):  # 1e308: float(10**400) would raise
             right = type(item) in (int, float) and limits.get("low", -1e308) <= item <= limits.get("high", 1e308)

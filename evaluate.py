@@ -229,7 +229,6 @@ def update_statistics(sampler: Sampler, seeds: Sequence[int]) -> tuple[list[Upda
 @torch.no_grad()
 def reconstruction(sampler: Sampler, images: Tensor) -> tuple[float, float, Tensor]:
     """PSNR in dB and SSIM (Wang et al. 2004) of decode(mu), means over uint8 images; and the reconstructions, uint8."""
-    os.environ.pop("MPLBACKEND", None)  # torchmetrics imports matplotlib, which refuses some values that others set
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     vae, psnr, ssim, decoded = sampler.generator.vae, 0.0, 0.0, []

@@ -164,8 +164,9 @@ class Generator(nn.Module):
         if rollout_count < len(output.states):
             rest = slice(rollout_count, None)
             images, motion = self.video_of(output.x_base.detach(), motion)
-            video = self.downscale(images)[rest, None].expand(-1, frames, -1, -1, -1)
-            if not self.is_static:
+            if self.is_static:
+                video = self.downscale(images[rest])[:, None].expand(-1, frames, -1, -1, -1)
+            else:
                 video = self.synthesizer(images[rest], motion_rows(motion, rest), times[rest])
             encoded, _ = self.predictor.encode(video, state_rows(output.predictor_state, rest))
             states.append(torch.cat([output.states[rest, -1:], encoded], dim=1))

@@ -177,7 +177,7 @@ def save_image(path: str | Path, image: Image.Image | Pixels) -> None:
 def save_figure(path: str | Path, draw: Callable[[], Any], dpi: int) -> None:
     """Writes the matplotlib Figure that `draw` makes as a PNG, whole or not at all.
 
-    A user's own style of matplotlib, with fonts that are missing, doesn't reach it. Raises `UserError` if it can't be.
+    A user's own style, such as fonts that are missing, doesn't reach it. Raises `UserError` where it cannot be written.
     """
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # what it says of a user's matplotlibrc doesn't matter here
     import matplotlib

@@ -31,7 +31,6 @@ from image_data import TrainingImages
 from sampling import BATCH, Sampler
 from util import channels_last_on
 
-FEATURES = ("efficientnet-lite0", "inception")
 FEATURE_BATCH = 100  # images that go through the feature network together
 FIRST_SEED = 2_000_000  # far from those that generate.py begins with
 CALIBRATION_IMAGES = 512  # real ones, at most, and as many generated ones, that the critic's probability is fitted to

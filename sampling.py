@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 _HERE = str(Path(__file__).parent)
-for name in ("checkpoints", "configuration", "generator", "image_data", "util", "video_synth", "weight_updates"):
-    file = getattr(sys.modules.get(name), "__file__", None) or _HERE
-    if not file.startswith(_HERE):
-        raise ImportError(f"{file} has the name of a module that {__file__} needs: import sampling first, or rename it")
+for _name in ("checkpoints", "configuration", "generator", "image_data", "util", "video_synth", "weight_updates"):
+    _file = getattr(sys.modules.get(_name), "__file__", None) or __file__
+    if str(Path(_file).parent) != _HERE:
+        raise ImportError(
+            f"{_file} has the name of a module that {__name__} needs: rename it, or import this one first"
+        )
 sys.path.insert(0, _HERE)  # while ours are imported: a script that imports sampling may have a util.py of its own
 
 from checkpoints import DamagedCheckpointError, load_checkpoint

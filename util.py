@@ -189,7 +189,7 @@ def run_command(work: Callable[[], str | int], report: Callable[[str, int], int]
         memory_hint: what to try when memory runs out.
     """
     safe_streams()
-    os.environ.pop("MPLBACKEND", None)  # a notebook's, for its own windows: matplotlib fails where it is not installed
+    os.environ.pop("MPLBACKEND", None)  # a notebook's: matplotlib, which torchmetrics imports too, refuses some values
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)  # takes "loading PyTorch ..." away
     is_main_thread = threading.current_thread() is threading.main_thread()  # no other may set signal handlers
