@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from configuration import Config, UserError, config_from_dict, config_to_dict, resume_effect
 from util import atomic_write, os_errors_as_user_errors
 
-CHECKPOINT_FORMAT = 3
+CHECKPOINT_FORMAT = 4
 
 
 class Checkpoints:

@@ -21,7 +21,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -56,7 +56,6 @@ EARLY = answer_early(build_parser().parse_args) if __name__ == "__main__" else N
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 import quality
@@ -67,7 +66,6 @@ from quality import ImageFeatures, as_bytes, as_floats, evaluation_seeds, image_
 from run_directory import RunDirectory
 from sampling import BATCH, Sampler, load_sampler_with_content
 from util import atomic_write, command_device, one_line, os_errors_as_user_errors, shown_path
-from weight_updates import Update
 
 LABELS = {"base": "θ", "updated": "θ + Δ", "mean_update": "θ + mean Δ", "other_update": "θ + another image's Δ",
           "moved": "θ, moved exactly"}  # fmt: skip
@@ -156,11 +154,6 @@ def load_critic(sampler: Sampler, saved: dict[str, Any]) -> Any:
     return critic.to(sampler.device).requires_grad_(False)
 
 
-def map_images(change: Callable[..., Tensor], update: Update) -> Update:
-    """The update with `change` applied to its tensors (B, ...); scales are the same for all images, and stay."""
-    return tree_map_only(Tensor, lambda x: change(x) if x.dim() > 1 else x, update)
-
-
 @torch.no_grad()
 def decode_generators(sampler: Sampler, seeds: Sequence[int], mean_update: Tensor) -> Iterator[dict[str, Tensor]]:
     """Batches of images, uint8 (B, C, H, W), by name, see `LABELS`; `mean_update` is (total_size,)."""
@@ -169,8 +162,8 @@ def decode_generators(sampler: Sampler, seeds: Sequence[int], mean_update: Tenso
         inputs = sampler.inputs(batch)
         output = generator(inputs.z, inputs.motion)
         images = {"base": output.x_base, "updated": output.x_fake}
-        one = map_images(lambda x: x[:1], output.update).dense()
-        rolled = map_images(lambda x: x.roll(1, 0), output.update)
+        one = output.update.rows([0]).dense()
+        rolled = output.update.rows([*range(-1, len(output.update.numbers) - 1)])  # the one of the image before
         for name, other in (("mean_update", one._replace(numbers=mean_update[None])), ("other_update", rolled)):
             images[name] = generator.decode(output.features, other)
         end = torch.full_like(inputs.z[:, :1], generator.synthesizer.frames)  # the time whose update decodes x_fake
@@ -206,10 +199,10 @@ def update_statistics(sampler: Sampler, seeds: Sequence[int]) -> tuple[list[Upda
         x_base = generator.decode_base(generator.features(inputs.z))
         videos = [generator.encode_video(x_base, motion) for motion in (inputs.motion, others.motion)]
         updates = [generator.predict(states[:, -1]) for _, states, _ in videos]
-        for name, flags in updates[0].saturated(generator.bound).items():
+        for name, flags in updates[0].saturated(generator.head.bound).items():
             saturated[name] = saturated[name] + flags.double().mean(0).cpu() * len(batch)
         for image in range(len(batch)):  # one at a time: written out in float64, those of a batch took 4 GB
-            rows = (map_images(lambda x, k=image: x[[k % len(x)]], update) for update in updates)  # a shared one: row 0
+            rows = (update.rows([image % len(update.numbers)]) for update in updates)  # of a shared one row 0
             first, second = (row.dense().numbers[0].double() for row in rows)
             sums += torch.stack([first, second, first * second, first**2 + second**2])
     one, two, both, square = sums

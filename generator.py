@@ -8,17 +8,17 @@ parts, and the critic, as the settings describe them.
 
 import hashlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call
 from torch.nn import functional
 
 from configuration import Config, UserError
 from model_definitions import VAE, ConstantUpdate, Discriminator, PredictorState, WeightPredictorRNN
 from video_synth import MOTIONS, Motion, VideoSynthesizer
-from weight_updates import HEADS, DenseUpdate, FactoredUpdate, Update, UpdateHead, build_update_spec, check_update_size
+from weight_updates import HEADS, Change, DenseUpdate, Update, UpdateHead, build_update_spec, check_update_size
 
 VIDEO_SIZE = 64
 """Side of the GRU's video frames, unless the settings say otherwise: motion can be seen in small frames too."""
@@ -51,7 +51,7 @@ class Generator(nn.Module):
         synthesizer: makes the video that the predictor encodes.
         predictor: a GRU, or the constant-update baseline.
         head: turns the predicted code into an update.
-        config: `weight_predictor` (update, input_video, bound, sharing) and `video.detach` are read.
+        config: `weight_predictor` (update, input_video, sharing) and `video.detach` are read.
     """
 
     def __init__(self, vae: VAE, synthesizer: VideoSynthesizer, predictor: WeightPredictorRNN | ConstantUpdate,
@@ -66,7 +66,6 @@ class Generator(nn.Module):
         self.update_kind = settings.update
         self.input_video = settings.input_video
         self.is_static = settings.input_video == "static"
-        self.bound = settings.bound
         self.shared = settings.sharing == "shared"
         self.detach_video = config.video.detach
         self.video_size = synthesizer.video_size(vae.image_shape)
@@ -183,7 +182,7 @@ class Generator(nn.Module):
             noise = self.synthesizer.noise(motion_rows(motion, first), times, self.video_size)
         for k in range(times.shape[1]):
             with torch.no_grad():  # gradients go back through the GRU's states, not through decoded frames
-                decoded = self.decode(features, self.predict(states[-1]))
+                decoded = self.decode(features, self.predict(states[-1], prepared=output.update.prepared))
                 frame = (self.downscale(decoded) + noise[:, k]).clamp(0, 1)
             hidden, state = self.predictor.encode(frame[:, None], state)
             states.append(hidden[:, 0])
@@ -204,17 +203,18 @@ class Generator(nn.Module):
         size = self.video_size
         return images if size == images.shape[-2:] else functional.interpolate(images, size=size, mode="area")
 
-    def predict(self, states: Tensor, frozen: bool = False) -> Update:
+    def predict(self, states: Tensor, frozen: bool = False, prepared: tuple[Tensor, ...] | None = None) -> Update:
         """The GRU's hidden states (B, hidden_size) -> updates Δ of B images; a shared one is the batch's mean.
 
         Args:
             frozen: keep gradients from θ, which the head `per_channel` scales.
+            prepared: of another update of the same θ, which saves time.
         """
         code = self.predictor.to_update(states)
         code = code.to(torch.promote_types(code.dtype, torch.float32))  # bf16 under autocast; fp64 in tests
         if self.shared:
             code = code.mean(dim=0, keepdim=True)
-        return self.head(code, self.bound, self._weights(self.vae.decoder, frozen))
+        return self.head.predict(code, self._weights(self.vae.decoder, frozen), prepared)
 
     def decode(self, features: Tensor, update: Update, frozen: bool = False) -> Tensor:
         """`features` (B, ...) and updates of B images, or one for all -> x_fake (B, C, H, W), decoded with θ + Δ.
@@ -225,10 +225,7 @@ class Generator(nn.Module):
             frozen: keep gradients from θ: only Δ gets them.
         """
         layers = self.vae.decoder[self._split :]
-        weights = self._weights(layers, frozen)
-        if isinstance(update, FactoredUpdate) and len(update.v[0]) == len(features):
-            return decode_factored(layers, features, update, weights)
-        return decode_dense(layers, features, update.dense(), weights)
+        return decode_updated(layers, features, update, self._weights(layers, frozen))
 
     def decode_frames(self, features: Tensor, states: Tensor, times: Tensor, frozen: bool = False) -> Tensor:
         """Frames of the weight-driven video: (B, K, C, H, W).
@@ -284,72 +281,96 @@ def states_at(states: Tensor, times: Tensor | None) -> Tensor:
 # ---------------------------------------------------------------------------------------------- decoding with θ + Δ
 
 
-def decode_dense(
-    decoder: nn.Sequential, features: Tensor, update: DenseUpdate, weights: Mapping[str, Tensor]
-) -> Tensor:
-    """Decodes each image with its own weights θ + Δ, written out: one pass under `vmap`.
+def decode_updated(decoder: nn.Sequential, features: Tensor, update: Update, weights: Mapping[str, Tensor]) -> Tensor:
+    """Decodes each image with weights of its own, θ + Δ, in one pass over the batch.
+
+    A layer is linear in its weights. With Δ = A V, its output is θ's, the same work for the whole batch, and Δ's, which
+    passes through `rank` channels: A (V x); no image's weights are written out. A transposed convolution is a product
+    of matrices followed by `fold`, which adds up overlapping patches.
 
     Args:
-        decoder: any layers.
+        decoder: Linear, ConvTranspose2d, and layers without weights.
         features: (B, ...), the input.
         update: of B images, or one for all.
         weights: name of a parameter of `decoder` -> θ.
     """
-    deltas = update.spec.split(update.numbers * update.scales)
-
-    def decode(features: Tensor, deltas: dict[str, Tensor]) -> Tensor:
-        updated = {**weights, **{name: weights[name] + delta for name, delta in deltas.items()}}
-        # Autocast doesn't reach convolutions inside vmap: the weights take the type that it gave the features.
-        updated = {name: weight.to(features.dtype) for name, weight in updated.items()}
+    if len(update.numbers) < len(features) or (len(features) == 1 and isinstance(update, DenseUpdate)):
+        # One update for all: an ordinary pass.
+        deltas = {name: delta[0] for name, delta in update.dense().changes.items()}
+        updated = {name: weight + deltas[name] if name in deltas else weight for name, weight in weights.items()}
         return functional_call(decoder, updated, (features,), strict=True)
-
-    if len(update.numbers) == 1:  # one update for all (or one image): an ordinary pass
-        return decode(features, {name: delta[0] for name, delta in deltas.items()})
-    return vmap(lambda one, delta: decode(one[None], delta)[0])(features, deltas)
-
-
-def decode_factored(
-    decoder: nn.Sequential, features: Tensor, update: FactoredUpdate, weights: Mapping[str, Tensor]
-) -> Tensor:
-    """As `decode_dense`, with Δ = rms θ · A V, without materialising Δ.
-
-    A layer is linear in its weights, so its output is θ's, which is the same work for the whole batch, and Δ's, which
-    passes through `rank` channels: A (V x). A transposed convolution is a matrix product followed by `fold`, which adds
-    up overlapping patches; so is V's.
-
-    Args:
-        decoder: Linear, ConvTranspose2d, and layers without weights.
-        features, weights: as for `decode_dense`.
-        update: of B images.
-    """
-    factors = {
-        tensor.decoder_name: (None if a is None else a * scale, v if a is not None else v * scale)
-        for tensor, a, v, scale in zip(update.spec.tensors, update.a, update.v, update.scales, strict=True)
-    }
     h = features
     for name, layer in decoder.named_children():
         if not isinstance(layer, nn.Linear | nn.ConvTranspose2d):
             h = layer(h)
             continue
-        x = h
-        own = {key: weights[f"{name}.{key}"] for key in ("weight", "bias")}
-        h = functional_call(layer, own, (x,), strict=True)
-        a, v = factors.get(f"{name}.weight", (None, None))
-        if a is not None and v is not None:
-            if isinstance(layer, nn.Linear):
-                h = h + (a @ (v @ x[:, :, None]))[:, :, 0]
-            else:
-                kernel, padding = layer.kernel_size, layer.padding
-                assert not isinstance(padding, str)  # only other convolutions take it by name
-                # (B, rank, in · kernel) -> (B, rank · kernel, in): what each input channel adds to each patch.
-                taps = v.unflatten(2, (layer.in_channels, -1)).transpose(2, 3).flatten(1, 2)
-                patches = taps @ x.flatten(2)
-                thin = functional.fold(patches, h.shape[2:], kernel, padding=padding, stride=layer.stride)
-                h = h + (a @ thin.flatten(2)).unflatten(2, h.shape[2:])
-        _, shift = factors.get(f"{name}.bias", (None, None))
+        weight, bias = (weights[f"{name}.{kind}"] for kind in ("weight", "bias"))
+        change, shift = (update.changes.get(f"{name}.{kind}") for kind in ("weight", "bias"))
         if shift is not None:
-            h = h + shift.view(*shift.shape, *[1] * (h.dim() - 2))
+            assert isinstance(shift, Tensor)  # only weights have factors
+            bias = bias + shift  # (B, out)
+        if isinstance(layer, nn.Linear):
+            h = _linear(h, weight, bias, change)
+        else:
+            h = _transposed_convolution(layer, h, weight, bias, change)
     return h
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, change: Change | None) -> Tensor:
+    """x (B, in) through weights (out, in) + Δ and bias (out,) or (B, out) -> (B, out)."""
+    if isinstance(change, tuple):
+        a, v = change
+        bias = torch.baddbmm(bias.expand(len(x), -1)[:, :, None], a, v @ x[:, :, None])[:, :, 0]
+    elif change is not None:
+        return torch.baddbmm(bias.expand(len(x), -1)[:, :, None], weight + change, x[:, :, None])[:, :, 0]
+    return torch.addmm(bias, x, weight.T)
+
+
+def _transposed_convolution(
+    layer: nn.ConvTranspose2d, x: Tensor, weight: Tensor, bias: Tensor, change: Change | None
+) -> Tensor:
+    """x (B, in, H, W) through weights (in, out, kernel) + Δ and bias (out,) or (B, out) -> (B, out, H', W')."""
+    own_bias = bias if bias.dim() == 1 else None
+    if change is None or isinstance(change, tuple):
+        h = functional.conv_transpose2d(x, weight, own_bias, layer.stride, layer.padding)  # type: ignore[arg-type]
+    if isinstance(change, tuple):
+        a, v = change
+        thin = OwnTransposedConvolution.apply(x, v, layer)
+        # With channels last, as θ's output lies in memory.
+        h = torch.baddbmm(h.flatten(2).mT, thin.flatten(2).mT, a.mT).mT.unflatten(2, h.shape[2:])
+    elif change is not None:
+        h = OwnTransposedConvolution.apply(x, weight + change, layer)
+        own_bias = None
+    return h if own_bias is not None else h + bias.to(h.dtype).view(-1, bias.shape[-1], 1, 1)
+
+
+class OwnTransposedConvolution(torch.autograd.Function):
+    """x (B, in, H, W), each image with weights of its own, (B, in, out, kernel) -> (B, out, H', W').
+
+    It has a backward pass of its own for two reasons: that of `fold` takes a kernel for each image on a GPU, where one
+    copy of a strided view gives the same numbers; and x's gradient comes with channels last, as all else does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, layer: nn.ConvTranspose2d) -> Tensor:
+        kernel, padding, stride = ctx.geometry = layer.kernel_size, layer.padding, layer.stride
+        assert not isinstance(padding, str)  # only other convolutions take it by name
+        ctx.save_for_backward(x, weights)
+        size = tuple((x.shape[2 + d] - 1) * stride[d] - 2 * padding[d] + kernel[d] for d in (0, 1))
+        patches = weights.flatten(2).mT @ x.flatten(2)  # (B, out · kernel, H · W)
+        return functional.fold(patches, size, kernel, padding=padding, stride=stride)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (kernel, padding, stride), (x, weights), gradient = ctx.geometry, ctx.saved_tensors, gradients[0]
+        x, weights = x.to(gradient.dtype), weights.to(gradient.dtype)  # bf16 under autocast
+        windows = functional.pad(gradient, (padding[1], padding[1], padding[0], padding[0]))
+        windows = windows.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])  # (B, out, H, W, kernel)
+        patches = windows.permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(1, 3)  # (B, out · kernel, H · W)
+        x_gradient = None
+        if ctx.needs_input_grad[0]:
+            x_gradient = (patches.mT @ weights.flatten(2).mT).mT.unflatten(2, x.shape[2:])
+        return x_gradient, (x.flatten(2) @ patches.mT).view_as(weights), None
 
 
 # ------------------------------------------------------------------------------------- the parts, from the settings
@@ -372,7 +393,7 @@ def build_head(config: Config, vae: VAE) -> UpdateHead:
     don't fit the VAE.
     """
     settings = config.weight_predictor
-    return HEADS[settings.head](build_update_spec(vae, settings.layers), settings.rank)
+    return HEADS[settings.head](build_update_spec(vae, settings.layers), settings.bound, settings.rank)
 
 
 def build_predictor(

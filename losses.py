@@ -9,6 +9,7 @@ https://arxiv.org/abs/1704.00028), Larsen et al. 2016 (VAE/GAN, https://arxiv.or
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,9 @@ from configuration import LossConfig
 class CriticLoss(NamedTuple):
     """The critic's objective and its parts: scalars, and the scores it came from, (B,) each."""
 
-    total: Tensor
+    total: Tensor  # rest + weighted_penalty
+    rest: Tensor
+    weighted_penalty: Tensor
     wasserstein: Tensor
     penalty: Tensor
     drift: Tensor
@@ -30,7 +33,8 @@ class CriticLoss(NamedTuple):
 
 
 def critic_loss(critic: Callable[[Tensor], Tensor], x_real: Tensor, x_fake: Tensor, epsilon: Tensor,
-                weights: LossConfig) -> CriticLoss:  # fmt: skip
+                weights: LossConfig,
+                penalty_context: AbstractContextManager[None] | None = None) -> CriticLoss:  # fmt: skip
     """L_D = mean D(x_fake) - mean D(x_real) + λ_gp · penalty + ε_drift · mean D(x_real)²  (Gulrajani et al., eq. 3).
 
     The drift term (Karras et al. 2017, section A.1) keeps the scores, whose zero is arbitrary, from wandering off.
@@ -39,14 +43,18 @@ def critic_loss(critic: Callable[[Tensor], Tensor], x_real: Tensor, x_fake: Tens
         x_real, x_fake: (B, C, H, W) in [0, 1]; `x_fake` without gradient.
         epsilon: (B,) in [0, 1], the place of x_hat on the line between a fake and a real image.
         weights: `lambda_gp` and `epsilon_drift` are read.
+        penalty_context: what the penalty is computed in: it may need more precision than the rest.
     """
     # Without BatchNorm a score depends on its own image alone, so both halves go through in one pass.
     score_real, score_fake = at_least_fp32(critic(torch.cat([x_real, x_fake]))).chunk(2)
     wasserstein = score_fake.mean() - score_real.mean()
-    penalty = gradient_penalty(critic, x_real, x_fake, epsilon)
-    drift = score_real.square().mean()
-    total = wasserstein + weights.lambda_gp * penalty + weights.epsilon_drift * drift
-    return CriticLoss(total, wasserstein, penalty, drift, score_real, score_fake)
+    with penalty_context or nullcontext():
+        penalty = gradient_penalty(critic, x_real, x_fake, epsilon)
+    drift, weighted_penalty = score_real.square().mean(), weights.lambda_gp * penalty
+    rest = wasserstein + weights.epsilon_drift * drift
+    return CriticLoss(
+        rest + weighted_penalty, rest, weighted_penalty, wasserstein, penalty, drift, score_real, score_fake
+    )
 
 
 def gradient_penalty(critic: Callable[[Tensor], Tensor], x_real: Tensor, x_fake: Tensor, epsilon: Tensor) -> Tensor:

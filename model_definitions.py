@@ -156,8 +156,12 @@ class WeightPredictorRNN(nn.Module):
         Returns:
             The GRU's hidden states (B, T, hidden_size), one for each frame, and the state after the last.
         """
-        frames, (mean, deviation) = self.norm(video.flatten(2), state and state[1:])
-        states, hidden = self.gru(frames, state and state.hidden)
+        # In fp32 whatever autocast says, which on CUDA would make it fp16, and copy the weights at every call.
+        with torch.autocast(video.device.type, enabled=False):
+            frames = video.flatten(2)
+            frames = frames.to(torch.promote_types(frames.dtype, torch.float32))
+            frames, (mean, deviation) = self.norm(frames, state and state[1:])
+            states, hidden = self.gru(frames, state and state.hidden)
         return states, PredictorState(hidden, mean, deviation)
 
     def forward(self, video: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
-"""Other ways to run the two steps of `training_step.py`: compiled, or recorded as CUDA graphs; and which one to take.
+"""Other ways to run the two steps of `training_step.py`: recorded as CUDA graphs, or compiled; and which one to take.
 
-The pass is most of a step's work, so it alone is run under `torch.compile` (`CompiledSteps`) or replayed from a CUDA
-graph (`CudaGraphSteps`). Averaging over processes, clipping, Adam and the moving average stay outside.
+The pass is most of a step's work, so it alone is replayed from a CUDA graph (`CudaGraphSteps`) or run under
+`torch.compile` (`CompiledSteps`), on a GPU both. Averaging over processes, Adam and the moving average stay outside.
 """
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -38,12 +39,15 @@ class PreparedSteps(EagerSteps):
         self._prepared: dict[str, Callable[[Tensor, Any], Pass]] = {}
 
     def run_pass(self, name: str, x_real: Tensor, noise: CriticNoise | GeneratorNoise) -> Pass:
-        """As `EagerSteps.run_pass`. Gradients may be overwritten at the next call for either pass. Raises UserError:
-        the pass could not be prepared, and the user asked for this runner.
+        """As `EagerSteps.run_pass`. Gradients may be overwritten at the next call for either pass, metrics at the next
+        one for the same. Raises UserError: the pass could not be prepared, and the user asked for this runner.
         """
         if name not in self._prepared:
+            started = time.perf_counter()
             try:
                 self._prepared[name] = self.prepare(getattr(self, name), x_real, noise)
+                seconds = time.perf_counter() - started
+                self.log(f"{self.preparation} of the {name.replace('_', ' ')}: {seconds:.1f} s")
             except (UserError, torch.OutOfMemoryError, MemoryError):
                 raise
             except Exception as error:  # compilers and CUDA fail in many ways
@@ -54,28 +58,16 @@ class PreparedSteps(EagerSteps):
         """A faster function that does what `run` does, tried on these inputs."""
         raise NotImplementedError
 
-    def _fall_back(self, name: str, error: Exception) -> Callable[..., Pass]:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = (lines[0] if lines else type(error).__name__)[:200]
+    def _fall_back(self, name: str, error: BaseException) -> Callable[..., Pass]:
+        cause = error
+        while cause.__context__ is not None:  # leaving a recording that failed raises another error
+            cause = cause.__context__
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+        reason = (lines[0] if lines else type(cause).__name__)[:200]
         if self.required:
             raise UserError(f"{self.preparation} failed ({reason}); use runtime.step=eager") from error
         self.log(f"WARNING: {self.preparation} of the {name.replace('_', ' ')} failed; it now runs eagerly: {reason}")
         return getattr(self, name)  # a pass changes nothing, so it can simply be run again
-
-
-class CompiledSteps(PreparedSteps):
-    """Runs each pass as one graph that `torch.compile` makes, its gradients included."""
-
-    preparation = "torch.compile"
-
-    def prepare(self, run: Callable[..., Pass], x_real: Tensor, noise: Any) -> Callable[[Tensor, Any], Pass]:
-        import torch._dynamo  # here: it takes a second, which eager runs need not wait
-
-        torch._dynamo.config.allow_rnn = True  # the GRU is unrolled over its few frames
-        torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside the graph
-        compiled = torch.compile(run, fullgraph=True, dynamic=False)
-        compiled(x_real, noise)
-        return compiled
 
 
 class CudaGraphSteps(PreparedSteps):
@@ -96,8 +88,10 @@ class CudaGraphSteps(PreparedSteps):
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                run(*static)
+                metrics, _ = run(*static)
         torch.cuda.current_stream().wait_stream(side)
+        # Outside of the pool: metrics are read when the other graph may have used its memory.
+        values = torch.stack(list(metrics.values()))
         graph = torch.cuda.CUDAGraph()
         # Other threads (the loader's, that pins memory) may call CUDA meanwhile: only this one's calls are checked.
         # The outer `stream` restores the current one if recording fails: the inner context then doesn't.
@@ -105,23 +99,42 @@ class CudaGraphSteps(PreparedSteps):
             torch.cuda.stream(torch.cuda.current_stream()),
             torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
         ):
-            output = run(*static)
+            metrics, gradients = run(*static)
+            torch.stack(list(metrics.values()), out=values)
         self._pool = graph.pool()
-        inputs = _tensors(static)
+        inputs = _by_type(static)
 
         def replay(x_real: Tensor, noise: Any) -> Pass:
-            torch._foreach_copy_(inputs, _tensors((x_real, noise)))
+            for kind, tensors in _by_type((x_real, noise)).items():
+                torch._foreach_copy_(inputs[kind], tensors)
             graph.replay()
-            # Metrics are read only when the iteration is over, and by then the other graph may have used their memory.
-            values = torch.stack(list(output.metrics.values())).unbind()
-            return Pass(dict(zip(output.metrics, values, strict=True)), output.gradients)
+            return Pass(dict(zip(metrics, values.unbind(), strict=True)), gradients)
 
         return replay
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in nested tuples, in order."""
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+class CompiledSteps(CudaGraphSteps):
+    """Runs each pass as one program that `torch.compile` makes, its gradients included; on a GPU in a CUDA graph."""
+
+    preparation = "torch.compile"
+
+    def prepare(self, run: Callable[..., Pass], x_real: Tensor, noise: Any) -> Callable[[Tensor, Any], Pass]:
+        import torch._dynamo  # here: it takes a second, which eager runs need not wait
+
+        torch._dynamo.config.allow_rnn = True  # the GRU is unrolled over its few frames
+        torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside the graph
+        compiled = torch.compile(run, fullgraph=True, dynamic=False)
+        compiled(x_real, noise)
+        return super().prepare(compiled, x_real, noise) if x_real.is_cuda else compiled
+
+
+def _by_type(value: Any) -> dict[torch.dtype, list[Tensor]]:
+    """The tensors in nested tuples by type, in order: those of one type are copied in one launch."""
+    tensors: dict[torch.dtype, list[Tensor]] = {}
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            tensors.setdefault(leaf.dtype, []).append(leaf)
+    return tensors
 
 
 # ------------------------------------------------------------------------------------------------------------ choosing
@@ -141,8 +154,12 @@ def choose_step(config: Config, device: torch.device) -> tuple[str, str]:
         kind, reason = "cuda_graph", "since launching each operation would take the GPU longer than doing it"
     elif kind == "auto":
         kind, reason = "eager", "since compiled steps were measured to be no faster on a CPU"
-    line = f"steps: {kind}, {reason}"
-    if config.runtime.precision == "bf16" and not has_bf16(device):
+    line, precision = f"steps: {kind}, {reason}", config.runtime.precision
+    if precision == "tf32" and kind == "compiled":
+        raise UserError("runtime.precision is tf32, which compiled steps cannot leave for the penalty; use cuda_graph")
+    if precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+        line += "\nWARNING: this device has no TF32 (NVIDIA's from Ampere on have it): products are in fp32"
+    if precision == "bf16" and not has_bf16(device):
         line += (
             "\nWARNING: this device has no bf16 arithmetic; runtime.precision=bf16 will be much slower than fp32 here"
         )

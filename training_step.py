@@ -6,7 +6,9 @@ after it: averaging over processes, clipping, Adam, the moving average. `EagerSt
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +21,7 @@ from distributed import SINGLE_PROCESS, World
 from generator import Generator, GeneratorOutput, build_synthesizer, stable_seed
 from losses import AUGMENTATION_NUMBERS, CriticLoss, GeneratorLoss, diffaugment
 from model_definitions import Discriminator, WeightPredictorRNN
-from util import channels_last_on
+from util import channels_last_on, products_in_tf32
 from video_synth import Motion
 
 # ----------------------------------------------------------------------------------------------------- random numbers
@@ -66,59 +68,61 @@ class NoiseSampler:
         self.device = device
         self.world = world
         self.rows = slice(world.rank, None, world.size)
+        batch, base = config.training.batch_size, base_fake_count(config)
         self.random = torch.Generator(device)
-        self.synthesizer = build_synthesizer(config)
+        self.latent = (batch, config.vae.latent_dim)
+        image, has_gru = config.image, config.weight_predictor.update == "predicted"
+        shape, synthesizer = (image.channels, image.size, image.size), build_synthesizer(config)
+        self.motion_shapes = {n: synthesizer.motion_shapes(n, shape, has_gru) for n in (batch - base, batch)}
 
-    # Each line samples from the same generator, so their order is part of what a seed means. What only some settings
-    # need comes late: runs that differ in it share the numbers before it.
+    # Numbers of a kind are sampled together: a GPU takes as long for few as for many. Their order is part of what a
+    # seed means. What only some settings need comes last: others share what is before it, and those of other kinds.
 
     def critic(self, step: int, repeat: int) -> CriticNoise:
         """For critic step number `repeat` of iteration `step`."""
-        batch, base = self.config.training.batch_size, base_fake_count(self.config)
+        batch, base, rows = self.config.training.batch_size, base_fake_count(self.config), self.rows
         # Images from number `base` on are updated; of these this process has every world.size-th.
         updated = slice((self.world.rank - base) % self.world.size, None, self.world.size)
-        self.random.manual_seed(stable_seed(self.config.training.seed, step, "critic", repeat))
-        z = self._normal(batch, self.config.vae.latent_dim)
-        epsilon = self._uniform(batch)
-        augment_real = self._uniform(batch, AUGMENTATION_NUMBERS)
-        augment_fake = self._uniform(batch, AUGMENTATION_NUMBERS)
-        motion = self._motion(batch - base, updated)
+        self._seed = stable_seed(self.config.training.seed, step, "critic", repeat)
+        phases_shape, amplitudes_shape, noise_shape = self.motion_shapes[batch - base]
+        z, *noise = self._sample(torch.randn, self.latent, noise_shape)
+        epsilon, augment_real, augment_fake, phases, amplitudes = self._sample(
+            torch.rand, (batch,), *[(batch, AUGMENTATION_NUMBERS)] * 2, phases_shape, amplitudes_shape
+        )
+        motion = Motion(*(numbers[updated] for numbers in (phases, amplitudes, *noise)))
         frame = self._adversarial_frame(batch - base)
-        frame, rows = None if frame is None else frame[updated], self.rows
+        frame = None if frame is None else frame[updated]
         return CriticNoise(z[rows], motion, frame, epsilon[rows], augment_real[rows], augment_fake[rows])
 
     def generator(self, step: int) -> GeneratorNoise:
         """For the generator step of iteration `step`."""
         batch, loss, rows = self.config.training.batch_size, self.config.loss, self.rows
-        self.random.manual_seed(stable_seed(self.config.training.seed, step, "generator"))
-        z = self._normal(batch, self.config.vae.latent_dim)
-        posterior = self._normal(batch, self.config.vae.latent_dim)
-        augment_fake, augment_base = self._uniform(2 * batch, AUGMENTATION_NUMBERS).chunk(2)
-        motion = self._motion(batch, rows)
+        self._seed = stable_seed(self.config.training.seed, step, "generator")
+        phases_shape, amplitudes_shape, noise_shape = self.motion_shapes[batch]
+        z, posterior, *noise = self._sample(torch.randn, self.latent, self.latent, noise_shape)
+        augment, phases, amplitudes = self._sample(
+            torch.rand, (2, batch, AUGMENTATION_NUMBERS), phases_shape, amplitudes_shape
+        )
+        motion = Motion(*(numbers[rows] for numbers in (phases, amplitudes, *noise)))
         frame = self._adversarial_frame(batch)
         video_times = self._integers(loss.rollout_frames + 1, batch, loss.video_frames)
-        frame, augment = None if frame is None else frame[rows], torch.cat([augment_fake[rows], augment_base[rows]])
+        frame, augment = None if frame is None else frame[rows], augment[:, rows].flatten(0, 1)
         rollout_count = len(range(round(loss.rollout_fraction * batch))[rows])
         return GeneratorNoise(z[rows], motion, frame, posterior[rows], rollout_count, video_times[rows], augment)
 
-    def _normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, device=self.device, generator=self.random)
-
-    def _uniform(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, device=self.device, generator=self.random)
+    def _sample(self, distribution: Callable[..., Tensor], *shapes: tuple[int, ...]) -> list[Tensor]:
+        """Tensors of these shapes, views of one: `distribution` is torch.rand or torch.randn."""
+        sizes = [math.prod(shape) for shape in shapes]
+        self.random.manual_seed(self._seed + (distribution is torch.rand))
+        numbers = distribution(sum(sizes), device=self.device, generator=self.random)
+        return [piece.view(shape) for piece, shape in zip(numbers.split(sizes), shapes, strict=True)]
 
     def _integers(self, end: int, *shape: int) -> Tensor:
         """0 to end - 1. A shared update is the mean over the batch at one time, so all rows are then the same."""
+        self._seed += 2  # those of `_sample` are this one and the next
+        self.random.manual_seed(self._seed)
         numbers = torch.randint(end, shape, device=self.device, generator=self.random)
         return numbers[:1].expand_as(numbers) if self.config.weight_predictor.sharing == "shared" else numbers
-
-    def _motion(self, count: int, rows: slice) -> Motion:
-        image = self.config.image
-        has_gru = self.config.weight_predictor.update == "predicted"
-        shape = (image.channels, image.size, image.size)
-        return self.synthesizer.sample_motion(
-            count, shape, self.device, self.random, rows=rows, noise=has_gru, varied=True
-        )
 
     def _adversarial_frame(self, count: int) -> Tensor | None:
         is_random = self.config.loss.adversarial_frame == "random"
@@ -136,8 +140,9 @@ def base_fake_count(config: Config) -> int:
 
 
 def critic_objective(
-    generator: Generator, critic: Discriminator, x_real: Tensor, noise: CriticNoise, config: Config
-) -> CriticLoss:
+    generator: Generator, critic: Discriminator, x_real: Tensor, noise: CriticNoise, config: Config,
+    penalty_context: AbstractContextManager[None] | None = None,
+) -> CriticLoss:  # fmt: skip
     """The critic's loss on real images (B, C, H, W) and as many generated ones: first base, then updated images.
 
     A critic that never sees base images as fakes doesn't judge them, and they turn grey.
@@ -146,7 +151,7 @@ def critic_objective(
         x_fake = generator.fakes(noise.z, noise.motion, noise.frame, noise.base_count)
     if kinds := config.training.diffaugment:
         x_real, x_fake = diffaugment(x_real, kinds, noise.augment_real), diffaugment(x_fake, kinds, noise.augment_fake)
-    return losses.critic_loss(critic, x_real, x_fake, noise.epsilon, config.loss)
+    return losses.critic_loss(critic, x_real, x_fake, noise.epsilon, config.loss, penalty_context)
 
 
 def generator_objective(
@@ -226,33 +231,50 @@ class TrainingState:
         groups = [{"params": self.parameters[name], **adam_options(self.config.training, name)} for name in networks]
         return torch.optim.Adam(groups, fused=True)
 
-    def apply_gradients(self, optimizer: str, gradients: dict[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    def by_network(self, optimizer: str, gradients: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
+        """Gradients of the "critic", or of the "generator", whose first are the VAE's, by network."""
+        if optimizer == "critic":
+            return {"critic": gradients}
+        count = len(self.parameters["vae"])
+        return {"vae": gradients[:count], "predictor": gradients[count:]}
+
+    def apply_gradients(
+        self, optimizer: str, gradients: Sequence[Tensor], metrics: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """One optimizer step; a network's gradient longer than `training.clip_<network>` is scaled down to it first.
 
         Args:
             optimizer: "generator" or "critic".
-            gradients: network name -> gradients in the order of `parameters[name]`.
+            gradients: in the order of `parameters`.
+            metrics: `gradient_norm/<network>` of each network is read.
 
         Returns:
-            `gradient_norm/<network>` before clipping, and where clipping is on `clipped_fraction/<network>`, 0 or 1;
-            scalars on the device.
+            Where clipping is on `clipped_fraction/<network>`, 0 or 1, on the device.
         """
-        metrics = {}
-        for network, values in gradients.items():
+        clipped = {}
+        networks = self.by_network(optimizer, gradients)
+        for network, values in networks.items():
             for parameter, gradient in zip(self.parameters[network], values, strict=True):
                 parameter.grad = _laid_out_like(parameter, gradient)
-            norm = get_total_norm(values) if values else torch.zeros((), device=self.device)  # without a predictor
-            metrics[f"gradient_norm/{network}"] = norm
-            longest = getattr(self.config.training, f"clip_{network}")
+            longest, norm = getattr(self.config.training, f"clip_{network}"), metrics[f"gradient_norm/{network}"]
             if longest is not None:
                 # A NaN norm turns every gradient into NaN; the log stops the run before the next checkpoint.
                 clip_grads_with_norm_(self.parameters[network], longest, norm)
-                metrics[f"clipped_fraction/{network}"] = (norm > longest).float()
+                clipped[f"clipped_fraction/{network}"] = (norm > longest).float()
         self.optimizers[optimizer].step()
-        for network in gradients:
+        for network in networks:
             for parameter in self.parameters[network]:
                 parameter.grad = None  # frees the predictor's large gradients during the critic steps
-        return metrics
+        return clipped
+
+    def laid_out(self, optimizer: str, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients in their weights' memory layout."""
+        networks = self.by_network(optimizer, gradients)
+        return [
+            _laid_out_like(parameter, gradient)
+            for network, values in networks.items()
+            for parameter, gradient in zip(self.parameters[network], values, strict=True)
+        ]
 
     @torch.no_grad()
     def update_ema(self, step: int) -> None:
@@ -338,20 +360,40 @@ class EagerSteps:
 
     def critic_step(self, x_real: Tensor, noise: CriticNoise) -> dict[str, Tensor]:
         """One critic step on real images (B, C, H, W) in [0, 1]; returns its metrics, scalars on the device."""
-        metrics, gradients = self.run_pass("critic_pass", x_real, noise)
-        if self.world.size > 1:
-            gradients, metrics = self.world.average("critic", gradients, metrics)
-        return metrics | self.state.apply_gradients("critic", {"critic": gradients})
+        return self._step("critic", x_real, noise)
 
     def generator_step(self, x_real: Tensor, noise: GeneratorNoise) -> dict[str, Tensor]:
         """One step of θ, the GRU and their average; returns its metrics, scalars on the device."""
-        metrics, gradients = self.run_pass("generator_pass", x_real, noise)
-        if self.world.size > 1:
-            gradients, metrics = self.world.average("generator", gradients, metrics)
-        count = len(self.state.parameters["vae"])
-        norms = self.state.apply_gradients("generator", {"vae": gradients[:count], "predictor": gradients[count:]})
+        metrics = self._step("generator", x_real, noise)
         self.state.update_ema(self.state.step + 1)
-        return metrics | norms | {"update/relative_size": metrics["generator/update"].sqrt()}  # root of the mean square
+        return metrics
+
+    def _step(self, name: str, x_real: Tensor, noise: CriticNoise | GeneratorNoise) -> dict[str, Tensor]:
+        metrics, gradients = self.run_pass(f"{name}_pass", x_real, noise)
+        if self.world.size > 1:
+            gradients, metrics = self.world.average(name, self.state.laid_out(name, gradients), metrics)
+            metrics |= self._batch_metrics(name, gradients, metrics)
+        return metrics | self.state.apply_gradients(name, gradients, metrics)
+
+    def _pass(self, name: str, metrics: dict[str, Tensor], gradients: Sequence[Tensor]) -> Pass:
+        metrics = {key: value.detach() for key, value in metrics.items()}
+        if self.world.size == 1:
+            metrics |= self._batch_metrics(name, gradients, metrics)
+        return Pass(metrics, gradients)
+
+    def _batch_metrics(self, name: str, gradients: Sequence[Tensor], metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Metrics that aren't means over images, so that several processes' are of what they have averaged."""
+        by_network = self.state.by_network(name, gradients)
+        norms = {
+            f"gradient_norm/{network}": get_total_norm(values) if values else torch.zeros((), device=self.state.device)
+            for network, values in by_network.items()
+        }  # without a predictor there are none
+        # The root of the mean square.
+        return norms | ({"update/relative_size": metrics["generator/update"].sqrt()} if name == "generator" else {})
+
+    def _products(self, tf32: bool) -> AbstractContextManager[None]:
+        """For `runtime.precision=tf32`: products in TF32, or, in the gradient penalty, all bits of fp32."""
+        return products_in_tf32(tf32) if self.config.runtime.precision == "tf32" else nullcontext()
 
     def run_pass(self, name: str, x_real: Tensor, noise: CriticNoise | GeneratorNoise) -> Pass:
         """Runs `critic_pass` or `generator_pass`, as this runner does."""
@@ -359,10 +401,16 @@ class EagerSteps:
 
     def critic_pass(self, x_real: Tensor, noise: CriticNoise) -> Pass:
         """The critic's loss, its gradients and metrics. Changes nothing."""
-        state, config = self.state, self.config
-        with torch.autocast(x_real.device.type, torch.bfloat16, enabled=config.runtime.precision == "bf16"):
-            loss = critic_objective(state.generator, state.critic, x_real, noise, config)
-        gradients = torch.autograd.grad(loss.total, state.parameters["critic"])
+        state, config, weights = self.state, self.config, self.state.parameters["critic"]
+        with self._products(tf32=True):
+            with torch.autocast(x_real.device.type, torch.bfloat16, enabled=config.runtime.precision == "bf16"):
+                exact = self._products(tf32=False)
+                loss = critic_objective(state.generator, state.critic, x_real, noise, config, exact)
+            is_tf32 = config.runtime.precision == "tf32"  # then the penalty's backward pass is run apart
+            gradients = torch.autograd.grad(loss.rest if is_tf32 else loss.total, weights)
+        if is_tf32:
+            unused: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}  # biases have none
+            gradients = torch._foreach_add(gradients, torch.autograd.grad(loss.weighted_penalty, weights, **unused))
         metrics = {"critic/total": loss.total, "critic/gap": -loss.wasserstein, "critic/penalty": loss.penalty,
                    "critic/drift": loss.drift, "score/real": loss.score_real.mean()}  # fmt: skip
         # Shards may hold different numbers of base images: divided by the mean number, they average to the batch mean.
@@ -371,17 +419,18 @@ class EagerSteps:
             metrics["score/base"] = loss.score_fake[: noise.base_count].sum() * processes / base
         if batch > base:
             metrics["score/updated"] = loss.score_fake[noise.base_count :].sum() * processes / (batch - base)
-        return Pass({name: value.detach() for name, value in metrics.items()}, gradients)
+        return self._pass("critic", metrics, gradients)
 
     def generator_pass(self, x_real: Tensor, noise: GeneratorNoise) -> Pass:
         """The loss of θ and the GRU, its gradients and metrics. Changes nothing."""
         state, config = self.state, self.config
-        with torch.autocast(x_real.device.type, torch.bfloat16, enabled=config.runtime.precision == "bf16"):
-            loss, output = generator_objective(state.generator, state.critic, x_real, noise, config)
         weights = [*state.parameters["vae"], *state.parameters["predictor"]]
-        # Only these: the critic's weights get no gradient here. Zero for what the loss doesn't reach (where a λ is 0).
-        gradients = torch.autograd.grad(loss.total, weights, allow_unused=True, materialize_grads=True)
-        metrics = {f"generator/{name}": value.detach() for name, value in loss._asdict().items()}
-        saturated = output.update.saturated(state.generator.bound).values()
-        metrics["update/saturated_fraction"] = torch.cat([part.flatten() for part in saturated]).float().mean()
-        return Pass(metrics, gradients)
+        with self._products(tf32=True):
+            with torch.autocast(x_real.device.type, torch.bfloat16, enabled=config.runtime.precision == "bf16"):
+                loss, output = generator_objective(state.generator, state.critic, x_real, noise, config)
+            # Only these: the critic's weights get no gradient here. Zero where the loss doesn't reach (a λ is 0).
+            gradients = torch.autograd.grad(loss.total, weights, allow_unused=True, materialize_grads=True)
+        metrics = {f"generator/{name}": value for name, value in loss._asdict().items()}
+        saturated = output.update.saturated(state.generator.head.bound).values()
+        metrics["update/saturated_fraction"] = torch.cat([*saturated], dim=1).float().mean()
+        return self._pass("generator", metrics, gradients)

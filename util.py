@@ -277,12 +277,7 @@ def launcher_number(name: str, default: int) -> int:
 
 
 def prepare_device(device: torch.device) -> None:
-    """Makes `device` the current one, with convolutions and matrix products in true fp32.
-
-    TF32 has a mantissa of 10 bits instead of 23. The gradient penalty needs all of them, and its backward pass runs
-    together with all others, so TF32 cannot be limited to the rest. runtime.precision=bf16 trades precision for speed
-    everywhere but in the penalty.
-    """
+    """Makes `device` the current one, with convolutions and matrix products in true fp32 until `products_in_tf32`."""
     if device.type == "cuda":
         import torch
 
@@ -291,6 +286,22 @@ def prepare_device(device: torch.device) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
     else:
         keep_freed_memory()
+
+
+@contextmanager
+def products_in_tf32(enabled: bool) -> Iterator[None]:
+    """Convolutions and matrix products on a GPU in TF32, whose mantissa has 10 bits instead of 23, or in true fp32."""
+    import torch
+
+    libraries: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    before = [library.allow_tf32 for library in libraries]
+    for library in libraries:
+        library.allow_tf32 = enabled
+    try:
+        yield
+    finally:
+        for library, value in zip(libraries, before, strict=True):
+            library.allow_tf32 = value
 
 
 def keep_freed_memory() -> None:

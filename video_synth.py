@@ -66,7 +66,7 @@ class Motion(NamedTuple):
     """The random numbers that determine the motion of a batch of videos; `sample_motion` makes them."""
 
     phases: Tensor
-    """(B, paths, 2 harmonics), in [0, 2π)."""
+    """(B, paths, 2 harmonics), in turns: [0, 1)."""
     amplitudes: Tensor
     """(B, paths), in [0, 1]: the fraction of its strength that each path has."""
     noise: Tensor
@@ -98,25 +98,33 @@ class VideoSynthesizer(nn.Module):
         """(height, width) of the video made of images of shape (..., H, W)."""
         return self.height or image_shape[-2], self.width or image_shape[-1]
 
-    def sample_motion(self, batch: int, image_shape: tuple[int, ...] | torch.Size,
-                      device: torch.device | str | None = None, generator: torch.Generator | None = None, *,
-                      rows: slice = slice(None), noise: bool = True, varied: bool = False) -> Motion:  # fmt: skip
-        """Samples the motion of `batch` videos of images of shape (C, H, W).
+    def motion_shapes(
+        self, batch: int, image_shape: tuple[int, ...] | torch.Size, noise: bool = True
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Shapes of a `Motion` of `batch` videos of images of shape (C, H, W), for who samples its numbers together
+        with others: phases, in turns, and amplitudes are uniform in [0, 1), noise is standard normal.
+
+        Args:
+            noise: False for a caller that needs none.
+        """
+        height, width = self.video_size(image_shape) if self.strengths["noise"] and noise else (0, 0)
+        paths = len(self.paths)
+        return (batch, paths, len(PATH_WEIGHTS)), (batch, paths), (batch, 2, image_shape[-3], height, width)
+
+    def sample_motion(
+        self, batch: int, image_shape: tuple[int, ...] | torch.Size, device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Motion:  # fmt: skip
+        """Samples the motion of `batch` videos of images of shape (C, H, W), at full strength.
 
         Args:
             generator: on the same device; makes it repeatable.
-            rows: of the batch, those that are returned: a process's shard.
-            noise: False for a caller that needs none.
-            varied: sample how strong each motion is, uniformly from [0, 1], instead of full strength.
         """
-        height, width = self.video_size(image_shape) if self.strengths["noise"] and noise else (0, 0)
+        phases, amplitudes, noise = self.motion_shapes(batch, image_shape)
         options: dict[str, Any] = {"generator": generator, "device": device}
-        phases = torch.rand(batch, len(self.paths), len(PATH_WEIGHTS), **options) * (2 * math.pi)
-        amplitudes = torch.rand(batch, len(self.paths), **options)
-        if not varied:
-            amplitudes.fill_(1)
-        noise_numbers = torch.randn(batch, 2, image_shape[-3], height, width, **options)
-        return Motion(phases[rows], amplitudes[rows], noise_numbers[rows])
+        return Motion(
+            torch.rand(phases, **options), torch.ones(amplitudes, device=device), torch.randn(noise, **options)
+        )
 
     def forward(self, images: Tensor, motion: Motion, times: Tensor | None = None, full_size: bool = False,
                 noise: bool | None = None) -> Tensor:  # fmt: skip
@@ -146,9 +154,9 @@ class VideoSynthesizer(nn.Module):
             images = functional.interpolate(images, size=(height, width), mode="area")
         if times is None:
             times = torch.arange(self.frames, device=images.device).expand(len(images), -1)
-        angle = self._angle(times)
+        angle, phases = self._angle(times), 2 * math.pi * motion.phases
         harmonics = [
-            weight * torch.sin((order + 1) * angle[..., None] + motion.phases[:, None, :, order])
+            weight * torch.sin((order + 1) * angle[..., None] + phases[:, None, :, order])
             for order, weight in enumerate(PATH_WEIGHTS)
         ]
         paths = (torch.stack(harmonics).sum(dim=0) * motion.amplitudes[:, None]).unbind(dim=-1)  # each (B, K)

@@ -16,7 +16,7 @@ To add a head, write a class like `FullHead` and enter it in `HEADS`, and its na
 import difflib
 import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -81,12 +81,20 @@ class UpdateSpec:
         return torch.cat([named[tensor.decoder_name].reshape(-1) for tensor in self.tensors])
 
     def scales(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """The unit of Δ for every updated weight, its `tensor_scale`: (total_size,).
+        """The unit of each tensor's update: its root mean square, at least `SMALLEST_SCALE`; (tensors,).
+
+        Detached: a scale is a unit of measure, not a way to change θ.
 
         Args:
             weights: name within the decoder -> θ.
         """
-        return torch.cat([tensor_scale(weights[tensor.decoder_name]).expand(tensor.size) for tensor in self.tensors])
+        norms = torch._foreach_norm([weights[tensor.decoder_name].detach() for tensor in self.tensors])
+        roots = torch._foreach_div(norms, [math.sqrt(tensor.size) for tensor in self.tensors])
+        return torch.stack(roots).clamp_min(SMALLEST_SCALE)
+
+    def expand(self, values: Tensor) -> Tensor:
+        """A number for each tensor, (tensors,) -> for each updated weight, (total_size,)."""
+        return torch.cat([value.expand(t.size) for t, value in zip(self.tensors, values.unbind(), strict=True)])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for a checkpoint that `weights_only=True` loads."""
@@ -150,6 +158,10 @@ def _nearest(pattern: str, names: dict[str, Any]) -> str:
 
 # ------------------------------------------------------------------------------------------------------- the update
 
+Change = Tensor | tuple[Tensor, Tensor]
+"""Δ of one tensor for B images: (B, *shape), or the factors A (B, output channels, rank) and V, which is a tensor like
+the weight with `rank` output channels: (B, rank, in) of a Linear, (B, in, rank, kernel...) of a ConvTranspose2d."""
+
 
 class DenseUpdate(NamedTuple):
     """A batch of updates with a number for each weight."""
@@ -157,12 +169,21 @@ class DenseUpdate(NamedTuple):
     spec: UpdateSpec
     numbers: Tensor
     """Δ / rms θ (B, total_size); (1, total_size) where all images share it."""
-    scales: Tensor
-    """rms θ of every updated weight's tensor: (total_size,)."""
+    prepared: tuple[Tensor, ...]
+    """What `UpdateHead.prepare` gave: first rms θ of each tensor, (tensors,)."""
 
     def dense(self) -> "DenseUpdate":
         """Itself, as for `FactoredUpdate`."""
         return self
+
+    def rows(self, index: list[int]) -> "DenseUpdate":
+        """The updates of some images."""
+        return self._replace(numbers=self.numbers[index])
+
+    @property
+    def changes(self) -> Mapping[str, Change]:
+        """Name within the decoder -> Δ."""
+        return self.spec.split(self.numbers * self.spec.expand(self.prepared[0]))
 
     def mean_square(self) -> Tensor:
         """mean (Δ / rms θ)², a scalar."""
@@ -175,41 +196,59 @@ class DenseUpdate(NamedTuple):
 
 
 class FactoredUpdate(NamedTuple):
-    """A batch of updates of low rank: Δ / rms θ of a tensor, seen as (output channels, rest), is the product A V."""
+    """A batch of updates of low rank: Δ / rms θ of a tensor, seen as (output channels, rest), is the product A V.
 
-    spec: UpdateSpec
-    a: list[Tensor | None]
-    """Per tensor (B, output channels, rank); None for biases."""
-    v: list[Tensor]
-    """Per tensor (B, rank, rest), each value within ± bound / rank and A's within ± 1; a bias's (B, size)."""
-    scales: list[Tensor]
-    """Per tensor rms θ, a scalar."""
+    All factors lie in one tensor, tensor by tensor, A before V: a GPU takes as long for few numbers as for many.
+    """
+
+    head: "LowRankHead"
+    numbers: Tensor
+    """The factors over their bounds, each within ± 1: (B, update_size)."""
+    prepared: tuple[Tensor, ...]
+    """What `LowRankHead.prepare` gave."""
+    changes: Mapping[str, Change]
+    """Name within the decoder -> Δ, in its factors if it has a rank."""
+
+    def rows(self, index: list[int]) -> "FactoredUpdate":
+        """The updates of some images."""
+        return self.head.update_of(self.numbers[index], self.prepared)
 
     def dense(self) -> DenseUpdate:
         """The same updates with every weight written out."""
-        pieces = []
-        for tensor, a, v in zip(self.spec.tensors, self.a, self.v, strict=True):
-            update = v if a is None else a @ v
-            if a is not None and tensor.channel_dim == 1:  # from (out, in, ...) back to the stored (in, out, ...)
-                inputs, _, *kernel = tensor.shape
-                update = update.unflatten(-1, (inputs, *kernel)).transpose(1, 2)
-            pieces.append(update.flatten(1))
-        scales = [scale.expand(tensor.size) for tensor, scale in zip(self.spec.tensors, self.scales, strict=True)]
-        return DenseUpdate(self.spec, torch.cat(pieces, dim=1), torch.cat(scales))
+        spec, pieces = self.head.spec, []
+        for tensor, change in zip(spec.tensors, self._relative(), strict=True):
+            if isinstance(change, tuple):  # A V has the output channels in front; the tensor, where it has them
+                others = [size for dim, size in enumerate(tensor.shape) if dim != tensor.channel_dim]
+                product = change[0] @ _output_channels_first(change[1], tensor)
+                change = product.unflatten(2, others).movedim(1, 1 + tensor.channel_dim)
+            pieces.append(change.flatten(1))
+        return DenseUpdate(spec, torch.cat(pieces, dim=1), self.prepared)
 
     def mean_square(self) -> Tensor:
         """mean (Δ / rms θ)², a scalar, from the factors alone: ‖A V‖² = Σ (AᵀA) ∘ (V Vᵀ)."""
-        total = self.v[0].new_zeros(())
-        for a, v in zip(self.a, self.v, strict=True):
-            total = total + (v.square().sum() if a is None else ((a.mT @ a) * (v @ v.mT)).sum())
-        return total / (len(self.v[0]) * self.spec.total_size)
+        total = self.numbers.new_zeros(())
+        for tensor, change in zip(self.head.spec.tensors, self._relative(), strict=True):
+            if isinstance(change, tuple):
+                a, v = change[0], _output_channels_first(change[1], tensor)
+                total = total + ((a.mT @ a) * (v @ v.mT)).sum()
+            else:
+                total = total + change.square().sum()
+        return total / (len(self.numbers) * self.head.spec.total_size)
 
     def saturated(self, bound: float) -> dict[str, Tensor]:
         """As `DenseUpdate.saturated`, of A's numbers and of the biases': bool (B, numbers)."""
-        return {
-            tensor.name: (v / bound if a is None else a).abs().flatten(1) > SATURATION_THRESHOLD
-            for tensor, a, v in zip(self.spec.tensors, self.a, self.v, strict=True)
-        }
+        at_bound = self.head.split(self.numbers.abs() > SATURATION_THRESHOLD)
+        parts = (change[0] if isinstance(change, tuple) else change for change in at_bound.values())
+        return {tensor.name: part.flatten(1) for tensor, part in zip(self.head.spec.tensors, parts, strict=True)}
+
+    def _relative(self) -> Iterable[Change]:
+        """Δ / rms θ of each tensor."""
+        return self.head.split(self.numbers * self.head.limits).values()
+
+
+def _output_channels_first(v: Tensor, tensor: UpdatedTensor) -> Tensor:
+    """V (B, *shape with rank output channels) -> (B, rank, rest)."""
+    return v.movedim(1 + tensor.channel_dim, 1).flatten(2)
 
 
 Update = DenseUpdate | FactoredUpdate
@@ -225,85 +264,118 @@ def bounded_update(u: Tensor, bound: float) -> Tensor:
     return bound * torch.tanh(u / bound)
 
 
-def tensor_scale(weight: Tensor) -> Tensor:
-    """The unit of one tensor's update: its root mean square, at least `SMALLEST_SCALE`; a scalar.
-
-    Detached: the scale is a unit of measure, not a way to change θ.
-    """
-    return weight.detach().square().mean().sqrt().clamp_min(SMALLEST_SCALE)
-
-
 # ------------------------------------------------------------------------------------------------------------- heads
 
 
 class UpdateHead(nn.Module):
-    """Turns the predicted code into updates; a zero code into zero ones. `rank` is for heads that have one."""
+    """Turns predicted codes into updates; a zero code into zero ones.
+
+    Args:
+        spec: the tensors that are updated.
+        bound: α, the largest update of a weight in units of its tensor's RMS.
+        rank: for heads that have one.
+    """
 
     update_size: int  # length of the code, WEIGHT_UPDATE_SIZE
 
-    def __init__(self, spec: UpdateSpec, rank: int) -> None:
+    def __init__(self, spec: UpdateSpec, bound: float, rank: int) -> None:
         super().__init__()
         self.spec = spec
+        self.bound = bound
 
-    def forward(self, code: Tensor, bound: float, weights: Mapping[str, Tensor]) -> Update:
-        """The updates of B images.
+    def prepare(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """What all updates of the same θ share, to be computed once.
 
         Args:
-            code: (B, update_size).
-            bound: α, in units of each tensor's RMS.
             weights: name within the decoder -> θ.
         """
+        return (self.spec.scales(weights),)
+
+    def forward(self, code: Tensor, prepared: tuple[Tensor, ...]) -> Update:
+        """Codes (B, update_size), and what `prepare` gave -> the updates of B images."""
         raise NotImplementedError
+
+    def predict(self, code: Tensor, weights: Mapping[str, Tensor], prepared: tuple[Tensor, ...] | None) -> Update:
+        """`forward`, after `prepare` where that was not done before."""
+        return self(code, self.prepare(weights) if prepared is None else prepared)
 
 
 class FullHead(UpdateHead):
     """One predicted number per updated weight: Δ / rms θ = α tanh(code / α). The source's vector of weight updates."""
 
-    def __init__(self, spec: UpdateSpec, rank: int) -> None:
-        super().__init__(spec, rank)
+    def __init__(self, spec: UpdateSpec, bound: float, rank: int) -> None:
+        super().__init__(spec, bound, rank)
         self.update_size = spec.total_size
 
-    def forward(self, code: Tensor, bound: float, weights: Mapping[str, Tensor]) -> Update:
-        return DenseUpdate(self.spec, bounded_update(code, bound), self.spec.scales(weights))
+    def forward(self, code: Tensor, prepared: tuple[Tensor, ...]) -> Update:
+        return DenseUpdate(self.spec, bounded_update(code, self.bound), prepared)
 
 
 class LowRankHead(UpdateHead):
     """Per tensor two predicted factors: Δ / rms θ = α / rank · tanh(a) tanh(v₀ + v), seen as (output channels, rest).
 
     As in LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) only *one* factor is zero at the start: the code gives
-    a and v, both zero at first, and v₀ is a trained matrix of standard normal numbers. Without v₀ the product would
-    have no gradient at zero and would never leave it. The bound lies on the factors, so that the rank is exact. Biases
-    get one predicted number each.
+    a and v, both zero at first, and v₀ is trained, from standard normal numbers. Without v₀ the product would have no
+    gradient at zero and would never leave it. The bound lies on the factors, so that the rank is exact. Biases get one
+    predicted number each, α tanh(code / α).
     """
 
-    def __init__(self, spec: UpdateSpec, rank: int) -> None:
-        super().__init__(spec, rank)
-        self.ranks = [min(rank, *tensor.matrix_shape) if len(tensor.shape) > 1 else 0 for tensor in spec.tensors]
-        self.start_factors = nn.ParameterList()  # v₀ of the tensors with a rank, in order
-        self.sizes: list[int] = []  # of a and v of each tensor in the code; of a bias, its update's
-        for tensor, tensor_rank in zip(spec.tensors, self.ranks, strict=True):
-            rows, columns = tensor.matrix_shape
-            if tensor_rank:
-                self.start_factors.append(nn.Parameter(torch.randn(tensor_rank, columns)))
-            self.sizes += [rows * tensor_rank, tensor_rank * columns] if tensor_rank else [tensor.size]
-        self.update_size = sum(self.sizes)
+    limits: Tensor
+    slopes: Tensor
+    zeros: Tensor
 
-    def forward(self, code: Tensor, bound: float, weights: Mapping[str, Tensor]) -> Update:
-        pieces = iter(code.split(self.sizes, dim=1))
-        start_factors = iter(self.start_factors)
-        all_a: list[Tensor | None] = []
-        all_v: list[Tensor] = []
-        for tensor, rank in zip(self.spec.tensors, self.ranks, strict=True):
-            if not rank:
-                all_a.append(None)
-                all_v.append(bounded_update(next(pieces), bound))
-                continue
+    def __init__(self, spec: UpdateSpec, bound: float, rank: int) -> None:
+        super().__init__(spec, bound, rank)
+        self.ranks = tuple(min(rank, *tensor.matrix_shape) if len(tensor.shape) > 1 else 0 for tensor in spec.tensors)
+        self.start_factors = nn.ParameterList()  # v₀ of the tensors with a rank, in order
+        parts: list[tuple[int, float, float]] = []  # of the code: how many numbers, their bound, their slope at zero
+        for tensor, own_rank in zip(spec.tensors, self.ranks, strict=True):
             rows, columns = tensor.matrix_shape
-            all_a.append(torch.tanh(next(pieces).view(-1, rows, rank)))
-            v = next(start_factors) + next(pieces).view(-1, rank, columns)
-            all_v.append(torch.tanh(v) * (bound / rank))
-        scales = [tensor_scale(weights[tensor.decoder_name]) for tensor in self.spec.tensors]
-        return FactoredUpdate(self.spec, all_a, all_v, scales)
+            if own_rank:
+                parts += [(rows * own_rank, 1, 1), (own_rank * columns, bound / own_rank, 1)]
+                self.start_factors.append(nn.Parameter(torch.randn(own_rank * columns)))
+            else:
+                parts.append((tensor.size, bound, 1 / bound))
+        self.sizes = [size for size, *_ in parts]  # of A and V of each tensor in turn; of a bias, its own
+        self.update_size = sum(self.sizes)
+        for name, values in zip(("limits", "slopes"), list(zip(*parts, strict=True))[1:], strict=True):
+            whole = torch.cat([torch.full((size,), value) for size, value in zip(self.sizes, values, strict=True)])
+            self.register_buffer(name, whole, persistent=False)
+
+    def prepare(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Scales (tensors,); of each number its bound, of V and biases times rms θ; where it starts, v₀ or 0."""
+        scales = self.spec.scales(weights)
+        zero, one = scales.new_zeros(()), scales.new_ones(())
+        start_factors, sizes = iter(self.start_factors), iter(self.sizes)
+        start: list[Tensor] = []
+        factors: list[Tensor] = []
+        for own_rank, scale in zip(self.ranks, scales.unbind(), strict=True):
+            size = next(sizes)
+            start.append(zero.expand(size))
+            factors.append((one if own_rank else scale).expand(size))
+            if own_rank:
+                start.append(next(start_factors))
+                factors.append(scale.expand(next(sizes)))
+        return scales, self.limits * torch.cat(factors), torch.cat(start)
+
+    def forward(self, code: Tensor, prepared: tuple[Tensor, ...]) -> FactoredUpdate:
+        return self.update_of(torch.tanh(torch.addcmul(prepared[2], code, self.slopes)), prepared)
+
+    def update_of(self, numbers: Tensor, prepared: tuple[Tensor, ...]) -> FactoredUpdate:
+        """The updates whose factors over their bounds are `numbers` (B, update_size)."""
+        return FactoredUpdate(self, numbers, prepared, self.split(numbers * prepared[1]))
+
+    def split(self, numbers: Tensor) -> dict[str, Change]:
+        """Cuts (B, update_size) into views, A and V or a bias's numbers, by the tensors' names within the decoder."""
+        pieces = iter(numbers.split(self.sizes, dim=1))
+        changes: dict[str, Change] = {}
+        for tensor, rank in zip(self.spec.tensors, self.ranks, strict=True):
+            piece = next(pieces)
+            changes[tensor.decoder_name] = piece
+            if rank:
+                v_shape = [rank if dim == tensor.channel_dim else size for dim, size in enumerate(tensor.shape)]
+                changes[tensor.decoder_name] = piece.unflatten(1, (-1, rank)), next(pieces).unflatten(1, v_shape)
+        return changes
 
 
 class PerChannelHead(UpdateHead):
@@ -313,14 +385,16 @@ class PerChannelHead(UpdateHead):
     Δ / rms θ = α tanh(u / α), acts on each weight, so a channel's factor is the same for all only while u is small.
     """
 
-    def __init__(self, spec: UpdateSpec, rank: int) -> None:
-        super().__init__(spec, rank)
+    def __init__(self, spec: UpdateSpec, bound: float, rank: int) -> None:
+        super().__init__(spec, bound, rank)
         self.update_size = sum(tensor.shape[tensor.channel_dim] for tensor in spec.tensors)
 
-    def forward(self, code: Tensor, bound: float, weights: Mapping[str, Tensor]) -> Update:
-        tensors = self.spec.tensors
+    def prepare(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         scales = self.spec.scales(weights)
-        relative_weights = self.spec.flatten(weights) / scales
+        return scales, self.spec.flatten(weights) / self.spec.expand(scales)
+
+    def forward(self, code: Tensor, prepared: tuple[Tensor, ...]) -> Update:
+        tensors, relative_weights = self.spec.tensors, prepared[1]
         pieces = []
         factors = code.split([tensor.shape[tensor.channel_dim] for tensor in tensors], dim=-1)
         for tensor, factor in zip(tensors, factors, strict=True):
@@ -332,7 +406,7 @@ class PerChannelHead(UpdateHead):
             per_channel[tensor.channel_dim] = -1
             u = factor.unflatten(-1, per_channel) * relative
             pieces.append(u.flatten(-len(tensor.shape)))
-        return DenseUpdate(self.spec, bounded_update(torch.cat(pieces, dim=-1), bound), scales)
+        return DenseUpdate(self.spec, bounded_update(torch.cat(pieces, dim=-1), self.bound), prepared)
 
 
 HEADS: dict[str, type[UpdateHead]] = {"full": FullHead, "low_rank": LowRankHead, "per_channel": PerChannelHead}

@@ -71,9 +71,9 @@ def test_statistics_are_of_all_updates_but_one_at_a_time_is_written_out(sampler:
     first, second = (generator.predict(state).dense().numbers.double() for state in states)
     total, variance = (first**2 + second**2) / 2, (first.var(0) + second.var(0)) / 2
     between = ((first - first.mean(0)) * (second - second.mean(0))).sum(0) / 4
-    flags = generator.predict(states[0]).saturated(generator.bound)
+    flags = generator.predict(states[0]).saturated(generator.head.bound)
     written_out, dense = [], FactoredUpdate.dense
-    monkeypatch.setattr(FactoredUpdate, "dense", lambda self: written_out.append(len(self.v[0])) or dense(self))
+    monkeypatch.setattr(FactoredUpdate, "dense", lambda self: written_out.append(len(self.numbers)) or dense(self))
     parts, mean_update = evaluate.update_statistics(sampler, seeds)
     assert [*evaluate.decode_generators(sampler, seeds, mean_update)]
     assert set(written_out) == {1}
@@ -93,7 +93,7 @@ def test_what_depends_on_motion_alone_is_not_taken_to_depend_on_images(sampler: 
 
     def fractions(first: int, scale: int) -> torch.Tensor:
         update = lambda phases: scale * phases.cos()[:, one_path]  # noqa: E731
-        monkeypatch.setattr(generator, "predict", lambda x: DenseUpdate(generator.spec, update(x), torch.ones(size)))
+        monkeypatch.setattr(generator, "predict", lambda x: DenseUpdate(generator.spec, update(x), ()))
         return torch.tensor(evaluate.update_statistics(sampler, evaluation_seeds(4, first))[0][-1][4:])
 
     mean = torch.stack([fractions(4 * k, 1) for k in range(25)]).mean(0)  # single estimates of few images vary

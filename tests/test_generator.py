@@ -22,7 +22,7 @@ from training_step import (
     weight_driven_video_loss,
 )
 from video_synth import Motion, VideoSynthesizer
-from weight_updates import HEADS, tensor_scale
+from weight_updates import HEADS
 
 CPU = torch.device("cpu")
 VIDEO = ["loss.lambda_video=1", "loss.rollout_frames=3", "loss.rollout_fraction=0.5", "loss.video_frames=4"]
@@ -58,7 +58,7 @@ def test_an_updated_image_is_decoded_with_changed_weights_whatever_its_batch(hea
     generator = moved(small_generator(f"weight_predictor.head={head}", f"weight_predictor.layers=[{layers}]"), size=3)
     z, motion, output = path_of(generator)
     weights = dict(generator.vae.decoder.named_parameters())
-    deltas = output.update.dense().numbers * generator.spec.scales(weights)
+    deltas = output.update.dense().numbers * generator.spec.expand(generator.spec.scales(weights))
     for row in range(4):
         changed = weights | {name: weights[name] + d for name, d in generator.spec.split(deltas[row]).items()}
         alone = functional_call(generator.vae.decoder, changed, (z[row : row + 1],), strict=True)
@@ -98,8 +98,8 @@ def test_gradients_reach_theta_and_the_gru_and_match_finite_differences(
     generator, critic, z = generator.double(), critic.double(), torch.randn(3, 6).double()
     motion = Motion(*(part.double() for part in generator.sample_motion(3)))
     # A unit of measure, held while θ is nudged, as its gradient is.
-    scales = {parameter.shape: tensor_scale(parameter) for parameter in generator.vae.decoder.parameters()}
-    monkeypatch.setattr(weight_updates, "tensor_scale", lambda weight: scales[weight.shape])
+    scales = generator.spec.scales(dict(generator.vae.decoder.named_parameters()))
+    monkeypatch.setattr(weight_updates.UpdateSpec, "scales", lambda *_: scales)
     # What the GRU encodes is detached from θ: it is held too.
     x_base, encode_video = generator.vae.decode(z).detach(), generator.encode_video
     monkeypatch.setattr(generator, "encode_video", lambda _, motion: encode_video(x_base, motion))
@@ -263,11 +263,13 @@ def test_a_constant_update_is_the_same_for_every_image_and_bounded(head: str) ->
     z, _, output = path_of(generator)
     weights = dict(generator.vae.decoder.named_parameters())
     with torch.no_grad():
-        expected = generator.head(generator.predictor.code[None], 0.2, weights).dense().numbers
+        expected = generator.head(generator.predictor.code[None], generator.head.prepare(weights)).dense().numbers
         assert torch.equal(output.update.dense().numbers, expected)
         assert 0 < expected.abs().max() <= 0.2
         # The same as a decoder whose weights were changed for good.
-        for name, delta in generator.spec.split(expected[0] * generator.spec.scales(weights)).items():
+        for name, delta in generator.spec.split(
+            expected[0] * generator.spec.expand(generator.spec.scales(weights))
+        ).items():
             weights[name].add_(delta)
         assert torch.allclose(output.x_fake, generator.vae.decode(z), atol=1e-6)
     assert (output.x_fake - output.x_base).abs().max() > 1e-3

@@ -117,7 +117,7 @@ def test_images_and_random_numbers_reach_a_recorded_graph(monkeypatch: pytest.Mo
     noise = NoiseSampler(config, CPU)
     metrics = recorded.run_pass("critic_pass", random_images(1), noise.critic(1, 0)).metrics
     before = {name: value.clone() for name, value in metrics.items()}
-    recorded.run_pass("critic_pass", random_images(2), noise.critic(2, 0))
+    recorded.run_pass("generator_pass", random_images(2), noise.generator(2))
     assert all(torch.equal(value, before[name]) for name, value in metrics.items())
     assert len(calls) == 2 * 4  # of each pass three warm-up calls and the recorded one: all else were replays
 

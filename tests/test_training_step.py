@@ -19,6 +19,7 @@ from conftest import (
     run_iterations,
     training_images,
 )  # fmt: skip
+from torch.nn.utils import get_total_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
@@ -70,6 +71,16 @@ def test_every_frame_of_the_video_and_after_it_can_be_sampled() -> None:
                                         "training.batch_size=64")  # fmt: skip
     assert noise.generator(1).video_times.unique().tolist() == [0, 1, 2, 3, 4]
     assert noise.generator(1).frame.unique().tolist() == noise.critic(1, 0).frame.unique().tolist() == [0, 1, 2]
+
+
+def test_motions_are_of_every_phase_and_in_training_of_every_strength() -> None:
+    _, generator, _, noise = networks_and_noise("training.batch_size=256")
+    for motion in (noise.generator(1).motion, noise.critic(1, 0).motion):
+        for numbers in (motion.phases, motion.amplitudes):
+            assert 0 <= numbers.min() < 0.01 < 0.99 < numbers.max() < 1
+            assert numbers.mean().item() == pytest.approx(0.5, abs=0.03)
+        assert motion.noise.std().item() == pytest.approx(1, abs=0.02)
+    assert torch.equal(generator.sample_motion(3).amplitudes, torch.ones(3, len(generator.synthesizer.paths)))
 
 
 def numbers_of(noise: tuple) -> dict[str, torch.Tensor]:
@@ -223,7 +234,7 @@ def test_bf16_steps_learn_almost_the_same(options: list[str]) -> None:
             for runner in (single, mixed)
         )
         assert rounded.dtype == torch.float32
-        assert 1e-4 < (exact - rounded).norm() / exact.norm() < 0.1, name
+        assert 1e-4 < (exact - rounded).norm() / exact.norm() < 0.2, name
 
 
 # ----------------------------------------------------------------------------------------------------------- the state
@@ -265,7 +276,7 @@ def test_gradients_of_another_memory_layout_are_applied_the_same() -> None:
         torch.manual_seed(1)
         gradients = [torch.randn(parameter.shape) for parameter in state.parameters["critic"]]
         gradients = [g.contiguous(memory_format=layout) if g.dim() == 4 else g for g in gradients]
-        state.apply_gradients("critic", {"critic": gradients})
+        state.apply_gradients("critic", gradients, {"gradient_norm/critic": get_total_norm(gradients)})
         weights.append(state.tensors())
     assert_equal(*weights)
 
@@ -322,8 +333,8 @@ def test_one_iteration_touches_at_most_8_files_and_changes_file_at_most_100_time
 
     def follow(frame: FrameType, event: str, _: object) -> None:
         path = Path(frame.f_code.co_filename)
-        if path.parent != ROOT or event not in ("call", "return"):
-            return
+        if path.parent != ROOT or event not in ("call", "return") or frame.f_code.co_name == "backward":
+            return  # autograd calls what stands beside a forward pass
         stack.append(path.stem) if event == "call" else stack.pop()
         if stack and stack[-1] != files[-1]:
             files.append(stack[-1])

@@ -15,7 +15,15 @@ from configuration import UserError, WeightPredictorConfig
 from generator import build_generator, motion_rows
 from model_definitions import VAE
 from training_step import EagerSteps, TrainingState
-from weight_updates import HEADS, DenseUpdate, UpdateSpec, bounded_update, build_update_spec, check_update_size
+from weight_updates import (
+    HEADS,
+    DenseUpdate,
+    UpdateHead,
+    UpdateSpec,
+    bounded_update,
+    build_update_spec,
+    check_update_size,
+)
 
 LAYERS = {
     "last layer": ["decoder.stage1.*"], "last weight": ["decoder.stage1.weight"],
@@ -57,10 +65,10 @@ def test_the_sources_sizes_by_hand() -> None:
     assert build_update_spec(vae, ["decoder.stage1.*"]).total_size == 32 * 3 * 4 * 4 + 3
     both = build_update_spec(vae, ["decoder.stage1.*", "decoder.stage2.*"])
     assert both.total_size == 32 * 3 * 16 + 3 + 64 * 32 * 16 + 32
-    assert HEADS["full"](both, 4).update_size == 34339
-    assert HEADS["per_channel"](both, 4).update_size == 2 * 3 + 2 * 32
+    assert HEADS["full"](both, 1, 4).update_size == 34339
+    assert HEADS["per_channel"](both, 1, 4).update_size == 2 * 3 + 2 * 32
     # rank 3 is all that a tensor of 3 output channels can have
-    assert HEADS["low_rank"](both, 4).update_size == 3 * (3 + 32 * 16) + 3 + 4 * (32 + 64 * 16) + 32
+    assert HEADS["low_rank"](both, 1, 4).update_size == 3 * (3 + 32 * 16) + 3 + 4 * (32 + 64 * 16) + 32
 
 
 def test_split_and_flatten_are_inverse(vae: VAE) -> None:
@@ -75,7 +83,7 @@ def test_split_and_flatten_are_inverse(vae: VAE) -> None:
 def test_scales_are_each_tensors_rms_with_a_floor_for_zero_biases(vae: VAE) -> None:
     spec = build_update_spec(vae, ["decoder.stage1.*"])
     scales = spec.scales(weights_of(vae))
-    pieces = spec.split(scales)
+    pieces = spec.split(spec.expand(scales))
     rms = vae.get_parameter("decoder.stage1.weight").detach().double().square().mean().sqrt()
     assert torch.allclose(pieces["stage1.weight"].double(), rms.expand(4, 3, 4, 4))
     assert torch.allclose(pieces["stage1.bias"], torch.tensor(0.01))
@@ -101,7 +109,7 @@ def test_wrong_patterns_name_themselves_and_the_nearest(layers: list[str], words
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_wrong_update_size_is_answered_with_the_right_one(vae: VAE, kind: str) -> None:
     spec = build_update_spec(vae, ["decoder.stage1.*"])
-    head = HEADS[kind](spec, 2)
+    head = HEADS[kind](spec, 1, 2)
     assert check_update_size("auto", head) == check_update_size(head.update_size, head) == head.update_size
     for wrong in (1, 10**6):
         with pytest.raises(UserError, match=rf"'{kind}' head .* write {head.update_size} or auto"):
@@ -116,9 +124,9 @@ def test_a_wrong_update_size_is_answered_with_the_right_one(vae: VAE, kind: str)
 def test_heads_give_zero_for_a_zero_code_and_move_off_it(vae: VAE, kind: str, layers: list[str]) -> None:
     spec = build_update_spec(vae, layers)
     torch.manual_seed(0)
-    head = HEADS[kind](spec, 2)
+    head = HEADS[kind](spec, 0.5, 2)
     code = torch.zeros(5, head.update_size, requires_grad=True)
-    update = head(code, 0.5, weights_of(vae)).dense().numbers
+    update = head(code, head.prepare(weights_of(vae))).dense().numbers
     assert update.shape == (5, spec.total_size)
     assert not update.any()
     loss = update.square().sum() + (update * torch.randn_like(update)).sum()
@@ -128,20 +136,21 @@ def test_heads_give_zero_for_a_zero_code_and_move_off_it(vae: VAE, kind: str, la
 def test_a_low_rank_update_has_that_rank_in_output_channels_by_the_rest(vae: VAE) -> None:
     spec = build_update_spec(vae, ["decoder.stage2.weight"])  # (in 6, out 4, 4, 4)
     torch.manual_seed(0)
-    head = HEADS["low_rank"](spec, 2)
+    head = HEADS["low_rank"](spec, 0.3, 2)
     code = 3 * torch.randn(5, head.update_size)  # far into tanh, which would raise the rank if it came last
-    update = spec.split(head(code, 0.3, weights_of(vae)).dense().numbers)["stage2.weight"]
+    update = spec.split(head(code, head.prepare(weights_of(vae))).dense().numbers)["stage2.weight"]
     by_output = update.transpose(1, 2).flatten(2)
     assert torch.linalg.matrix_rank(by_output).tolist() == [2] * 5
     a = code[:, : 4 * 2].view(5, 4, 2)
-    v = code[:, 4 * 2 :].view(5, 2, 6 * 16)
-    assert torch.allclose(by_output, a.tanh() @ (head.start_factors[0] + v).tanh() * (0.3 / 2), atol=1e-6)
+    v = (code[:, 4 * 2 :] + head.start_factors[0]).view(5, 6, 2, 16).transpose(1, 2).flatten(2)
+    assert torch.allclose(by_output, a.tanh() @ v.tanh() * (0.3 / 2), atol=1e-6)
 
 
 def test_a_per_channel_update_scales_whole_output_channels(vae: VAE) -> None:
     spec = build_update_spec(vae, ["decoder.stage2.weight"])
     weights, factors = weights_of(vae), torch.tensor([0.5, -1.0, 0.0, 2.0])
-    update = HEADS["per_channel"](spec, 4)(factors[None], 0.2, weights).dense().numbers.view(6, 4, 4, 4)
+    head = HEADS["per_channel"](spec, 0.2, 4)
+    update = head(factors[None], head.prepare(weights)).dense().numbers.view(6, 4, 4, 4)
     relative = weights["stage2.weight"] / weights["stage2.weight"].square().mean().sqrt()
     for channel, factor in enumerate(factors):
         assert torch.allclose(update[:, channel], 0.2 * torch.tanh(factor * relative[:, channel] / 0.2))
@@ -153,10 +162,11 @@ def test_a_per_channel_update_scales_whole_output_channels(vae: VAE) -> None:
 def test_no_prediction_leaves_the_bound(kind: str, seed: int, size: float, bound: float, rank: int) -> None:
     vae = VAE(16, 3, 8, (4, 6)).double()
     spec = build_update_spec(vae, ["decoder.stage1.*", "decoder.projection.weight"])
-    head, random = HEADS[kind](spec, rank).double(), torch.Generator().manual_seed(seed)
+    head, random = HEADS[kind](spec, bound, rank).double(), torch.Generator().manual_seed(seed)
     code = 10**size * torch.randn(2, head.update_size, generator=random, dtype=torch.float64)
-    assert head(code, bound, weights_of(vae)).dense().numbers.abs().max() <= bound * (1 + 1e-12)
-    largest = head(torch.full_like(code, 1e9), bound, weights_of(vae)).dense().numbers
+    prepared = head.prepare(weights_of(vae))
+    assert head(code, prepared).dense().numbers.abs().max() <= bound * (1 + 1e-6)  # which a head keeps in float32
+    largest = head(torch.full_like(code, 1e9), prepared).dense().numbers
     assert torch.allclose(largest.abs(), torch.full_like(largest, bound))  # and it is reached everywhere
 
 
@@ -166,17 +176,18 @@ def test_the_bound_leaves_small_updates_and_every_sign_alone() -> None:
     assert (bounded_update(1e6 * u, 0.5) * u >= 0).all()
 
 
-class BrightnessHead(nn.Module):
+class BrightnessHead(UpdateHead):
     """One predicted number for all weights, times a trained one."""
 
-    def __init__(self, spec: UpdateSpec, rank: int) -> None:
-        super().__init__()
-        self.spec, self.update_size = spec, 1
+    update_size = 1
+
+    def __init__(self, spec: UpdateSpec, bound: float, rank: int) -> None:
+        super().__init__(spec, bound, rank)
         self.gain = nn.Parameter(torch.ones(()))
 
-    def forward(self, code: Tensor, bound: float, weights: dict[str, Tensor]) -> DenseUpdate:
-        numbers = bounded_update(self.gain * code.expand(-1, self.spec.total_size), bound)
-        return DenseUpdate(self.spec, numbers, self.spec.scales(weights))
+    def forward(self, code: Tensor, prepared: tuple[Tensor, ...]) -> DenseUpdate:
+        numbers = bounded_update(self.gain * code.expand(-1, self.spec.total_size), self.bound)
+        return DenseUpdate(self.spec, numbers, prepared)
 
 
 def test_a_new_head_is_one_class_in_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +223,7 @@ def test_an_update_in_factors_is_the_dense_one(layers: str) -> None:
     generator = generator_of(f"weight_predictor.layers=[{layers}]", "weight_predictor.rank=3").double()
     features = generator.features(torch.randn(5, 6).double()).detach().requires_grad_()
     code = torch.randn(5, generator.head.update_size).double().requires_grad_()
-    factored = generator.head(code, 0.4, dict(generator.vae.decoder.named_parameters()))
+    factored = generator.head(code, generator.head.prepare(weights_of(generator.vae)))
     assert not isinstance(factored, DenseUpdate)
     scores, results = torch.randn(5, 3, 16, 16).double(), []
     for update in (factored, factored.dense()):
@@ -233,7 +244,7 @@ def test_an_update_in_factors_is_the_dense_one(layers: str) -> None:
 def test_mean_square_and_saturation_of_a_dense_update_by_hand(vae: VAE) -> None:
     spec = build_update_spec(vae, ["decoder.stage2.bias", "decoder.stage1.bias"])  # 4 and 3 numbers
     numbers = torch.tensor([[1.0, -2, 0, 0, 2, 0, 0], [0, 1.91, 1.89, 0, 0, 0, -1.0]])
-    update = DenseUpdate(spec, numbers, spec.scales(weights_of(vae)))
+    update = DenseUpdate(spec, numbers, (spec.scales(weights_of(vae)),))
     assert update.mean_square().item() == pytest.approx((1 + 4 + 4 + 1.91**2 + 1.89**2 + 1) / 14)
     saturated = update.saturated(2.0)  # from 1.9 on
     assert list(saturated) == ["decoder.stage2.bias", "decoder.stage1.bias"]
@@ -244,12 +255,12 @@ def test_mean_square_and_saturation_of_a_dense_update_by_hand(vae: VAE) -> None:
 def test_saturation_of_a_factored_update_counts_the_predicted_numbers(vae: VAE) -> None:
     """Of A, whose bound is 1, and of biases; V is v₀ at the start, and would count what nobody predicted."""
     spec = build_update_spec(vae, ["decoder.stage1.*"])  # A is (3, 1), V (1, 4 · 16), a bias of 3
-    head = HEADS["low_rank"](spec, 1)
+    head = HEADS["low_rank"](spec, 0.3, 1)
     torch.nn.init.constant_(head.start_factors[0], 5)
     code = torch.zeros(2, head.update_size)
     code[0, :2] = torch.tensor([5.0, -5.0])  # two of A's three
     code[1, -1] = -5  # one bias
-    saturated = head(code, 0.3, weights_of(vae)).saturated(0.3)
+    saturated = head(code, head.prepare(weights_of(vae))).saturated(0.3)
     assert saturated["decoder.stage1.weight"].tolist() == [[True, True, False], [False, False, False]]
     assert saturated["decoder.stage1.bias"].tolist() == [[False, False, False], [False, False, True]]
 
