@@ -1,37 +1,34 @@
-"""Runs two iterations of training on a GPU that isn't there: tensors claim to lie on `cuda:0`, but only shapes flow.
+"""Trains two iterations on a GPU that isn't there: tensors claim to lie on `cuda:0`, but hold nothing.
 
-python -m studies.fake_cuda                               a list of configurations
-python -m studies.fake_cuda runtime.precision=bf16        the defaults with these settings
-python -m studies.fake_cuda --counts                      for each part, which operations launch kernels, and where
+python -m studies.fake_cuda                             a list of configurations
+python -m studies.fake_cuda runtime.precision=bf16      the default settings but for these
+python -m studies.fake_cuda --counts                    also the lines that launch most kernels
 
-Networks, random numbers, data, passes and steps are the project's own, run as `CudaGraphSteps` under torch's
-`FakeTensorMode`. That finds what a GPU would not do, or would make the host wait for:
+Networks, the images' order, random numbers, passes and steps are the project's own, run by `CudaGraphSteps` under
+torch's `FakeTensorMode`. That finds what a GPU would not do, would wait for, or could not hold in a graph:
 
-    a tensor on the wrong device            an error of FakeTensorMode
-    .item(), a mask as index, nonzero       an error of FakeTensorMode, since shape or value depend on numbers
-    .cpu(), torch.tensor(...)               copies that wait, or that read memory which is not pinned
-    work on the CPU                         results that lie there
-    wrong gradients                         of another type, device or shape than their weights
+    a tensor on the wrong device         an error of FakeTensorMode
+    .item(), masks as indices, nonzero   the same: a number or a shape depends on data
+    .cpu(), torch.tensor(...)            copies from or to memory that isn't pinned
+    work on the CPU                      results that lie there
+    wrong gradients                      of another type, device or shape than their weights
 
-It also counts kernel launches, roughly: most operations launch one. It cannot see whether cuDNN has a kernel, wrong
-numbers, memory and time.
-
-Replaced are the GRU, which asks the driver (`torch._cudnn_rnn` is called as ATen would), autograd's engine, which asks
-it for streams, random generators, pinned memory, and recording and replaying a graph.
+It also counts kernel launches, roughly: one for most operations. It sees no numbers, memory, time or missing kernels.
+Replaced are what asks the driver (GRU, autograd's engine, recording a graph), random generators and pinned memory.
 """
 
 import itertools
 import os
 import sys
+import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -49,110 +46,73 @@ from util import CommandParser, run_command
 ROOT = Path(__file__).parent.parent
 CUDA = torch.device("cuda", 0)
 
-QUICK = ["image.size=32", "vae.channels=[8,16,16]", "critic.channels=[8,16,16]", "training.batch_size=8",
-         "vae.latent_dim=8", "weight_predictor.hidden_size=16", "video.height=16", "video.width=16"]  # fmt: skip
-AUGMENTED = [*QUICK, "training.diffaugment=[color,translation,cutout]"]
-BF16 = "runtime.precision=bf16"
-CONFIGURATIONS: dict[str, list[str]] = {
-    "defaults": [],
-    "source sizes": ["weight_predictor.layers=[decoder.stage1.*,decoder.stage2.*]", "weight_predictor.head=full",
-                     "weight_predictor.bound=0.2", "video.height=128", "video.width=128", "loss.lambda_video=0"],
-    "bf16": [BF16],
-    "update off, full size": ["weight_predictor.update=off"],
-    "head full": [*QUICK, "weight_predictor.head=full", "weight_predictor.layers=[decoder.stage1.*]"],
-    "head full, bf16": [*QUICK, "weight_predictor.head=full", BF16],
-    "head per_channel": [*QUICK, "weight_predictor.head=per_channel"],
-    "head per_channel, bf16": [*QUICK, "weight_predictor.head=per_channel", BF16],
-    "no video loss": [*QUICK, "loss.lambda_video=0"],
-    "DiffAugment": AUGMENTED,
-    "DiffAugment, bf16": [*AUGMENTED, BF16],
-    "shared": [*QUICK, "weight_predictor.sharing=shared"],
-    "shared, bf16": [*QUICK, "weight_predictor.sharing=shared", BF16],
-    "update constant": [*QUICK, "weight_predictor.update=constant"],
-    "update off": [*QUICK, "weight_predictor.update=off"],
-    "update off, bf16": [*QUICK, "weight_predictor.update=off", BF16],
-    "input other": [*QUICK, "weight_predictor.input_video=other"],
-    "input static": [*QUICK, "weight_predictor.input_video=static"],
-    "GRU frozen": [*QUICK, "weight_predictor.train_gru=false"],
-    "all rolled out": [*QUICK, "loss.rollout_fraction=1"],
-    "none rolled out": [*QUICK, "loss.rollout_fraction=0"],
-    "no rollout frames": [*QUICK, "loss.rollout_frames=0"],
-    "adversarial frame random": [*QUICK, "loss.adversarial_frame=random"],
-    "gradients through the video": [*QUICK, "video.detach=false"],
-    "clipping": [*QUICK, *(f"training.clip_{name}=1" for name in ("vae", "predictor", "critic"))],
-    "no motion": [*QUICK, *(f"video.{name}=0" for name in ("shift", "zoom", "rotation", "brightness", "contrast",
-                                                           "noise"))],
-    "grey, mirrored": [*QUICK, "image.channels=1", "data.mirror=true"],
-    "all base": [*QUICK, "loss.base_fake_fraction=1"],
-    "none base": [*QUICK, "loss.base_fake_fraction=0"],
-}  # fmt: skip
-"""Name -> overrides."""
+# fmt: off
+QUICK = """image.size=32 vae.channels=[8,16,16] critic.channels=[8,16,16] training.batch_size=8 vae.latent_dim=8
+    weight_predictor.hidden_size=16 video.height=16 video.width=16"""
+BF16, SHARED, AUGMENTED, OFF, FULL, PER_CHANNEL = (
+    "runtime.precision=bf16", "weight_predictor.sharing=shared", "training.diffaugment=[color,translation,cutout]",
+    "weight_predictor.update=off", "weight_predictor.head=full", "weight_predictor.head=per_channel",
+)
+SOURCE = f"""weight_predictor.layers=[decoder.stage1.*,decoder.stage2.*] {FULL} loss.lambda_video=0
+    weight_predictor.bound=0.2 video.height=128 video.width=128"""
+CONFIGURATIONS = ["", BF16, OFF, SOURCE] + [f"{QUICK} {settings}" for settings in (
+    f"{FULL} weight_predictor.layers=[decoder.stage1.*]", f"{FULL} {BF16}", PER_CHANNEL, f"{PER_CHANNEL} {BF16}",
+    AUGMENTED, f"{AUGMENTED} {BF16}", SHARED, f"{SHARED} {BF16}", OFF, f"{OFF} {BF16}",
+    "weight_predictor.update=constant", "weight_predictor.input_video=other", "weight_predictor.input_video=static",
+    "weight_predictor.train_gru=false", "loss.lambda_video=0", "loss.rollout_fraction=1", "loss.rollout_fraction=0",
+    "loss.rollout_frames=0", "loss.adversarial_frame=random", "loss.base_fake_fraction=1", "loss.base_fake_fraction=0",
+    "video.detach=false", "training.clip_vae=1 training.clip_predictor=1 training.clip_critic=1",
+    "video.shift=0 video.zoom=0 video.rotation=0 video.brightness=0 video.contrast=0 video.noise=0",
+    "image.channels=1 data.mirror=true",
+)]
+"""Overrides, the empty ones first: the defaults."""
+# fmt: on
 
-# ------------------------------------------------------------------------------------------------- what is watched
-
-VIEWS = {
-    "view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "select", "slice", "split", "unbind",
-    "split_with_sizes", "squeeze", "unsqueeze", "detach", "alias", "as_strided", "unfold", "diagonal", "empty",
-    "empty_like", "empty_strided", "new_empty", "new_empty_strided", "unsafe_split", "chunk", "device", "is_pinned",
-    "promote_types", "_record_function_enter_new", "_record_function_exit", "sym_size", "sym_stride",
-}  # fmt: skip
-"""Operations that launch no kernel."""
-
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "lift_fresh")
-"""Beginnings of the names of those that wait. `lift_fresh` is torch.tensor(...), whose numbers come from the host."""
-
-
-class Operation(NamedTuple):
-    """Where kernels were launched."""
-
-    part: str
-    """Of the iteration, such as `critic pass` or `data`."""
-    name: str
-    line: str
-    """`file:line` of the project; in a backward pass that of the forward operation."""
+NO_KERNEL = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "unsafe_split",
+             "device", "is_pinned", "_record_function_enter_new", "_record_function_exit"}  # fmt: skip
+"""Operations that launch none, besides views."""
 
 
 class Watch(TorchDispatchMode):
-    """Counts launches and notes what a GPU would not do, inside functions that `during` has wrapped."""
+    """Notes launches and mistakes of an iteration's parts, which are functions wrapped by `during`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.launches: Counter[Operation] = Counter()
-        self.findings: list[str] = []
+        self.launches: Counter[tuple[str, str, str]] = Counter()  # of (part, operation, `file:line` of the project)
+        self.mistakes: list[str] = []
         self._part = ""
-        self._line = ""  # that of the forward operation whose backward runs
-        self._lines: dict[int, str] = {}  # number of a node in autograd's graph -> line that made it
+        self._line = ""  # of the forward operation whose backward runs
+        self._lines: dict[int, str] = {}  # number of a node of autograd's graph -> the line that made it
 
     def during(self, part: str, do: Callable[..., Any]) -> Callable[..., Any]:
-        """`do`, whose operations belong to `part` of the iteration."""
+        """`do`, as the part of an iteration."""
 
         def watched(*arguments: Any) -> Any:
             outer, self._part = self._part, part
-            try:
-                return do(*arguments)
-            finally:
-                self._part = outer
+            result = do(*arguments)
+            self._part = outer  # after an error, `note` still needs to know the part
+            return result
 
         return watched
 
-    def note(self, what: str, line: str) -> None:
-        finding = f"{self._part or 'start'}: {what} at {line}"
-        if finding not in self.findings:
-            self.findings.append(finding)
+    def note(self, mistake: str, line: str) -> None:
+        if (text := f"{self._part or 'the beginning'}: {mistake} at {line}") not in self.mistakes:
+            self.mistakes.append(text)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function._overloadpacket.__name__
-        line = self._line or project_line()
-        if self._part and name.startswith(WAITING):
-            self.note(name, line)
-        self._lines.setdefault(torch._C._autograd._get_sequence_nr() - 1, line)
+        name, line = function._overloadpacket.__name__, self._line or project_line()
+        self._lines.setdefault(torch._C._autograd._get_sequence_nr() - 1, line)  # a node is made before it computes
         result = function(*args, **kwargs or {})
-        if not self._part or name in VIEWS:
+        if not self._part:
             return result
-        sources, results = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), result))
-        self.launches[Operation(self._part, name, line)] += launches(name, args, sources, results)
-        before = {x.device.type for x in sources if not hasattr(x, "is_in_pinned_memory")}
-        after = {x.device.type for x in results}
+        if name == "lift_fresh":
+            self.note("torch.tensor(...) or the like", line)
+        if function.is_view or name in NO_KERNEL:
+            return result
+        inputs, outputs = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ([args, kwargs], result))
+        self.launches[self._part, name, line] += launches(name, args, inputs, outputs)
+        before = {x.device.type for x in inputs if not hasattr(x, "lies_in_pinned_memory")}
+        after = {x.device.type for x in outputs}
         if "copy" in name and len(before | after) > 1:
             self.note(f"{name} from {'/'.join(before)} to {'/'.join(after)}", line)
         elif after == {"cpu"}:
@@ -160,222 +120,181 @@ class Watch(TorchDispatchMode):
         return result
 
     def grad(self, outputs: Tensor, inputs: Any, *, allow_unused: bool = False, materialize_grads: bool = False) -> Any:
-        """`torch.autograd.grad` of a scalar, one node after another."""
-        inputs, root = list(inputs), outputs.grad_fn
-        waiting: Counter[Any] = Counter()
-        seen, stack = {root}, [root]
-        while stack:
-            for node, _ in stack.pop().next_functions:  # type: ignore[union-attr]
-                waiting[node] += 1
-                if node is not None and node not in seen:
-                    seen.add(node)
-                    stack.append(node)
-        given: dict[Any, dict[int, Tensor]] = {root: {0: torch.ones_like(outputs)}}
-        found: dict[int, Tensor] = {}
-        ready: list[Any] = [root]
+        """`torch.autograd.grad` of a scalar, node by node, those made last first."""
+        leaves: dict[Any, Tensor] = {}
+        given: dict[Any, dict[Any, Tensor]] = {outputs.grad_fn: {0: torch.ones_like(outputs)}}  # node -> its gradients
         with torch.no_grad():
-            while ready:
-                node = ready.pop()
-                gradients = given.pop(node, {})
-                if hasattr(node, "variable"):
-                    found |= {id(node.variable): gradient for gradient in gradients.values()}
-                    continue
+            while given:
+                node = max(given, key=lambda node: node._sequence_nr())
+                gradients = given.pop(node)
                 self._line = self._lines.get(node._sequence_nr(), "")
-                for (following, place), gradient in zip(node.next_functions, _backward(node, gradients), strict=True):
-                    if gradient is not None and following is not None:
-                        places = given.setdefault(following, {})
-                        gradient = _fitted(gradient, following, place)
-                        places[place] = gradient if place not in places else places[place] + gradient
-                    waiting[following] -= 1
-                    if following is not None and not waiting[following]:
-                        ready.append(following)
+                results = node(*(gradients.get(place) for place in range(len(node._input_metadata))))
+                results = results if isinstance(results, tuple) else (results,)
+                for (following, place), gradient in zip(node.next_functions, results, strict=True):
+                    if following is None or gradient is None:
+                        continue
+                    places, expected = leaves, getattr(following, "variable", None)
+                    if expected is None:
+                        places, expected = given.setdefault(following, {}), following._input_metadata[place]
+                    else:
+                        place = id(expected)
+                    if gradient.shape != expected.shape:  # broadcast forward
+                        gradient = gradient.sum_to_size(expected.shape)
+                    gradient = gradient.to(expected.dtype)
+                    places[place] = places[place] + gradient if place in places else gradient
             self._line = ""
-            missing = [x for x in inputs if id(x) not in found]
+            missing = [x for x in inputs if id(x) not in leaves]
             assert not missing or allow_unused
-            found |= {id(x): torch.zeros_like(x) for x in missing if materialize_grads}
-            return tuple(found.get(id(x)) for x in inputs)
+            leaves |= {id(x): torch.zeros_like(x) for x in missing if materialize_grads}
+        return tuple(leaves.get(id(x)) for x in inputs)
 
 
-def _backward(node: Any, gradients: dict[int, Tensor]) -> Sequence[Tensor | None]:
-    """Gradients of a node's inputs from those of its outputs."""
-    if not gradients:
-        return [None] * len(node.next_functions)
-    arguments = [gradients.get(place) for place in range(len(node._input_metadata))]
-    result = node(*arguments) if callable(node) else node.apply(*arguments)  # of a torch.autograd.Function
-    result = result if isinstance(result, tuple) else (result,)
-    return result[: len(node.next_functions)]  # arguments of a Function that are no tensors come last
-
-
-def _fitted(gradient: Tensor, node: Any, place: int) -> Tensor:
-    """As the engine does it: summed over what was broadcast, in the type of the forward pass."""
-    expected = node.variable if hasattr(node, "variable") else node._input_metadata[place]
-    if gradient.shape != expected.shape:
-        gradient = gradient.sum_to_size(expected.shape)
-    return gradient if gradient.dtype == expected.dtype else gradient.to(expected.dtype)
-
-
-def launches(name: str, args: Any, sources: list[Tensor], results: list[Tensor]) -> int:
-    """Kernels that an operation launches on CUDA, roughly; cuDNN may take some more to change layouts."""
-    if results and not any(x.numel() for x in results):
+def launches(name: str, args: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    """Kernels that an operation launches, roughly; cuDNN may take some more to change layouts."""
+    if outputs and not any(x.numel() for x in outputs):
         return 0
     match name:
-        case "im2col":  # the backward of fold launches one for each image (aten/src/ATen/native/cuda/Im2Col.cu)
+        case "im2col":  # the backward of fold: one for each image (aten/src/ATen/native/cuda/Im2Col.cu)
             return len(args[0])
         case "convolution":
             return 1 + (args[2] is not None)
         case "convolution_backward":
             return sum(args[-1])
-        case "_cudnn_rnn":  # an assumption: layers · (2 + 2 T)
+        case "_cudnn_rnn":  # this and the next are guesses
             return args[9] * (2 + 2 * args[0].shape[1])
         case "_cudnn_rnn_backward":
             return args[13] * (6 + 2 * args[0].shape[1]) + 1
         case "index_put" | "index_put_" | "_index_put_impl_":  # sorts
             return 12
-        case "_foreach_norm" | "select_backward" | "slice_backward" | "max_pool2d_with_indices_backward":
-            return 2  # of the last three one writes zeros
-        case "_foreach_copy_" if len({x.dtype for x in sources}) > 1:
-            return len(sources) // 2
+        case "select_backward" | "slice_backward" | "max_pool2d_with_indices_backward" | "_foreach_norm":
+            return 2
+        case "_foreach_copy_" if len({x.dtype for x in inputs}) > 1:
+            return len(inputs) // 2
     return 1
 
 
 def project_line() -> str:
-    """The innermost line of the project's own modules that is being run, as `file:line`."""
+    """The innermost line of the project's modules that is running, `file:line`."""
     frame = sys._getframe(1)
-    while frame.f_back and os.path.dirname(frame.f_code.co_filename) != str(ROOT):  # noqa: PTH120 (it is called often)
+    while frame.f_back and os.path.dirname(frame.f_code.co_filename) != str(ROOT):  # noqa: PTH120 (called often)
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
-# ---------------------------------------------------------------------------------------------------- the fake GPU
+# -------------------------------------------------------------------------------------------------------- the fake GPU
 
 
 def _gru(self: nn.GRU, x: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`nn.GRU.forward` as ATen's `gru` does it with cuDNN; in autocast it casts to fp16, whatever type was asked for
+    """`nn.GRU.forward` as ATen does it with cuDNN; under autocast it casts to fp16, whatever type was asked for
     (`at::autocast::_cudnn_rnn_cast_reflatten` says `at::kHalf`).
     """
     hx = x.new_zeros(self.num_layers, len(x), self.hidden_size) if hx is None else hx
-    weights = [getattr(self, name) for name in self._flat_weights_names]
+    weights: list[Tensor] = [self.get_parameter(name) for name in self._flat_weights_names]
     is_cast = torch.is_autocast_enabled("cuda")
     with torch.autocast("cuda", enabled=False):
-        x, hx, *weights = ((each.half() if is_cast else each) for each in (x, hx, *weights))
+        x, hx, *weights = ((tensor.half() if is_cast else tensor) for tensor in (x, hx, *weights))  # type: ignore
         if not hx.is_contiguous():
             raise RuntimeError("rnn: hx is not contiguous")
-        if len({each.dtype for each in (x, hx, *weights)}) > 1:
-            raise RuntimeError("rnn: inputs, hidden state and weights are of different types")
+        if len({tensor.dtype for tensor in (x, hx, *weights)}) > 1:
+            raise RuntimeError("rnn: input, hidden state and weights are of different types")
         if torch.is_grad_enabled() and not self.training:
             raise RuntimeError("cudnn RNN backward can only be called in training mode")
-        flat = x.new_empty(sum(each.numel() for each in weights))  # where `flatten_parameters` has put them
+        flat = x.new_empty(sum(tensor.numel() for tensor in weights))  # where `flatten_parameters` has put them
         states, hidden, *_ = torch._cudnn_rnn(x, weights, 4, flat, hx, None, 3, self.hidden_size, 0, self.num_layers,
                                               True, 0.0, self.training, False, [], None)  # fmt: skip
     return states, hidden
 
 
-def _cudnn_rnn_backward(*args: Any) -> tuple[Any, ...]:
-    """Shapes of the gradients of input, hidden state, cell state and weights."""
+def _gru_backward(*args: Any) -> tuple[Any, ...]:
+    """The shapes of what `_cudnn_rnn_backward` returns: gradients of input, hidden state, cell state and weights."""
     x, weights, hx, mask = args[0], args[1], args[4], args[-1]
-    return (torch.empty_like(x) if mask[0] else None, torch.empty_like(hx) if mask[1] else None, None,
-            [torch.empty_like(weight) for weight in weights] if mask[3] else [])  # fmt: skip
-
-
-class CpuGenerator(torch.Generator):
-    """Stands for one on the GPU: nothing is sampled."""
-
-    def __new__(cls, device: Any = None) -> "CpuGenerator":
-        return super().__new__(cls)
+    return torch.empty_like(x), torch.empty_like(hx), None, [torch.empty_like(w) for w in weights] if mask[3] else []
 
 
 def _to(self: nn.Module, device: torch.device, memory_format: torch.memory_format) -> nn.Module:
-    """`nn.Module.to`, which cannot swap fake parameters for others."""
+    """`nn.Module.to`, which cannot put fake parameters on another device."""
     for module in self.modules():
         for name, value in module._parameters.items():
             if value is not None:
                 layout = memory_format if value.dim() == 4 else torch.preserve_format
                 moved = value.detach().to(device, memory_format=layout)
                 module._parameters[name] = nn.Parameter(moved, value.requires_grad)
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(device)
+        module._buffers |= {name: value.to(device) for name, value in module._buffers.items() if value is not None}
     return self
 
 
 def _pinned(self: Tensor) -> Tensor:
     copy = self.detach()
-    copy.is_in_pinned_memory = True  # type: ignore[attr-defined]
+    copy.lies_in_pinned_memory = True  # type: ignore[attr-defined]
     return copy
+
+
+class _Generator(torch.Generator):
+    """Of the CPU, wherever it should be: nothing is sampled."""
+
+    def __new__(cls, device: Any = None) -> "_Generator":
+        return super().__new__(cls)
 
 
 @contextmanager
 def fake_cuda() -> Iterator[Watch]:
-    """Inside, tensors on "cuda" can be made and used, and hold nothing. Changes neither random seeds nor torch."""
+    """Inside, tensors on "cuda" can be made and used, and hold nothing. Random seeds and torch stay as they were."""
     watch, mode = Watch(), FakeTensorMode(allow_fallback_kernels=False)
-    replaced: dict[str, Any] = {
-        "torch.autograd.grad": watch.grad,
-        "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
-        "torch.cuda.is_bf16_supported": lambda *_, **__: True,
-        "torch.cuda.mem_get_info": lambda *_: (2**40, 2**40),
-        "torch.from_numpy": lambda array: torch.empty(array.shape, dtype=getattr(torch, str(array.dtype))),
-        "torch.Generator": CpuGenerator,
-        "torch.manual_seed": lambda seed: None,
-        "torch.nn.GRU.forward": _gru,
-        "torch.nn.RNNBase.flatten_parameters": lambda self: None,
-        "torch.nn.utils.clip_grad._has_foreach_support": lambda *_: True,  # of fake tensors, too
-        "torch.Tensor.pin_memory": _pinned,
-        "torch.nn.Module.to": _to,
-    } | {f"torch.cuda.{name}": mock.MagicMock() for name in ("CUDAGraph", "graph", "stream", "Stream",
-                                                             "current_stream")}  # fmt: skip
+    replaced = {
+        "autograd.grad": watch.grad, "nn.GRU.forward": _gru, "nn.Module.to": _to, "Generator": _Generator,
+        "Tensor.pin_memory": _pinned, "manual_seed": mock.Mock(), "nn.RNNBase.flatten_parameters": mock.Mock(),
+        "cuda.amp.common.amp_definitely_not_available": lambda: False,
+        "cuda.is_bf16_supported": lambda *_, **__: True, "cuda.mem_get_info": lambda *_: (2**40, 2**40),
+        "from_numpy": lambda array: torch.empty(array.shape, dtype=getattr(torch, str(array.dtype))),
+        "nn.utils.clip_grad._has_foreach_support": lambda *_: True,  # for fake tensors too
+        **{f"cuda.{name}": mock.MagicMock() for name in ("CUDAGraph", "Stream", "current_stream", "graph", "stream")},
+    }  # fmt: skip
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings(action="ignore"))
         library = stack.enter_context(torch.library._scoped_library("aten", "IMPL", "Meta"))
-        library.impl("_cudnn_rnn_backward", _cudnn_rnn_backward)
-        for name, substitute in replaced.items():
-            stack.enter_context(mock.patch(name, substitute))
-        # Copies of networks otherwise hold copies of the mode.
+        library.impl("_cudnn_rnn_backward", _gru_backward)
+        for name, replacement in replaced.items():
+            stack.enter_context(mock.patch(f"torch.{name}", replacement))
+        # A copied network's tensors are of the same mode.
         stack.enter_context(mock.patch.object(FakeTensorMode, "__deepcopy__", lambda self, memo: self, create=True))
         stack.enter_context(mode)
-        stack.enter_context(watch)
-        yield watch
+        yield stack.enter_context(watch)
 
 
-# ---------------------------------------------------------------------------------------------------- two iterations
+# ------------------------------------------------------------------------------------------------------ two iterations
 
 
-def look_at(overrides: list[str]) -> Watch:
-    """What an iteration with these settings launches, and what is wrong with it. Raises UserError: wrong settings."""
-    config = load_config(None, overrides)
+def look_at(config: Config) -> Watch:
+    """What an iteration with these settings launches, and its mistakes. Raises UserError: wrong settings."""
     with fake_cuda() as watch:
         try:
-            _run(config, watch)
+            _train(config, watch)
         except Exception as error:
-            cause = error
-            while isinstance(cause.__cause__, Exception):  # of a graph that could not be recorded
-                cause = cause.__cause__
-            if isinstance(cause, UserError):
-                raise
-            trace, line = cause.__traceback__, ""
-            while trace:
-                if Path(trace.tb_frame.f_code.co_filename).parent == ROOT:
-                    line = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
-                trace = trace.tb_next
-            watch.note(f"{type(cause).__name__}: {str(cause).splitlines()[0][:160]}", line)
+            while isinstance(error.__cause__, Exception):  # of a graph that could not be recorded
+                error = error.__cause__
+            if isinstance(error, UserError):
+                raise error from None
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [f"{Path(one.filename).name}:{one.lineno}" for one in frames if Path(one.filename).parent == ROOT]
+            watch.note(f"{type(error).__name__}: {str(error)[:200]}", (lines or ["?"])[-1])
     return watch
 
 
-def _run(config: Config, watch: Watch) -> None:
-    """Two iterations: the first one records both passes and makes Adam's moments, the second one is counted."""
+def _train(config: Config, watch: Watch) -> None:
+    """Two iterations. Counted are both passes, where the first one records them, and all else in the second one."""
     state = TrainingState(*build_networks(config), config, CUDA)
     runner, noise, images = CudaGraphSteps(state), NoiseSampler(config, CUDA), _images(config)
     log = Log(None, 2, config, images, world=mock.Mock(is_main=False))
     for kind, networks in {"critic": ["critic"], "generator": ["vae", "predictor"]}.items():
         weights = [weight for network in networks for weight in state.parameters[network]]
-        recorded: Any = _once(watch.during(f"{kind} pass", getattr(runner, f"{kind}_pass")), weights, watch)
-        setattr(runner, f"{kind}_pass", recorded)
+        one_pass = watch.during(f"{kind} pass", _once(getattr(runner, f"{kind}_pass"), weights, watch))
+        setattr(runner, f"{kind}_pass", one_pass)
         setattr(runner, f"{kind}_step", watch.during(f"{kind} step", getattr(runner, f"{kind}_step")))
         setattr(noise, kind, watch.during(f"{kind} noise", getattr(noise, kind)))
     source = images.batches()
     batches = map(watch.during("data", lambda _: next(source)), itertools.count())
     for step in (1, 2):
-        for operation in [*watch.launches]:
-            if not operation.part.endswith("pass"):
-                del watch.launches[operation]
+        watch.launches = Counter({key: count for key, count in watch.launches.items() if key[0].endswith("pass")})
         watch.during("log", log.collect)(step, iteration(runner, noise, batches, step))
         state.step = step
 
@@ -383,67 +302,60 @@ def _run(config: Config, watch: Watch) -> None:
 def _images(config: Config) -> TrainingImages:
     """10,000 images on the GPU, from no files."""
     folder = mock.Mock(root="", samples=[("image", 0)] * 10_000, classes=[], left_out="")
-    load = mock.Mock(side_effect=lambda shape, _: (torch.empty(shape, dtype=torch.uint8), range(len(folder.samples))))
+    load = mock.Mock(side_effect=lambda shape, _: (torch.empty(shape, dtype=torch.uint8), range(shape[0])))
     with mock.patch.object(TrainingImages, "_load", load):
-        return TrainingImages(folder, config.data, config.image, batch_size=config.training.batch_size,
-                              seed=config.training.seed, device=CUDA, progress=False)  # fmt: skip
+        return TrainingImages(folder, config.data, config.image, batch_size=config.training.batch_size, seed=0,
+                              device=CUDA)  # fmt: skip
 
 
 def _once(run: Callable[..., Any], weights: list[nn.Parameter], watch: Watch) -> Callable[..., Any]:
-    """`run` at the first call, and its output again at all others: the warm-up before a recording does the same."""
-    outputs: list[Any] = []
+    """`run` at the first call, and the same output at later ones: a warm-up does what is recorded after it."""
+    done: list[Any] = []
 
     def call(*inputs: Any) -> Any:
-        if not outputs:
-            outputs.append(run(*inputs))
-            for weight, gradient in zip(weights, outputs[0].gradients, strict=True):
-                expected, given = ((x.dtype, x.device, x.shape) for x in (weight, gradient))
-                if expected != given:
-                    watch.note(f"a gradient is {given}, its weight {expected}", "the pass")
-            for value in tree_leaves(outputs[0].metrics):
-                if value.device != CUDA:
-                    watch.note(f"a metric on {value.device}", "the pass")
-        return outputs[0]
+        if not done:
+            done.append(run(*inputs))
+            for weight, gradient in zip(weights, done[0].gradients, strict=True):
+                has, needs = ((x.dtype, x.device, tuple(x.shape)) for x in (gradient, weight))
+                if has != needs:
+                    watch.note(f"a gradient of {has} for a weight of {needs}", run.__name__)
+        return done[0]
 
     return call
 
 
-# --------------------------------------------------------------------------------------------------------- the report
-
-
 def part_launches(watch: Watch, n_critic: int) -> dict[str, int]:
-    """Launches of each part of an iteration, each time it happens; `in the passes` and `outside` of a whole one."""
+    """Launches of each part, each time it runs; and of a whole iteration, in the passes and outside of them."""
     parts: Counter[str] = Counter()
-    for operation, count in watch.launches.items():
-        parts[operation.part] += count
+    for (part, *_), count in watch.launches.items():
+        parts[part] += count
     inside = n_critic * parts["critic pass"] + parts["generator pass"]
     outside = sum(count for part, count in parts.items() if not part.endswith("pass"))
-    for part in ("data", "critic noise", "critic step"):
-        parts[part] //= n_critic
-    return {**parts, "in the passes": inside, "outside": outside}
+    each = {part: count // n_critic if part in ("data", "critic noise", "critic step") else count
+            for part, count in parts.items()}  # fmt: skip
+    return {**each, "in the passes": inside, "outside": outside}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = CommandParser("python -m studies.fake_cuda", description=__doc__)
-    parser.add_argument("--counts", action="store_true", help="the operations that launch most in each part")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings; without any, the whole list")
+    parser.add_argument("--counts", action="store_true", help="of each part, the lines that launch most kernels")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of a single configuration")
 
     def run() -> int:
-        options = parser.parse_args(arguments)
-        overrides = options.overrides
-        wrong = 0
-        for name, settings in ({" ".join(overrides): overrides} if overrides else CONFIGURATIONS).items():
-            watch = look_at(settings)
-            parts = part_launches(watch, load_config(None, settings).training.n_critic)
-            wrong += bool(watch.findings)
-            counts = ", ".join(f"{part} {count:,}" for part, count in parts.items())
-            print(f"{name:<28} {'WRONG' if watch.findings else 'ok'}; launches: {counts}", flush=True)
-            print(*(f"    {finding}\n" for finding in watch.findings), sep="", end="")
+        options, mistakes = parser.parse_args(arguments), 0
+        for settings in [" ".join(options.overrides)] if options.overrides else CONFIGURATIONS:
+            config = load_config(None, settings.split())
+            watch = look_at(config)
+            parts = part_launches(watch, config.training.n_critic)
+            name = " ".join(settings.replace(QUICK, "quick").split()) or "defaults"
+            print(f"{name}: " + ", ".join(f"{part} {count:,}" for part, count in parts.items()), flush=True)
+            print(*(f"    MISTAKE in {mistake}\n" for mistake in watch.mistakes), sep="", end="")
+            mistakes += len(watch.mistakes)
             for part in parts if options.counts else ():
-                print(f"  {part}")
-                lines = Counter({op: count for op, count in watch.launches.items() if op.part == part}).most_common(40)
-                print(*(f"    {count:6,} {op.name:<34} {op.line}\n" for op, count in lines), sep="", end="")
-        return int(wrong > 0)
+                counts = Counter({key: count for key, count in watch.launches.items() if key[0] == part})
+                for (_, operation, line), count in counts.most_common(40):
+                    print(f"    {part}: {count:5,} {operation} at {line}")
+        return min(mistakes, 1)
 
     return run_command(run)
 
