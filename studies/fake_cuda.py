@@ -68,9 +68,22 @@ CONFIGURATIONS = ["", BF16, OFF, SOURCE] + [f"{QUICK} {settings}" for settings i
 """Overrides, the empty ones first: the defaults."""
 # fmt: on
 
-NO_KERNEL = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "unsafe_split",
-             "device", "is_pinned", "_record_function_enter_new", "_record_function_exit"}  # fmt: skip
-"""Operations that launch none, besides views."""
+NO_KERNEL = ("empty", "new_empty", "unsafe_split", "_unsafe_view", "promote_types", "device", "is_pinned", "_record")
+"""Beginnings of the names of operations that launch none, besides views."""
+KERNELS: dict[str, Callable[[Any], int]] = {
+    "im2col": lambda args: len(args[0]),  # the backward of fold: one for each image (ATen/native/cuda/Im2Col.cu)
+    "convolution": lambda args: 1 + (args[2] is not None),
+    "convolution_backward": lambda args: sum(args[-1]),
+    "_cudnn_rnn": lambda args: args[9] * (2 + 2 * args[0].shape[1]),  # layers and frames: a guess, as is the next
+    "_cudnn_rnn_backward": lambda args: args[13] * (6 + 2 * args[0].shape[1]) + 1,
+    "_foreach_copy_": lambda args: 1 if len({x.dtype for x in tree_leaves(args[:2])}) == 1 else len(args[0]),
+    **dict.fromkeys(("index_put", "index_put_", "_index_put_impl_"), lambda _: 12),  # sorts
+    **dict.fromkeys(
+        ("select_backward", "slice_backward", "max_pool2d_with_indices_backward"), lambda _: 2
+    ),  # zeros too
+    "_foreach_norm": lambda _: 2,
+}
+"""Operation -> how many it launches with these arguments, roughly; all others launch one."""
 
 
 class Watch(TorchDispatchMode):
@@ -107,10 +120,11 @@ class Watch(TorchDispatchMode):
             return result
         if name == "lift_fresh":
             self.note("torch.tensor(...) or the like", line)
-        if function.is_view or name in NO_KERNEL:
+        if function.is_view or name.startswith(NO_KERNEL):
             return result
         inputs, outputs = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ([args, kwargs], result))
-        self.launches[self._part, name, line] += launches(name, args, inputs, outputs)
+        if not outputs or any(x.numel() for x in outputs):
+            self.launches[self._part, name, line] += KERNELS.get(name, lambda _: 1)(args)
         before = {x.device.type for x in inputs if not hasattr(x, "lies_in_pinned_memory")}
         after = {x.device.type for x in outputs}
         if "copy" in name and len(before | after) > 1:
@@ -121,8 +135,8 @@ class Watch(TorchDispatchMode):
 
     def grad(self, outputs: Tensor, inputs: Any, *, allow_unused: bool = False, materialize_grads: bool = False) -> Any:
         """`torch.autograd.grad` of a scalar, node by node, those made last first."""
-        leaves: dict[Any, Tensor] = {}
-        given: dict[Any, dict[Any, Tensor]] = {outputs.grad_fn: {0: torch.ones_like(outputs)}}  # node -> its gradients
+        leaves: dict[Any, dict[int, Tensor]] = {}
+        given: dict[Any, dict[int, Tensor]] = {outputs.grad_fn: {0: torch.ones_like(outputs)}}  # node -> its gradients
         with torch.no_grad():
             while given:
                 node = max(given, key=lambda node: node._sequence_nr())
@@ -131,46 +145,19 @@ class Watch(TorchDispatchMode):
                 results = node(*(gradients.get(place) for place in range(len(node._input_metadata))))
                 results = results if isinstance(results, tuple) else (results,)
                 for (following, place), gradient in zip(node.next_functions, results, strict=True):
-                    if following is None or gradient is None:
-                        continue
-                    places, expected = leaves, getattr(following, "variable", None)
-                    if expected is None:
-                        places, expected = given.setdefault(following, {}), following._input_metadata[place]
-                    else:
-                        place = id(expected)
-                    if gradient.shape != expected.shape:  # broadcast forward
-                        gradient = gradient.sum_to_size(expected.shape)
-                    gradient = gradient.to(expected.dtype)
-                    places[place] = places[place] + gradient if place in places else gradient
+                    if following is not None and gradient is not None:
+                        expected = following._input_metadata[place]
+                        if gradient.shape != expected.shape:  # broadcast forward
+                            gradient = gradient.sum_to_size(expected.shape)
+                        gradient = gradient.to(expected.dtype)
+                        places = (leaves if hasattr(following, "variable") else given).setdefault(following, {})
+                        places[place] = places[place] + gradient if place in places else gradient
             self._line = ""
-            missing = [x for x in inputs if id(x) not in leaves]
+            found = {id(node.variable): gradients[0] for node, gradients in leaves.items()}
+            missing = [x for x in inputs if id(x) not in found]
             assert not missing or allow_unused
-            leaves |= {id(x): torch.zeros_like(x) for x in missing if materialize_grads}
-        return tuple(leaves.get(id(x)) for x in inputs)
-
-
-def launches(name: str, args: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
-    """Kernels that an operation launches, roughly; cuDNN may take some more to change layouts."""
-    if outputs and not any(x.numel() for x in outputs):
-        return 0
-    match name:
-        case "im2col":  # the backward of fold: one for each image (aten/src/ATen/native/cuda/Im2Col.cu)
-            return len(args[0])
-        case "convolution":
-            return 1 + (args[2] is not None)
-        case "convolution_backward":
-            return sum(args[-1])
-        case "_cudnn_rnn":  # this and the next are guesses
-            return args[9] * (2 + 2 * args[0].shape[1])
-        case "_cudnn_rnn_backward":
-            return args[13] * (6 + 2 * args[0].shape[1]) + 1
-        case "index_put" | "index_put_" | "_index_put_impl_":  # sorts
-            return 12
-        case "select_backward" | "slice_backward" | "max_pool2d_with_indices_backward" | "_foreach_norm":
-            return 2
-        case "_foreach_copy_" if len({x.dtype for x in inputs}) > 1:
-            return len(inputs) // 2
-    return 1
+            found |= {id(x): torch.zeros_like(x) for x in missing if materialize_grads}
+        return tuple(found.get(id(x)) for x in inputs)
 
 
 def project_line() -> str:
@@ -331,9 +318,9 @@ def part_launches(watch: Watch, n_critic: int) -> dict[str, int]:
         parts[part] += count
     inside = n_critic * parts["critic pass"] + parts["generator pass"]
     outside = sum(count for part, count in parts.items() if not part.endswith("pass"))
-    each = {part: count // n_critic if part in ("data", "critic noise", "critic step") else count
-            for part, count in parts.items()}  # fmt: skip
-    return {**each, "in the passes": inside, "outside": outside}
+    for part in ("data", "critic noise", "critic step"):
+        parts[part] //= n_critic
+    return {**parts, "in the passes": inside, "outside": outside}
 
 
 def main(arguments: list[str] | None = None) -> int:
