@@ -10,21 +10,18 @@ torch's `FakeTensorMode`. That finds what a GPU would not do, would wait for, or
     a tensor on the wrong device         an error of FakeTensorMode
     .item(), masks as indices, nonzero   the same: a number or a shape depends on data
     .cpu(), torch.tensor(...)            copies from or to memory that isn't pinned
-    work on the CPU                      results that lie there
-    wrong gradients                      of another type, device or shape than their weights
+    a result on the CPU, a gradient of another type, device or shape than its weight
 
 It also counts kernel launches, roughly: one for most operations. It sees no numbers, memory, time or missing kernels.
 Replaced are what asks the driver (GRU, autograd's engine, recording a graph), random generators and pinned memory.
 """
 
-import itertools
-import os
 import sys
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,7 +40,7 @@ from training_log import Log
 from training_step import NoiseSampler, TrainingState
 from util import CommandParser, run_command
 
-ROOT = Path(__file__).parent.parent
+FILES = {str(path) for path in Path(__file__).parent.parent.glob("*.py")}
 CUDA = torch.device("cuda", 0)
 
 # fmt: off
@@ -57,16 +54,14 @@ SOURCE = f"""weight_predictor.layers=[decoder.stage1.*,decoder.stage2.*] {FULL} 
     weight_predictor.bound=0.2 video.height=128 video.width=128"""
 CONFIGURATIONS = ["", BF16, OFF, SOURCE] + [f"{QUICK} {settings}" for settings in (
     f"{FULL} weight_predictor.layers=[decoder.stage1.*]", f"{FULL} {BF16}", PER_CHANNEL, f"{PER_CHANNEL} {BF16}",
-    AUGMENTED, f"{AUGMENTED} {BF16}", SHARED, f"{SHARED} {BF16}", OFF, f"{OFF} {BF16}",
+    AUGMENTED, f"{AUGMENTED} {BF16}", SHARED, f"{SHARED} {BF16}", OFF, f"{OFF} {BF16}", "image.channels=1",
     "weight_predictor.update=constant", "weight_predictor.input_video=other", "weight_predictor.input_video=static",
     "weight_predictor.train_gru=false", "loss.lambda_video=0", "loss.rollout_fraction=1", "loss.rollout_fraction=0",
     "loss.rollout_frames=0", "loss.adversarial_frame=random", "loss.base_fake_fraction=1", "loss.base_fake_fraction=0",
-    "video.detach=false", "training.clip_vae=1 training.clip_predictor=1 training.clip_critic=1",
+    "video.detach=false data.mirror=true", "training.clip_vae=1 training.clip_predictor=1 training.clip_critic=1",
     "video.shift=0 video.zoom=0 video.rotation=0 video.brightness=0 video.contrast=0 video.noise=0",
-    "image.channels=1 data.mirror=true",
 )]
 """Overrides, the empty ones first: the defaults."""
-# fmt: on
 
 NO_KERNEL = ("empty", "new_empty", "unsafe_split", "_unsafe_view", "promote_types", "device", "is_pinned", "_record")
 """Beginnings of the names of operations that launch none, besides views."""
@@ -77,13 +72,12 @@ KERNELS: dict[str, Callable[[Any], int]] = {
     "_cudnn_rnn": lambda args: args[9] * (2 + 2 * args[0].shape[1]),  # layers and frames: a guess, as is the next
     "_cudnn_rnn_backward": lambda args: args[13] * (6 + 2 * args[0].shape[1]) + 1,
     "_foreach_copy_": lambda args: 1 if len({x.dtype for x in tree_leaves(args[:2])}) == 1 else len(args[0]),
-    **dict.fromkeys(("index_put", "index_put_", "_index_put_impl_"), lambda _: 12),  # sorts
-    **dict.fromkeys(
-        ("select_backward", "slice_backward", "max_pool2d_with_indices_backward"), lambda _: 2
-    ),  # zeros too
-    "_foreach_norm": lambda _: 2,
+    **dict.fromkeys(["index_put", "index_put_", "_index_put_impl_"], lambda _: 12),  # sorts
+    "max_pool2d_with_indices_backward": lambda _: 2,  # zeros first, as in the next
+    **dict.fromkeys(["select_backward", "slice_backward", "_foreach_norm"], lambda _: 2),
 }
 """Operation -> how many it launches with these arguments, roughly; all others launch one."""
+# fmt: on
 
 
 class Watch(TorchDispatchMode):
@@ -114,13 +108,11 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, line = function._overloadpacket.__name__, self._line or project_line()
-        self._lines.setdefault(torch._C._autograd._get_sequence_nr() - 1, line)  # a node is made before it computes
+        self._lines.setdefault(torch.autograd._get_sequence_nr() - 1, line)  # a node is made before it computes
         result = function(*args, **kwargs or {})
-        if not self._part:
-            return result
-        if name == "lift_fresh":
+        if self._part and name == "lift_fresh":
             self.note("torch.tensor(...) or the like", line)
-        if function.is_view or name.startswith(NO_KERNEL):
+        if not self._part or function.is_view or name.startswith(NO_KERNEL):
             return result
         inputs, outputs = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ([args, kwargs], result))
         if not outputs or any(x.numel() for x in outputs):
@@ -154,27 +146,20 @@ class Watch(TorchDispatchMode):
                         places[place] = places[place] + gradient if place in places else gradient
             self._line = ""
             found = {id(node.variable): gradients[0] for node, gradients in leaves.items()}
-            missing = [x for x in inputs if id(x) not in found]
-            assert not missing or allow_unused
-            found |= {id(x): torch.zeros_like(x) for x in missing if materialize_grads}
-        return tuple(found.get(id(x)) for x in inputs)
+            found |= {id(x): torch.zeros_like(x) for x in inputs if materialize_grads and id(x) not in found}
+        return tuple(found.get(id(x)) if allow_unused else found[id(x)] for x in inputs)
 
 
 def project_line() -> str:
     """The innermost line of the project's modules that is running, `file:line`."""
     frame = sys._getframe(1)
-    while frame.f_back and os.path.dirname(frame.f_code.co_filename) != str(ROOT):  # noqa: PTH120 (called often)
+    while frame.f_back and frame.f_code.co_filename not in FILES:
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
-# -------------------------------------------------------------------------------------------------------- the fake GPU
-
-
 def _gru(self: nn.GRU, x: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`nn.GRU.forward` as ATen does it with cuDNN; under autocast it casts to fp16, whatever type was asked for
-    (`at::autocast::_cudnn_rnn_cast_reflatten` says `at::kHalf`).
-    """
+    """`nn.GRU.forward` as ATen has it with cuDNN. Under autocast it casts to fp16, whatever type was asked for."""
     hx = x.new_zeros(self.num_layers, len(x), self.hidden_size) if hx is None else hx
     weights: list[Tensor] = [self.get_parameter(name) for name in self._flat_weights_names]
     is_cast = torch.is_autocast_enabled("cuda")
@@ -184,8 +169,6 @@ def _gru(self: nn.GRU, x: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Ten
             raise RuntimeError("rnn: hx is not contiguous")
         if len({tensor.dtype for tensor in (x, hx, *weights)}) > 1:
             raise RuntimeError("rnn: input, hidden state and weights are of different types")
-        if torch.is_grad_enabled() and not self.training:
-            raise RuntimeError("cudnn RNN backward can only be called in training mode")
         flat = x.new_empty(sum(tensor.numel() for tensor in weights))  # where `flatten_parameters` has put them
         states, hidden, *_ = torch._cudnn_rnn(x, weights, 4, flat, hx, None, 3, self.hidden_size, 0, self.num_layers,
                                               True, 0.0, self.training, False, [], None)  # fmt: skip
@@ -234,21 +217,18 @@ def fake_cuda() -> Iterator[Watch]:
         "cuda.is_bf16_supported": lambda *_, **__: True, "cuda.mem_get_info": lambda *_: (2**40, 2**40),
         "from_numpy": lambda array: torch.empty(array.shape, dtype=getattr(torch, str(array.dtype))),
         "nn.utils.clip_grad._has_foreach_support": lambda *_: True,  # for fake tensors too
+        "_subclasses.fake_tensor.FakeTensorMode.__deepcopy__": lambda self, memo: self,  # copies are of the same mode
         **{f"cuda.{name}": mock.MagicMock() for name in ("CUDAGraph", "Stream", "current_stream", "graph", "stream")},
     }  # fmt: skip
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings(action="ignore"))
         library = stack.enter_context(torch.library._scoped_library("aten", "IMPL", "Meta"))
-        library.impl("_cudnn_rnn_backward", _gru_backward)
+        with suppress(RuntimeError):  # a later torch may have its own
+            library.impl("_cudnn_rnn_backward", _gru_backward)
         for name, replacement in replaced.items():
-            stack.enter_context(mock.patch(f"torch.{name}", replacement))
-        # A copied network's tensors are of the same mode.
-        stack.enter_context(mock.patch.object(FakeTensorMode, "__deepcopy__", lambda self, memo: self, create=True))
+            stack.enter_context(mock.patch(f"torch.{name}", replacement, create=True))
         stack.enter_context(mode)
         yield stack.enter_context(watch)
-
-
-# ------------------------------------------------------------------------------------------------------ two iterations
 
 
 def look_at(config: Config) -> Watch:
@@ -262,7 +242,7 @@ def look_at(config: Config) -> Watch:
             if isinstance(error, UserError):
                 raise error from None
             frames = traceback.extract_tb(error.__traceback__)
-            lines = [f"{Path(one.filename).name}:{one.lineno}" for one in frames if Path(one.filename).parent == ROOT]
+            lines = [f"{Path(one.filename).name}:{one.lineno}" for one in frames if one.filename in FILES]
             watch.note(f"{type(error).__name__}: {str(error)[:200]}", (lines or ["?"])[-1])
     return watch
 
@@ -274,16 +254,14 @@ def _train(config: Config, watch: Watch) -> None:
     log = Log(None, 2, config, images, world=mock.Mock(is_main=False))
     for kind, networks in {"critic": ["critic"], "generator": ["vae", "predictor"]}.items():
         weights = [weight for network in networks for weight in state.parameters[network]]
-        one_pass = watch.during(f"{kind} pass", _once(getattr(runner, f"{kind}_pass"), weights, watch))
-        setattr(runner, f"{kind}_pass", one_pass)
-        setattr(runner, f"{kind}_step", watch.during(f"{kind} step", getattr(runner, f"{kind}_step")))
+        run, step = getattr(runner, f"{kind}_pass"), getattr(runner, f"{kind}_step")
+        setattr(runner, run.__name__, watch.during(f"{kind} pass", _once(run, weights, watch)))
+        setattr(runner, step.__name__, watch.during(f"{kind} step", step))
         setattr(noise, kind, watch.during(f"{kind} noise", getattr(noise, kind)))
-    source = images.batches()
-    batches = map(watch.during("data", lambda _: next(source)), itertools.count())
-    for step in (1, 2):
+    next_batch = watch.during("data", images.batches().__next__)
+    for number in (1, 2):
         watch.launches = Counter({key: count for key, count in watch.launches.items() if key[0].endswith("pass")})
-        watch.during("log", log.collect)(step, iteration(runner, noise, batches, step))
-        state.step = step
+        watch.during("log", log.collect)(number, iteration(runner, noise, iter(next_batch, None), number))
 
 
 def _images(config: Config) -> TrainingImages:
@@ -302,10 +280,11 @@ def _once(run: Callable[..., Any], weights: list[nn.Parameter], watch: Watch) ->
     def call(*inputs: Any) -> Any:
         if not done:
             done.append(run(*inputs))
-            for weight, gradient in zip(weights, done[0].gradients, strict=True):
-                has, needs = ((x.dtype, x.device, tuple(x.shape)) for x in (gradient, weight))
-                if has != needs:
-                    watch.note(f"a gradient of {has} for a weight of {needs}", run.__name__)
+            is_like, needs = (
+                [(x.dtype, x.device, x.shape) for x in tensors] for tensors in (done[0].gradients, weights)
+            )
+            if is_like != needs:
+                watch.note("a gradient of another type, device or shape than its weight", run.__name__)
         return done[0]
 
     return call
@@ -335,13 +314,13 @@ def main(arguments: list[str] | None = None) -> int:
             watch = look_at(config)
             parts = part_launches(watch, config.training.n_critic)
             name = " ".join(settings.replace(QUICK, "quick").split()) or "defaults"
-            print(f"{name}: " + ", ".join(f"{part} {count:,}" for part, count in parts.items()), flush=True)
-            print(*(f"    MISTAKE in {mistake}\n" for mistake in watch.mistakes), sep="", end="")
+            print(f"{name}: " + ", ".join(f"{part} {count:,}" for part, count in parts.items()),
+                  *(f"MISTAKE in {mistake}" for mistake in watch.mistakes), sep="\n    ", flush=True)  # fmt: skip
             mistakes += len(watch.mistakes)
             for part in parts if options.counts else ():
                 counts = Counter({key: count for key, count in watch.launches.items() if key[0] == part})
                 for (_, operation, line), count in counts.most_common(40):
-                    print(f"    {part}: {count:5,} {operation} at {line}")
+                    print(f"    {count:5,} {operation} at {line}, {part}")
         return min(mistakes, 1)
 
     return run_command(run)
