@@ -12,8 +12,8 @@ torch's `FakeTensorMode`. That finds what a GPU would not do, would wait for, or
     .cpu(), torch.tensor(...)            copies from or to memory that isn't pinned
     a result on the CPU, a gradient of another type, device or shape than its weight
 
-It also counts kernel launches, roughly: one for most operations. It sees no numbers, memory, time or missing kernels.
-Replaced are what asks the driver (GRU, autograd's engine, recording a graph), random generators and pinned memory.
+It also counts kernel launches, roughly: one for most operations. It cannot see numbers, memory and time.
+Replaced is what asks the driver: the GRU, autograd's engine, recording, random generators, pinned memory.
 """
 
 import sys
@@ -92,7 +92,7 @@ class Watch(TorchDispatchMode):
         self._lines: dict[int, str] = {}  # number of a node of autograd's graph -> the line that made it
 
     def during(self, part: str, do: Callable[..., Any]) -> Callable[..., Any]:
-        """`do`, as the part of an iteration."""
+        """`do`, as this part of an iteration."""
 
         def watched(*arguments: Any) -> Any:
             outer, self._part = self._part, part
@@ -213,7 +213,7 @@ def fake_cuda() -> Iterator[Watch]:
     replaced = {
         "autograd.grad": watch.grad, "nn.GRU.forward": _gru, "nn.Module.to": _to, "Generator": _Generator,
         "Tensor.pin_memory": _pinned, "manual_seed": mock.Mock(), "nn.RNNBase.flatten_parameters": mock.Mock(),
-        "cuda.amp.common.amp_definitely_not_available": lambda: False,
+        "cuda.amp.common.amp_definitely_not_available": lambda: False, "cuda.is_available": lambda: False,
         "cuda.is_bf16_supported": lambda *_, **__: True, "cuda.mem_get_info": lambda *_: (2**40, 2**40),
         "from_numpy": lambda array: torch.empty(array.shape, dtype=getattr(torch, str(array.dtype))),
         "nn.utils.clip_grad._has_foreach_support": lambda *_: True,  # for fake tensors too

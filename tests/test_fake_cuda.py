@@ -41,7 +41,7 @@ def test_the_default_iteration_launches_no_more_kernels_than_it_did() -> None:
 
 @pytest.mark.parametrize(("plant", "words"), [
     (lambda x: x.sum().item(), "DataDependentOutputException"),
-    (lambda x: x + torch.empty(x.shape), "DeviceMismatch"),
+    (lambda x: x + torch.empty(x.shape), "Device"),
     (lambda x: torch.ones(x.shape), "ones on the CPU"),
     (lambda x: x[x > 0.5], "DynamicOutputShapeException"),
     (lambda x: torch.tensor([1.0], device=x.device), "torch.tensor(...)"),
