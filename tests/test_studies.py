@@ -29,6 +29,7 @@ WRONG = {
         (["--quick", "data.root=nowhere"], "nowhere"),
         (["training.diffaugment=[color]"], "training.diffaugment"),
     ],
+    "fake_cuda": [(["image.size=33"], "image.size must be a power of two"), (["--what"], "--what")],
     "golden": [(["--compare=nowhere"], "nowhere"), (["--what"], "--what")],
     "hostile_images": [(["folder", "--what"], "--what")],
     "loss_curves": [(["run"], "--out"), (["--out", "x.png"], "RUN"), (["run", "--out", "x.pdf"], "must be a .png")],

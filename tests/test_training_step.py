@@ -20,7 +20,6 @@ from conftest import (
     training_images,
 )  # fmt: skip
 from torch.nn.utils import get_total_norm
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
 import training
@@ -282,44 +281,6 @@ def test_gradients_of_another_memory_layout_are_applied_the_same() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- one iteration
-
-
-class HostReads(TorchDispatchMode):
-    """Notes the operations for which a GPU would stop the host, or which a CUDA graph cannot hold."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "lift_fresh")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._overloadpacket.__name__
-        by_mask = name.startswith(("index", "_index")) and any(
-            isinstance(one, torch.Tensor) and one.dtype == torch.bool
-            for part in args if isinstance(part, list | tuple) for one in part
-        )  # fmt: skip
-        if name.startswith(self.WAITING) or by_mask:
-            self.names.append(name)
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("options", [["weight_predictor.head=low_rank"], ["weight_predictor.head=full"],
-                                     ["weight_predictor.head=per_channel", "video.height=8"],
-                                     ["weight_predictor.sharing=shared", "training.diffaugment=[]"]])  # fmt: skip
-def test_no_pass_waits_for_the_device(options: list[str]) -> None:
-    """As a CUDA graph wants it."""
-    config = load_config(None, [*SMALL, *VARIED, *options])
-    runner, noise = EagerSteps(new_state(config)), NoiseSampler(config, CPU)
-    x_real, critic, generator = random_images(1), noise.critic(1, 0), noise.generator(1)
-    with HostReads() as reads:
-        runner.run_pass("critic_pass", x_real, critic)
-        runner.run_pass("generator_pass", x_real, generator)
-    assert reads.names == []
-    with HostReads() as reads:  # what would be noted
-        x_real[x_real > 0.5].sum().item()
-        torch.tensor(1.0)
-    assert set(reads.names) >= {"index", "_local_scalar_dense", "lift_fresh"}
 
 
 def test_one_iteration_touches_at_most_8_files_and_changes_file_at_most_100_times(image_folder: Path) -> None:
