@@ -8,6 +8,7 @@ parts, and the critic, as the settings describe them.
 
 import hashlib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,16 @@ from torch.nn import functional
 from configuration import Config, UserError
 from model_definitions import VAE, ConstantUpdate, Discriminator, PredictorState, WeightPredictorRNN
 from video_synth import MOTIONS, Motion, VideoSynthesizer
-from weight_updates import HEADS, Change, DenseUpdate, Update, UpdateHead, build_update_spec, check_update_size
+from weight_updates import (
+    HEADS,
+    DenseUpdate,
+    Factors,
+    Prepared,
+    Update,
+    UpdateHead,
+    build_update_spec,
+    check_update_size,
+)
 
 VIDEO_SIZE = 64
 """Side of the GRU's video frames, unless the settings say otherwise: motion can be seen in small frames too."""
@@ -157,36 +167,35 @@ class Generator(nn.Module):
         assert output.predictor_state is not None
         first = self.synthesizer.frames
         times = torch.arange(first, first + frames, device=output.states.device).expand(len(output.states), -1)
-        states = []
+        parts = []
         if rollout_count:
-            states.append(self._rollout(output, motion, times[:rollout_count]))
+            parts.append(self._rollout(output, motion, times[:rollout_count]))
         if rollout_count < len(output.states):
             rest = slice(rollout_count, None)
             images, motion = self.video_of(output.x_base.detach(), motion)
             if self.is_static:
-                video = self.downscale(images[rest])[:, None].expand(-1, frames, -1, -1, -1)
+                parts.append(self.downscale(images[rest])[:, None].expand(-1, frames, -1, -1, -1))
             else:
-                video = self.synthesizer(images[rest], motion_rows(motion, rest), times[rest])
-            encoded, _ = self.predictor.encode(video, state_rows(output.predictor_state, rest))
-            states.append(torch.cat([output.states[rest, -1:], encoded], dim=1))
-        return torch.cat(states)
+                parts.append(self.synthesizer(images[rest], motion_rows(motion, rest), times[rest]))
+        encoded, _ = self.predictor.encode(torch.cat(parts), output.predictor_state)
+        return torch.cat([output.states[:, -1:], encoded], dim=1)
 
+    @torch.no_grad()
     def _rollout(self, output: GeneratorOutput, motion: Motion, times: Tensor) -> Tensor:
-        """`continue_video` of the first R images by their own frames: times (R, K) -> (R, K + 1, hidden_size)."""
+        """The first R images' frames at `times` (R, K), each decoded with the update predicted from those before it:
+        (R, K, C, height, width). Without gradients, which go back through the GRU's states, not through its input.
+        """
         assert output.predictor_state is not None
-        first = slice(len(times))
-        states = [output.states[first, -1]]
-        state: PredictorState | None = state_rows(output.predictor_state, first)
-        features = output.features[first].detach()
-        with torch.no_grad():
-            noise = self.synthesizer.noise(motion_rows(motion, first), times, self.video_size)
-        for k in range(times.shape[1]):
-            with torch.no_grad():  # gradients go back through the GRU's states, not through decoded frames
-                decoded = self.decode(features, self.predict(states[-1], prepared=output.update.prepared))
-                frame = (self.downscale(decoded) + noise[:, k]).clamp(0, 1)
-            hidden, state = self.predictor.encode(frame[:, None], state)
-            states.append(hidden[:, 0])
-        return torch.stack(states, dim=1)
+        first, count = slice(len(times)), times.shape[1]
+        hidden, state = output.states[first, -1:], state_rows(output.predictor_state, first)
+        noise = self.synthesizer.noise(motion_rows(motion, first), times, self.video_size)
+        frames: list[Tensor] = []
+        for k in range(count):
+            if k:
+                hidden, state = self.predictor.encode(frames[-1], state)  # type: ignore[assignment]
+            decoded = self.decode(output.features[first], self.predict(hidden[:, 0], prepared=output.update.prepared))
+            frames.append((self.downscale(decoded) + noise[:, k]).clamp(0, 1)[:, None])
+        return torch.cat(frames, dim=1)
 
     def video_of(self, x_base: Tensor, motion: Motion) -> tuple[Tensor, Motion]:
         """The images (B, C, H, W) and motions of the GRU's videos: for the control `other` those of the one before.
@@ -203,7 +212,7 @@ class Generator(nn.Module):
         size = self.video_size
         return images if size == images.shape[-2:] else functional.interpolate(images, size=size, mode="area")
 
-    def predict(self, states: Tensor, frozen: bool = False, prepared: tuple[Tensor, ...] | None = None) -> Update:
+    def predict(self, states: Tensor, frozen: bool = False, prepared: Prepared | None = None) -> Update:
         """The GRU's hidden states (B, hidden_size) -> updates Δ of B images; a shared one is the batch's mean.
 
         Args:
@@ -260,7 +269,7 @@ def motion_rows(motion: Motion, rows: slice) -> Motion:
 
 def state_rows(state: PredictorState, rows: slice) -> PredictorState:
     """The predictor's state of some of the videos."""
-    return PredictorState(state.hidden[:, rows].contiguous(), state.mean[rows], state.deviation[rows])
+    return PredictorState(state.hidden[:, rows].contiguous(), state.scale[rows], state.offset[rows])
 
 
 def states_at(states: Tensor, times: Tensor | None) -> Tensor:
@@ -274,14 +283,14 @@ def states_at(states: Tensor, times: Tensor | None) -> Tensor:
     """
     if times is None:
         return states[:, -1]
-    rows = torch.arange(len(states), device=states.device)
-    return states[rows.view(-1, *[1] * (times.dim() - 1)), times]
+    index = times.view(len(states), -1, 1).expand(-1, -1, states.shape[-1])
+    return states.gather(1, index).view(*times.shape, -1)
 
 
 # ---------------------------------------------------------------------------------------------- decoding with θ + Δ
 
 
-def decode_updated(decoder: nn.Sequential, features: Tensor, update: Update, weights: Mapping[str, Tensor]) -> Tensor:
+def decode_updated(decoder: nn.Sequential, features: Tensor, update: Update, theta: Mapping[str, Tensor]) -> Tensor:
     """Decodes each image with weights of its own, θ + Δ, in one pass over the batch.
 
     A layer is linear in its weights. With Δ = A V, its output is θ's, the same work for the whole batch, and Δ's, which
@@ -292,56 +301,51 @@ def decode_updated(decoder: nn.Sequential, features: Tensor, update: Update, wei
         decoder: Linear, ConvTranspose2d, and layers without weights.
         features: (B, ...), the input.
         update: of B images, or one for all.
-        weights: name of a parameter of `decoder` -> θ.
+        theta: name of a parameter of `decoder` -> weights.
     """
     if len(update.numbers) < len(features) or (len(features) == 1 and isinstance(update, DenseUpdate)):
-        # One update for all: an ordinary pass.
-        deltas = {name: delta[0] for name, delta in update.dense().changes.items()}
-        updated = {name: weight + deltas[name] if name in deltas else weight for name, weight in weights.items()}
-        return functional_call(decoder, updated, (features,), strict=True)
+        updated = {name: own[0] for name, own in update.dense().weights.items()}  # one for all: an ordinary pass
+        return functional_call(decoder, {**theta, **updated}, (features,), strict=True)
     h = features
     for name, layer in decoder.named_children():
-        if not isinstance(layer, nn.Linear | nn.ConvTranspose2d):
-            h = layer(h)
-            continue
-        weight, bias = (weights[f"{name}.{kind}"] for kind in ("weight", "bias"))
-        change, shift = (update.changes.get(f"{name}.{kind}") for kind in ("weight", "bias"))
-        if shift is not None:
-            assert isinstance(shift, Tensor)  # only weights have factors
-            bias = bias + shift  # (B, out)
-        if isinstance(layer, nn.Linear):
-            h = _linear(h, weight, bias, change)
+        if isinstance(layer, nn.Linear | nn.ConvTranspose2d):
+            weight, bias = (theta[f"{name}.{kind}"] for kind in ("weight", "bias"))
+            own_weight, own_bias = (update.weights.get(f"{name}.{kind}") for kind in ("weight", "bias"))
+            assert not isinstance(own_bias, tuple)  # only weights have factors
+            decode = _linear if isinstance(layer, nn.Linear) else partial(_transposed_convolution, layer)
+            h = decode(h, weight, bias if own_bias is None else own_bias, own_weight)
         else:
-            h = _transposed_convolution(layer, h, weight, bias, change)
+            h = layer(h)
     return h
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor, change: Change | None) -> Tensor:
-    """x (B, in) through weights (out, in) + Δ and bias (out,) or (B, out) -> (B, out)."""
-    if isinstance(change, tuple):
-        a, v = change
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, own: Tensor | Factors | None) -> Tensor:
+    """x (B, in), weight (out, in) or `own` of each image, bias (out,) or (B, out) -> (B, out)."""
+    if isinstance(own, Tensor):
+        return torch.baddbmm(bias.expand(len(x), -1)[:, :, None], own, x[:, :, None])[:, :, 0]
+    if own:
+        a, v = own
         bias = torch.baddbmm(bias.expand(len(x), -1)[:, :, None], a, v @ x[:, :, None])[:, :, 0]
-    elif change is not None:
-        return torch.baddbmm(bias.expand(len(x), -1)[:, :, None], weight + change, x[:, :, None])[:, :, 0]
     return torch.addmm(bias, x, weight.T)
 
 
 def _transposed_convolution(
-    layer: nn.ConvTranspose2d, x: Tensor, weight: Tensor, bias: Tensor, change: Change | None
+    layer: nn.ConvTranspose2d, x: Tensor, weight: Tensor, bias: Tensor, own: Tensor | Factors | None
 ) -> Tensor:
-    """x (B, in, H, W) through weights (in, out, kernel) + Δ and bias (out,) or (B, out) -> (B, out, H', W')."""
-    own_bias = bias if bias.dim() == 1 else None
-    if change is None or isinstance(change, tuple):
-        h = functional.conv_transpose2d(x, weight, own_bias, layer.stride, layer.padding)  # type: ignore[arg-type]
-    if isinstance(change, tuple):
-        a, v = change
-        thin = OwnTransposedConvolution.apply(x, v, layer)
-        # With channels last, as θ's output lies in memory.
-        h = torch.baddbmm(h.flatten(2).mT, thin.flatten(2).mT, a.mT).mT.unflatten(2, h.shape[2:])
-    elif change is not None:
-        h = OwnTransposedConvolution.apply(x, weight + change, layer)
-        own_bias = None
-    return h if own_bias is not None else h + bias.to(h.dtype).view(-1, bias.shape[-1], 1, 1)
+    """x (B, in, H, W), weight (in, out, kernel) or `own` of each, bias (out,) or (B, out) -> (B, out, H', W')."""
+    if isinstance(own, Tensor):
+        h = OwnTransposedConvolution.apply(x, own, layer)
+    else:
+        shared_bias = bias if bias.dim() == 1 else None
+        h = functional.conv_transpose2d(x, weight, shared_bias, layer.stride, layer.padding)  # type: ignore[arg-type]
+        if own:
+            a, v = own
+            thin = OwnTransposedConvolution.apply(x, v, layer)
+            # With channels last, as θ's output lies in memory.
+            h = torch.baddbmm(h.flatten(2).mT, thin.flatten(2).mT, a.mT).mT.unflatten(2, h.shape[2:])
+        if shared_bias is not None:
+            return h
+    return h + bias.to(h.dtype).view(-1, bias.shape[-1], 1, 1)
 
 
 class OwnTransposedConvolution(torch.autograd.Function):

@@ -98,10 +98,10 @@ class PredictorState(NamedTuple):
 
     hidden: Tensor
     """(num_layers, B, hidden_size), of the GRU."""
-    mean: Tensor
-    """(B, 1, 1), of the first frame's values."""
-    deviation: Tensor
-    """(B, 1, 1), their standard deviation."""
+    scale: Tensor
+    """(B, 1, 1), 1 / standard deviation of the first frame's values."""
+    offset: Tensor
+    """(B, 1, 1), -mean / standard deviation of the first frame's values."""
 
 
 class FirstFrameNorm(nn.Module):
@@ -118,12 +118,13 @@ class FirstFrameNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(input_size))
 
     def forward(self, frames: Tensor, statistics: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Frames (B, T, input_size) and (mean, deviation), (B, 1, 1) each, or None: take them from frame 0."""
+        """Frames (B, T, input_size) and the state's scale and offset, (B, 1, 1) each; None: take them from frame 0."""
         if statistics is None:
             variance, mean = torch.var_mean(frames[:, :1], dim=2, keepdim=True, correction=0)
-            statistics = mean, (variance + NORM_EPSILON).sqrt()
-        mean, deviation = statistics
-        return (frames - mean) / deviation * self.weight + self.bias, statistics
+            scale = (variance + NORM_EPSILON).rsqrt()
+            statistics = scale, -mean * scale
+        scale, offset = statistics
+        return torch.addcmul(self.bias, torch.addcmul(offset, frames, scale), self.weight), statistics
 
 
 class WeightPredictorRNN(nn.Module):
@@ -160,9 +161,9 @@ class WeightPredictorRNN(nn.Module):
         with torch.autocast(video.device.type, enabled=False):
             frames = video.flatten(2)
             frames = frames.to(torch.promote_types(frames.dtype, torch.float32))
-            frames, (mean, deviation) = self.norm(frames, state and state[1:])
+            frames, statistics = self.norm(frames, state and state[1:])
             states, hidden = self.gru(frames, state and state.hidden)
-        return states, PredictorState(hidden, mean, deviation)
+        return states, PredictorState(hidden, *statistics)
 
     def forward(self, video: Tensor) -> Tensor:
         """Video (B, T, C, height, width) in [0, 1] -> update codes (B, T, update_size); the last is the image's."""
@@ -225,20 +226,18 @@ class Discriminator(nn.Module):
         backward is needed. `torch.autograd` would give the same numbers, but it also sends a gradient that is zero all
         over through the forward pass once more: the work of 6 convolutions for each layer instead of 4.
         """
-        h, slopes, places = _centred(x), [], []
+        h, places = _centred(x), []
         convolutions = [stage.conv for stage in conv_stages(self.stages)]
         with torch.no_grad():
             for conv in convolutions:
                 features = conv(h)
-                h, index = functional.max_pool2d(features, 2, return_indices=True)
-                slopes.append(torch.full_like(h, LEAKY_SLOPE).masked_fill(h > 0, 1))  # torch's choice where h = 0
-                places.append((features, index))
-                h = h * slopes[-1]
+                pooled, index = functional.max_pool2d(features, 2, return_indices=True)
+                places.append((features, index, pooled))
+                h = functional.leaky_relu(pooled, LEAKY_SLOPE)
         gradient = self.to_score.weight.view(1, *h.shape[1:]).expand_as(h)
-        for conv, slope, (features, index) in zip(
-            reversed(convolutions), reversed(slopes), reversed(places), strict=True
-        ):
-            gradient = _unpool(gradient * slope, features, index)
+        for conv, (features, index, pooled) in zip(reversed(convolutions), reversed(places), strict=True):
+            gradient = torch.ops.aten.leaky_relu_backward(gradient, pooled, LEAKY_SLOPE, False)
+            gradient = _unpool(gradient, features, index)
             gradient = functional.conv_transpose2d(gradient, conv.weight, padding=STAGE_PADDING)
         return 2 * gradient  # of _centred
 

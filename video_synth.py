@@ -154,12 +154,11 @@ class VideoSynthesizer(nn.Module):
             images = functional.interpolate(images, size=(height, width), mode="area")
         if times is None:
             times = torch.arange(self.frames, device=images.device).expand(len(images), -1)
-        angle, phases = self._angle(times), 2 * math.pi * motion.phases
-        harmonics = [
-            weight * torch.sin((order + 1) * angle[..., None] + phases[:, None, :, order])
-            for order, weight in enumerate(PATH_WEIGHTS)
-        ]
-        paths = (torch.stack(harmonics).sum(dim=0) * motion.amplitudes[:, None]).unbind(dim=-1)  # each (B, K)
+        orders = torch.arange(1, 1 + len(PATH_WEIGHTS), device=images.device)
+        angles = self._angle(times)[:, :, None, None] * orders + 2 * math.pi * motion.phases[:, None]
+        first, second = torch.sin(angles).unbind(dim=-1)  # (B, K, paths) each
+        path = torch.lerp(second, first, PATH_WEIGHTS[0]) * motion.amplitudes[:, None]
+        paths = path.unbind(dim=-1)  # each (B, K)
 
         if strengths["shift"] or strengths["zoom"] or strengths["rotation"]:
             video = _warp(images, paths, strengths, aspect)

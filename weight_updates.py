@@ -16,7 +16,7 @@ To add a head, write a class like `FullHead` and enter it in `HEADS`, and its na
 import difflib
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -158,9 +158,25 @@ def _nearest(pattern: str, names: dict[str, Any]) -> str:
 
 # ------------------------------------------------------------------------------------------------------- the update
 
-Change = Tensor | tuple[Tensor, Tensor]
-"""Δ of one tensor for B images: (B, *shape), or the factors A (B, output channels, rank) and V, which is a tensor like
-the weight with `rank` output channels: (B, rank, in) of a Linear, (B, in, rank, kernel...) of a ConvTranspose2d."""
+Factors = tuple[Tensor, Tensor]
+"""Δ = A V of one tensor for B images: A (B, output channels, rank) and V, which is a tensor like the weight with `rank`
+output channels: (B, rank, in) of a Linear, (B, in, rank, kernel) of a ConvTranspose2d."""
+
+
+class Prepared(NamedTuple):
+    """What all updates of the same θ share, computed once by `UpdateHead.prepare`."""
+
+    theta: Mapping[str, Tensor]
+    """Name within the decoder -> weights."""
+    scales: Tensor
+    """rms θ of each tensor: (tensors,)."""
+    # Of low rank, for each number of the code, (update_size,):
+    start: Tensor | None = None
+    """v₀, and 0 for others."""
+    units: Tensor | None = None
+    """Its bound; of V and of biases times rms θ."""
+    base: Tensor | None = None
+    """θ of biases, and 0 for others."""
 
 
 class DenseUpdate(NamedTuple):
@@ -169,8 +185,7 @@ class DenseUpdate(NamedTuple):
     spec: UpdateSpec
     numbers: Tensor
     """Δ / rms θ (B, total_size); (1, total_size) where all images share it."""
-    prepared: tuple[Tensor, ...]
-    """What `UpdateHead.prepare` gave: first rms θ of each tensor, (tensors,)."""
+    prepared: Prepared
 
     def dense(self) -> "DenseUpdate":
         """Itself, as for `FactoredUpdate`."""
@@ -181,9 +196,10 @@ class DenseUpdate(NamedTuple):
         return self._replace(numbers=self.numbers[index])
 
     @property
-    def changes(self) -> Mapping[str, Change]:
-        """Name within the decoder -> Δ."""
-        return self.spec.split(self.numbers * self.spec.expand(self.prepared[0]))
+    def weights(self) -> Mapping[str, Tensor]:
+        """Name within the decoder -> θ + Δ (B, *shape)."""
+        theta, scales = self.spec.flatten(self.prepared.theta), self.spec.expand(self.prepared.scales)
+        return self.spec.split(torch.addcmul(theta, self.numbers, scales))
 
     def mean_square(self) -> Tensor:
         """mean (Δ / rms θ)², a scalar."""
@@ -204,10 +220,9 @@ class FactoredUpdate(NamedTuple):
     head: "LowRankHead"
     numbers: Tensor
     """The factors over their bounds, each within ± 1: (B, update_size)."""
-    prepared: tuple[Tensor, ...]
-    """What `LowRankHead.prepare` gave."""
-    changes: Mapping[str, Change]
-    """Name within the decoder -> Δ, in its factors if it has a rank."""
+    prepared: Prepared
+    weights: Mapping[str, Tensor | Factors]
+    """Name within the decoder -> the factors of Δ; of a bias θ + Δ (B, size)."""
 
     def rows(self, index: list[int]) -> "FactoredUpdate":
         """The updates of some images."""
@@ -216,34 +231,40 @@ class FactoredUpdate(NamedTuple):
     def dense(self) -> DenseUpdate:
         """The same updates with every weight written out."""
         spec, pieces = self.head.spec, []
-        for tensor, change in zip(spec.tensors, self._relative(), strict=True):
-            if isinstance(change, tuple):  # A V has the output channels in front; the tensor, where it has them
+        for tensor, part in zip(spec.tensors, self._relative().values(), strict=True):
+            if isinstance(part, tuple):  # A V has the output channels in front; the tensor, where it has them
                 others = [size for dim, size in enumerate(tensor.shape) if dim != tensor.channel_dim]
-                product = change[0] @ _output_channels_first(change[1], tensor)
-                change = product.unflatten(2, others).movedim(1, 1 + tensor.channel_dim)
-            pieces.append(change.flatten(1))
+                product = part[0] @ _output_channels_first(part[1], tensor)
+                part = product.unflatten(2, others).movedim(1, 1 + tensor.channel_dim)
+            pieces.append(part.flatten(1))
         return DenseUpdate(spec, torch.cat(pieces, dim=1), self.prepared)
 
     def mean_square(self) -> Tensor:
         """mean (Δ / rms θ)², a scalar, from the factors alone: ‖A V‖² = Σ (AᵀA) ∘ (V Vᵀ)."""
-        total = self.numbers.new_zeros(())
-        for tensor, change in zip(self.head.spec.tensors, self._relative(), strict=True):
-            if isinstance(change, tuple):
-                a, v = change[0], _output_channels_first(change[1], tensor)
-                total = total + ((a.mT @ a) * (v @ v.mT)).sum()
+        relative, all_a, all_v, biases = self._relative(), [], [], []
+        for tensor in self.head.spec.tensors:
+            part = relative[tensor.decoder_name]
+            if isinstance(part, tuple):
+                a, v = part[0], _output_channels_first(part[1], tensor)
+                all_a.append((a.mT @ a).flatten(1))
+                all_v.append((v @ v.mT).flatten(1))
             else:
-                total = total + change.square().sum()
+                biases.append(part)
+        if biases:
+            all_a.append(torch.cat(biases, dim=1))
+            all_v.append(all_a[-1])
+        total = (torch.cat(all_a, dim=1) * torch.cat(all_v, dim=1)).sum()
         return total / (len(self.numbers) * self.head.spec.total_size)
 
     def saturated(self, bound: float) -> dict[str, Tensor]:
         """As `DenseUpdate.saturated`, of A's numbers and of the biases': bool (B, numbers)."""
-        at_bound = self.head.split(self.numbers.abs() > SATURATION_THRESHOLD)
-        parts = (change[0] if isinstance(change, tuple) else change for change in at_bound.values())
+        at_bound = self.head.split(self.numbers.abs() > SATURATION_THRESHOLD).values()
+        parts = (part[0] if isinstance(part, tuple) else part for part in at_bound)
         return {tensor.name: part.flatten(1) for tensor, part in zip(self.head.spec.tensors, parts, strict=True)}
 
-    def _relative(self) -> Iterable[Change]:
-        """Δ / rms θ of each tensor."""
-        return self.head.split(self.numbers * self.head.limits).values()
+    def _relative(self) -> dict[str, Tensor | Factors]:
+        """Name within the decoder -> Δ / rms θ of each tensor."""
+        return self.head.split(self.numbers * self.head.limits)
 
 
 def _output_channels_first(v: Tensor, tensor: UpdatedTensor) -> Tensor:
@@ -283,21 +304,17 @@ class UpdateHead(nn.Module):
         self.spec = spec
         self.bound = bound
 
-    def prepare(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """What all updates of the same θ share, to be computed once.
+    def prepare(self, theta: Mapping[str, Tensor]) -> Prepared:
+        """What all updates of the same θ share, to be computed once. `theta`: name within the decoder -> weights."""
+        return Prepared(theta, self.spec.scales(theta))
 
-        Args:
-            weights: name within the decoder -> θ.
-        """
-        return (self.spec.scales(weights),)
-
-    def forward(self, code: Tensor, prepared: tuple[Tensor, ...]) -> Update:
+    def forward(self, code: Tensor, prepared: Prepared) -> Update:
         """Codes (B, update_size), and what `prepare` gave -> the updates of B images."""
         raise NotImplementedError
 
-    def predict(self, code: Tensor, weights: Mapping[str, Tensor], prepared: tuple[Tensor, ...] | None) -> Update:
+    def predict(self, code: Tensor, theta: Mapping[str, Tensor], prepared: Prepared | None) -> Update:
         """`forward`, after `prepare` where that was not done before."""
-        return self(code, self.prepare(weights) if prepared is None else prepared)
+        return self(code, prepared or self.prepare(theta))
 
 
 class FullHead(UpdateHead):
@@ -307,7 +324,7 @@ class FullHead(UpdateHead):
         super().__init__(spec, bound, rank)
         self.update_size = spec.total_size
 
-    def forward(self, code: Tensor, prepared: tuple[Tensor, ...]) -> Update:
+    def forward(self, code: Tensor, prepared: Prepared) -> Update:
         return DenseUpdate(self.spec, bounded_update(code, self.bound), prepared)
 
 
@@ -342,40 +359,47 @@ class LowRankHead(UpdateHead):
             whole = torch.cat([torch.full((size,), value) for size, value in zip(self.sizes, values, strict=True)])
             self.register_buffer(name, whole, persistent=False)
 
-    def prepare(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """Scales (tensors,); of each number its bound, of V and biases times rms θ; where it starts, v₀ or 0."""
-        scales = self.spec.scales(weights)
+    def prepare(self, theta: Mapping[str, Tensor]) -> Prepared:
+        scales = self.spec.scales(theta)
         zero, one = scales.new_zeros(()), scales.new_ones(())
         start_factors, sizes = iter(self.start_factors), iter(self.sizes)
         start: list[Tensor] = []
         factors: list[Tensor] = []
-        for own_rank, scale in zip(self.ranks, scales.unbind(), strict=True):
+        base: list[Tensor] = []
+        for tensor, rank, scale in zip(self.spec.tensors, self.ranks, scales.unbind(), strict=True):
             size = next(sizes)
             start.append(zero.expand(size))
-            factors.append((one if own_rank else scale).expand(size))
-            if own_rank:
+            factors.append((one if rank else scale).expand(size))
+            base.append(zero.expand(size) if rank else theta[tensor.decoder_name])
+            if rank:
                 start.append(next(start_factors))
-                factors.append(scale.expand(next(sizes)))
-        return scales, self.limits * torch.cat(factors), torch.cat(start)
+                factors.append(scale.expand(len(start[-1])))
+                base.append(zero.expand(next(sizes)))
+        return Prepared(theta, scales, torch.cat(start), self.limits * torch.cat(factors), torch.cat(base))
 
-    def forward(self, code: Tensor, prepared: tuple[Tensor, ...]) -> FactoredUpdate:
-        return self.update_of(torch.tanh(torch.addcmul(prepared[2], code, self.slopes)), prepared)
+    def forward(self, code: Tensor, prepared: Prepared) -> FactoredUpdate:
+        assert prepared.start is not None
+        return self.update_of(torch.tanh(torch.addcmul(prepared.start, code, self.slopes)), prepared)
 
-    def update_of(self, numbers: Tensor, prepared: tuple[Tensor, ...]) -> FactoredUpdate:
+    def update_of(self, numbers: Tensor, prepared: Prepared) -> FactoredUpdate:
         """The updates whose factors over their bounds are `numbers` (B, update_size)."""
-        return FactoredUpdate(self, numbers, prepared, self.split(numbers * prepared[1]))
+        assert prepared.base is not None
+        assert prepared.units is not None
+        return FactoredUpdate(
+            self, numbers, prepared, self.split(torch.addcmul(prepared.base, numbers, prepared.units))
+        )
 
-    def split(self, numbers: Tensor) -> dict[str, Change]:
+    def split(self, numbers: Tensor) -> dict[str, Tensor | Factors]:
         """Cuts (B, update_size) into views, A and V or a bias's numbers, by the tensors' names within the decoder."""
         pieces = iter(numbers.split(self.sizes, dim=1))
-        changes: dict[str, Change] = {}
+        parts: dict[str, Tensor | Factors] = {}
         for tensor, rank in zip(self.spec.tensors, self.ranks, strict=True):
             piece = next(pieces)
-            changes[tensor.decoder_name] = piece
+            parts[tensor.decoder_name] = piece
             if rank:
                 v_shape = [rank if dim == tensor.channel_dim else size for dim, size in enumerate(tensor.shape)]
-                changes[tensor.decoder_name] = piece.unflatten(1, (-1, rank)), next(pieces).unflatten(1, v_shape)
-        return changes
+                parts[tensor.decoder_name] = piece.unflatten(1, (-1, rank)), next(pieces).unflatten(1, v_shape)
+        return parts
 
 
 class PerChannelHead(UpdateHead):
@@ -389,13 +413,9 @@ class PerChannelHead(UpdateHead):
         super().__init__(spec, bound, rank)
         self.update_size = sum(tensor.shape[tensor.channel_dim] for tensor in spec.tensors)
 
-    def prepare(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        scales = self.spec.scales(weights)
-        return scales, self.spec.flatten(weights) / self.spec.expand(scales)
-
-    def forward(self, code: Tensor, prepared: tuple[Tensor, ...]) -> Update:
-        tensors, relative_weights = self.spec.tensors, prepared[1]
-        pieces = []
+    def forward(self, code: Tensor, prepared: Prepared) -> Update:
+        tensors, pieces = self.spec.tensors, []
+        relative_weights = self.spec.flatten(prepared.theta) / self.spec.expand(prepared.scales)
         factors = code.split([tensor.shape[tensor.channel_dim] for tensor in tensors], dim=-1)
         for tensor, factor in zip(tensors, factors, strict=True):
             if len(tensor.shape) == 1:

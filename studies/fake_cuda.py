@@ -134,9 +134,10 @@ class Watch(TorchDispatchMode):
                 node = max(given, key=lambda node: node._sequence_nr())
                 gradients = given.pop(node)
                 self._line = self._lines.get(node._sequence_nr(), "")
-                results = node(*(gradients.get(place) for place in range(len(node._input_metadata))))
+                run = node if callable(node) else node.apply  # of an autograd.Function
+                results = run(*(gradients.get(place) for place in range(len(node._input_metadata))))
                 results = results if isinstance(results, tuple) else (results,)
-                for (following, place), gradient in zip(node.next_functions, results, strict=True):
+                for (following, place), gradient in zip(node.next_functions, results, strict=callable(node)):
                     if following is not None and gradient is not None:
                         expected = following._input_metadata[place]
                         if gradient.shape != expected.shape:  # broadcast forward

@@ -92,8 +92,9 @@ def test_what_depends_on_motion_alone_is_not_taken_to_depend_on_images(sampler: 
     monkeypatch.setattr(generator, "encode_video", lambda _, motion: (None, motion.phases.flatten(1)[:, None], None))
 
     def fractions(first: int, scale: int) -> torch.Tensor:
-        update = lambda phases: scale * phases.cos()[:, one_path]  # noqa: E731
-        monkeypatch.setattr(generator, "predict", lambda x: DenseUpdate(generator.spec, update(x), ()))
+        update = lambda phases: scale * (2 * math.pi * phases).cos()[:, one_path]  # noqa: E731
+        prepared = generator.head.prepare(dict(generator.vae.decoder.named_parameters()))
+        monkeypatch.setattr(generator, "predict", lambda x: DenseUpdate(generator.spec, update(x), prepared))
         return torch.tensor(evaluate.update_statistics(sampler, evaluation_seeds(4, first))[0][-1][4:])
 
     mean = torch.stack([fractions(4 * k, 1) for k in range(25)]).mean(0)  # single estimates of few images vary

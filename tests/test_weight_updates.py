@@ -18,12 +18,13 @@ from training_step import EagerSteps, TrainingState
 from weight_updates import (
     HEADS,
     DenseUpdate,
+    Prepared,
     UpdateHead,
     UpdateSpec,
     bounded_update,
     build_update_spec,
     check_update_size,
-)
+)  # fmt: skip
 
 LAYERS = {
     "last layer": ["decoder.stage1.*"], "last weight": ["decoder.stage1.weight"],
@@ -185,7 +186,7 @@ class BrightnessHead(UpdateHead):
         super().__init__(spec, bound, rank)
         self.gain = nn.Parameter(torch.ones(()))
 
-    def forward(self, code: Tensor, prepared: tuple[Tensor, ...]) -> DenseUpdate:
+    def forward(self, code: Tensor, prepared: Prepared) -> DenseUpdate:
         numbers = bounded_update(self.gain * code.expand(-1, self.spec.total_size), self.bound)
         return DenseUpdate(self.spec, numbers, prepared)
 
@@ -244,7 +245,7 @@ def test_an_update_in_factors_is_the_dense_one(layers: str) -> None:
 def test_mean_square_and_saturation_of_a_dense_update_by_hand(vae: VAE) -> None:
     spec = build_update_spec(vae, ["decoder.stage2.bias", "decoder.stage1.bias"])  # 4 and 3 numbers
     numbers = torch.tensor([[1.0, -2, 0, 0, 2, 0, 0], [0, 1.91, 1.89, 0, 0, 0, -1.0]])
-    update = DenseUpdate(spec, numbers, (spec.scales(weights_of(vae)),))
+    update = DenseUpdate(spec, numbers, UpdateHead(spec, 2, 0).prepare(weights_of(vae)))
     assert update.mean_square().item() == pytest.approx((1 + 4 + 4 + 1.91**2 + 1.89**2 + 1) / 14)
     saturated = update.saturated(2.0)  # from 1.9 on
     assert list(saturated) == ["decoder.stage2.bias", "decoder.stage1.bias"]
