@@ -17,9 +17,7 @@ WRONG = {
         (["--arms", "of"], "there is no arm 'of'"),
         (["--seeds", "0,0"], "--seeds must be different"),
         (["training.seed=3"], "training.seed is set by the ablation itself"),
-        (["--quick", "image.size=33"], "image.size must be a power of two"),
-        (["--quick", "--report"], "has no evaluations of off"),
-        (["--report", "loss.beta=2"], "--report takes the settings of the folder's ablation"),
+        (["image.size=33"], "image.size must be a power of two"),
         (["--jbos", "2"], "--jbos"),
     ],
     "benchmark": [
