@@ -158,7 +158,7 @@ def _wrapped(text: str, font: Any, width: int) -> tuple[str, int, int]:
     """The text in lines of at most about `width` pixels, a longer word alone; the width and height that it takes."""
     letters = max(1, int(width / font.getlength("n")))  # few letters are wider
     lines = textwrap.wrap(text, letters, break_long_words=False, break_on_hyphens=False)
-    line_height = sum(font.getmetrics())  # of any letters: sheets of "step 1" and "step 10" are frames of one video
+    line_height = sum(font.getmetrics())  # of any letters: the height depends on the number of lines alone
     return "\n".join(lines), math.ceil(max(map(font.getlength, lines), default=0)), len(lines) * line_height
 
 

@@ -26,8 +26,8 @@ def command(sample_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     """`python generate.py <source> <arguments>` from `tmp_path`, in this process; it succeeds unless it `fails`."""
     monkeypatch.chdir(tmp_path)
 
-    def run(arguments: str, source: Path = sample_run, fails: bool = False) -> Done:
-        result = Done(generate.main([str(source), "--device", "cpu", *arguments.split()]), *capsys.readouterr())
+    def run(arguments: str, fails: bool = False) -> Done:
+        result = Done(generate.main([str(sample_run), "--device", "cpu", *arguments.split()]), *capsys.readouterr())
         assert fails or (result.returncode, result.stderr) == (0, "")
         return result
 
@@ -145,21 +145,6 @@ def test_a_loop_reports_how_it_changes_the_speed(command) -> None:
     result = command("--out x.webp --loop --frames 10 --grid 1x1")
     assert "speed 0.8 instead of 1, so that 10 frames are 2 whole periods" in result.stdout
     assert "speed" not in command("--out x.webp --loop --grid 1x1").stdout
-
-
-def test_the_history_of_a_run(command, sample_run: Path) -> None:
-    assert "steps 0 to 2" in command("--video training --out history").stdout
-    frames = read_video("history")
-    sheet = np.asarray(Image.open(sample_run / "samples" / "step_000002.png"))
-    height, width, _ = sheet.shape
-    assert len(frames) == 3
-    # Nothing is cropped, and the step is written above the sheet.
-    assert any(np.array_equal(frames[2][y : y + height, 20 : 20 + width], sheet) for y in range(20, 60))
-    assert (frames[0][:50] != frames[2][:50]).any()
-    command("--video training --out longer --frames 9")
-    assert len(read_video("longer")) == 9
-    result = command("--video training --out x", source=sample_run / "checkpoints" / "latest.pt", fails=True)
-    assert_one_line(result, ["give its folder"])
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
