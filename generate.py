@@ -1,10 +1,14 @@
 """Makes images and videos from a run or a checkpoint. The checkpoint alone is enough to rebuild the networks.
 
-python generate.py runs/quick --out images.png                     a grid of images
-python generate.py runs/quick --out clip.mp4 --video weights       images that move, decoded with moving weights
-python generate.py runs/quick --out me.webp --image photo.jpg      a photo that moves
+python generate.py runs/quick --out images.png                                 a grid of images
+python generate.py runs/quick/checkpoints/best.pt --out folder --images 1000   a folder of them, from a checkpoint
+python generate.py runs/quick --out update.png --show triples --seeds 0-4,17   base, updated, difference
+python generate.py runs/quick --out clip.mp4 --motion zoom=0.3 --loop          images that move, by moving weights
+python generate.py runs/quick --out long.mp4 --rollout --frames 10000          the GRU encodes its own frames
+python generate.py runs/quick --out walk.gif --video latent --keyframes 7      a walk through latent space
+python generate.py runs/quick --out me.webp --image photo.jpg                  a photo that moves
 
-`--help` shows every option. From Python, `sampling.load_sampler` does the same.
+From Python, `sampling.load_sampler` does the same.
 """
 
 import difflib
@@ -61,16 +65,8 @@ def frame_rate(text: str) -> float:
 
 
 def build_parser() -> ArgumentParser:
-    parser = CommandParser(
-        description="Make images and videos from a run or a checkpoint.",
-        epilog="examples:\n"
-        "  python generate.py runs/quick --out update.png --show triples --seeds 0-4,17\n"
-        "  python generate.py runs/quick --out clip.mp4 --video weights --motion zoom=0.3 --loop\n"
-        "  python generate.py runs/quick --out long.mp4 --video weights --rollout --frames 10000 --grid 1x1\n"
-        "  python generate.py runs/quick --out walk.gif --video latent --keyframes 7 --seeds 3\n"
-        "  python generate.py runs/quick --out me.webp --video weights --image photo.jpg --loop\n"
-        "  python generate.py runs/quick/checkpoints/step_000100.pt --out folder_of_images --images 1000\n",
-    )
+    first, _, rest = (__doc__ or "").partition("\n\n")
+    parser = CommandParser(description=first, epilog=rest)
     add = parser.add_argument
     add("source", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest checkpoint), or a .pt file")
     add("--out", required=True, metavar="FILE", help="images: .png, or a name without ending for a folder of them; "

@@ -1,15 +1,12 @@
 """generate.py as a command: images and videos of every kind, the same for the same command; errors in one line."""
 
-import os
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import Done, T, assert_one_line, frames_of, read_video, run_command, start_command
+from conftest import Done, T, assert_one_line, frames_of, read_video, run_command
 from PIL import Image
 
 import generate
@@ -145,37 +142,6 @@ def test_a_loop_reports_how_it_changes_the_speed(command) -> None:
     result = command("--out x.webp --loop --frames 10 --grid 1x1")
     assert "speed 0.8 instead of 1, so that 10 frames are 2 whole periods" in result.stdout
     assert "speed" not in command("--out x.webp --loop --grid 1x1").stdout
-
-
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_command_leaves_no_file(sample_run: Path, tmp_path: Path, number: int, expected: int) -> None:
-    with start_command(
-        "generate.py", str(sample_run), "--out", "long.mp4", "--rollout", "--frames", "9999999", cwd=tmp_path,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
-    ) as process:  # fmt: skip
-        try:
-            deadline = time.monotonic() + 300
-            while not any(path.stat().st_size for path in tmp_path.glob(".long*")) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            assert list(tmp_path.glob(".long*"))
-            process.send_signal(number)
-            assert process.communicate(timeout=300)[1] == ""
-            assert process.returncode == expected
-            assert list(tmp_path.iterdir()) == []
-        finally:
-            process.kill()
-
-
-def test_a_closed_pipe_is_no_error(sample_run: Path, tmp_path: Path) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    with start_command(
-        "generate.py", str(sample_run), "--out", "x.png", "--images", "1", cwd=tmp_path, stdout=writer
-    ) as process:
-        assert process.communicate()[1] == ""
-        assert process.returncode == 0
-    os.close(writer)
-    assert (tmp_path / "x.png").exists()
 
 
 def test_an_error_in_the_middle_keeps_the_old_file(command, monkeypatch, tmp_path: Path) -> None:
