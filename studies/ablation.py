@@ -132,8 +132,8 @@ class Run:
         """Takes one step. Raises UserError: a loss is not finite."""
         before = self._clock()
         metrics = iteration(self.runner, self.noise, self.batches, self.step + 1)
-        # The first step reserves memory, and perhaps compiles.
-        self.seconds += self._clock() - before if self.step else 0.0
+        taken = self._clock() - before
+        self.seconds += taken if self.step else 0.0  # the first one reserves memory, and perhaps compiles
         self.step += 1
         if self.state:
             self.state.step = self.step

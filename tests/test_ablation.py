@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, Colours
+from conftest import ROOT, SMALL, Colours, same, small, train
 
+from checkpoints import load_checkpoint
 from configuration import config_to_dict
 from sampling import load_sampler
 from studies import ablation
@@ -36,37 +37,42 @@ def test_t_intervals_of_known_numbers() -> None:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features that cost nothing, and steps of a second; of the textbook, two."""
-    times: dict[ablation.Run, float] = {}
+def turns(monkeypatch: pytest.MonkeyPatch, without_slow_outputs: None) -> list[str]:
+    """Features that cost nothing, and steps of a second; of the textbook, two. Returns the arms' first letters."""
+    looks: list[str] = []
 
     def ticks(run: ablation.Run) -> float:
-        times[run] = times.get(run, 0.0) + (1 if run.arm == "textbook" else 0.5)
-        return 2 * times[run]
+        looks.append(run.arm[0])  # before the step and after it
+        return looks.count(run.arm[0]) * (2 if run.arm == "textbook" else 1)
 
     monkeypatch.setattr(ablation, "load_features", Colours)
     monkeypatch.setattr(ablation.Run, "_clock", ticks)
+    return looks
 
 
-def test_the_whole_command_and_resuming(clock: None, tmp_path: Path, image_folder: Path, capsys) -> None:
+def test_the_whole_command_and_resuming(turns: list[str], tmp_path: Path, image_folder: Path, capsys) -> None:
     images, folder = shutil.copytree(image_folder, tmp_path / "images"), tmp_path / "study"
-    arguments = ["--out", str(folder), "--steps", "3", "--seconds", "4", "--images", "24", "--seeds", "0,1",
-                 *SMALL, f"data.root={images}"]  # fmt: skip
+    arguments = ["--out", str(folder), "--steps", "3", "--seconds", "6", "--images", "24", "--seeds", "0,1",
+                 "--config", str(ROOT / "config.yaml"), *SMALL, f"data.root={images}"]  # fmt: skip
     (images / "broken.png").write_text("no image")
     assert ablation.main([*arguments, "--arms", "textbook"]) == 2
     assert "broken.png" in capsys.readouterr().err
     (images / "broken.png").unlink()  # the folder is still free for the images without it
     assert ablation.main([*arguments, "--arms", "textbook"]) == 0
     before = {path: json.loads(path.read_text()) for path in folder.glob("*/measures.json")}
-    # The first step isn't counted: 4 seconds are 4 more steps, or 2.
-    steps = {"off": (3, 5), "textbook": (3, 3)}
+    assert turns[:24:2] == [*"oo", *"tt", *"oo", "t", *"oo", "t", *"oo"]
+    # The first step isn't counted: 6 seconds are 6 more steps, or 3.
+    steps = {"off": (3, 7), "textbook": (3, 4)}
     assert {path.parent.name for path in before} == {f"{arm}-seed{seed}" for arm in steps for seed in (0, 1)}
     for found in before.values():
         assert (found["at_steps"]["step"], found["at_seconds"]["step"]) == steps[found["arm"]]
         assert found["at_steps"]["base"] == found["at_steps"]["updated"]  # of neither arm there is an update
-    seed0 = json.loads((folder / "off-seed0" / "measures.json").read_text())
-    assert seed0["at_steps"]["updated"] != seed0["at_seconds"]["updated"]
-    assert load_sampler(folder / "off-seed0", "cpu").step == 5
+        assert found["at_steps"]["updated"] != found["at_seconds"]["updated"]
+    assert load_sampler(folder / "off-seed0", "cpu").step == 7
+    assert train(*small(tmp_path, images, "weight_predictor.update=off", "training.steps=3", "training.seed=1")) == 0
+    runs = folder / "off-seed1", tmp_path / "run"
+    saved, own = (load_checkpoint(path / "checkpoints" / "step_000003.pt") for path in runs)
+    assert same(saved["generator_ema"], own["generator_ema"])  # arms learn what training.py learns
     table = (folder / "table.md").read_text()
     assert "| `off`: no predictor | 2 | 1.000 |" in table
     assert "nan" not in table
@@ -84,7 +90,7 @@ def test_the_whole_command_and_resuming(clock: None, tmp_path: Path, image_folde
         assert words in capsys.readouterr().err
 
 
-def test_a_run_that_fails_leaves_the_others(clock: None, tmp_path: Path, image_folder: Path, monkeypatch, capsys):
+def test_a_run_that_fails_leaves_the_others(turns: list[str], tmp_path: Path, image_folder: Path, monkeypatch, capsys):
     arguments = ["--out", str(tmp_path), "--steps", "2", "--seconds", "1", "--images", "24", "--seeds", "0",
                  "--arms", "textbook", *SMALL, f"data.root={image_folder}"]  # fmt: skip
     step = ablation.Textbook.generator_step
