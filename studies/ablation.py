@@ -150,7 +150,8 @@ class Run:
         """Saves the networks, and compares images of seeds 0, 1, ... with those of which `real` are features (N, D)."""
         checkpoints = Checkpoints(folder / self.name / "checkpoints", keep=2)
         checkpoints.folder.mkdir(parents=True, exist_ok=True)
-        generator = copy.deepcopy(self.generator)  # a sampler's doesn't train any more
+        # A sampler's networks don't train any more: an average never does, but the textbook's own go on.
+        generator = self.generator if self.state else copy.deepcopy(self.generator)
         saved = {"step": self.step, "config": config_to_dict(self.config), "update_spec": generator.spec.to_dict()}
         checkpoints.save(saved | {"generator_ema": generator.state_dict()})
         shards = decode_shard(Sampler(generator, self.config, self.step, folder), range(count))
