@@ -269,7 +269,8 @@ def shown_difference(difference: float, low: float, high: float) -> str:
     """`-12.0 % (-20.1 to -3.2)`; a dash for what there is none of."""
     if math.isnan(difference):
         return "–"
-    return f"{difference:+.1%}".replace("%", " %") + ("" if math.isnan(low) else f" ({low:+.1%} to {high:+.1%})")
+    interval = "" if math.isnan(low) else f" ({100 * low:+.1f} to {100 * high:+.1f})"
+    return f"{100 * difference:+.1f} %{interval}"
 
 
 def read_options(arguments: list[str]) -> argparse.Namespace:
