@@ -300,7 +300,6 @@ def evaluate(
         "update_saturated_fraction": update[-1].saturated_fraction, "update_relative_size": update[-1].relative_size,
         "reconstruction_psnr_db": psnr, "reconstruction_ssim": ssim,
         "probability_ece": calibration.error, "probability_ece_if_perfect": calibration.expected_error,
-        "reliability": {key: getattr(calibration, key) for key in ("probability", "real_fraction", "images")},
         "nearest_among": real.reference_name, "notes": real.notes,
     }  # fmt: skip
     samples = {name: x[:16] for name, x in generated.items()}

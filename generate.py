@@ -1,10 +1,14 @@
 """Makes images and videos from a run or a checkpoint. The checkpoint alone is enough to rebuild the networks.
 
-python generate.py runs/quick --out images.png                     a grid of images
-python generate.py runs/quick --out clip.mp4 --video weights       images that move, decoded with moving weights
-python generate.py runs/quick --out me.webp --image photo.jpg      a photo that moves
+python generate.py runs/quick --out images.png                                 a grid of images
+python generate.py runs/quick/checkpoints/best.pt --out folder --images 1000   a folder of them, from a checkpoint
+python generate.py runs/quick --out update.png --show triples --seeds 0-4,17   base, updated, difference
+python generate.py runs/quick --out clip.mp4 --motion zoom=0.3 --loop          images that move, by moving weights
+python generate.py runs/quick --out long.mp4 --rollout --frames 10000          the GRU encodes its own frames
+python generate.py runs/quick --out walk.gif --video latent --keyframes 7      a walk through latent space
+python generate.py runs/quick --out me.webp --image photo.jpg                  a photo that moves
 
-`--help` shows every option. From Python, `sampling.load_sampler` does the same.
+From Python, `sampling.load_sampler` does the same.
 """
 
 import difflib
@@ -14,7 +18,7 @@ import os
 import re
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -61,17 +65,8 @@ def frame_rate(text: str) -> float:
 
 
 def build_parser() -> ArgumentParser:
-    parser = CommandParser(
-        description="Make images and videos from a run or a checkpoint.",
-        epilog="examples:\n"
-        "  python generate.py runs/quick --out update.png --show triples --seeds 0-4,17\n"
-        "  python generate.py runs/quick --out clip.mp4 --video weights --motion zoom=0.3 --loop\n"
-        "  python generate.py runs/quick --out long.mp4 --video weights --rollout --frames 10000 --grid 1x1\n"
-        "  python generate.py runs/quick --out walk.gif --video latent --keyframes 7 --seeds 3\n"
-        "  python generate.py runs/quick --out history.mp4 --video training\n"
-        "  python generate.py runs/quick --out me.webp --video weights --image photo.jpg --loop\n"
-        "  python generate.py runs/quick/checkpoints/step_000100.pt --out folder_of_images --images 1000\n",
-    )
+    first, _, rest = (__doc__ or "").partition("\n\n")
+    parser = CommandParser(description=first, epilog=rest)
     add = parser.add_argument
     add("source", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest checkpoint), or a .pt file")
     add("--out", required=True, metavar="FILE", help="images: .png, or a name without ending for a folder of them; "
@@ -83,10 +78,10 @@ def build_parser() -> ArgumentParser:
     what = group.add_mutually_exclusive_group()
     what.add_argument("--images", type=int_between("images", 1, 1_000_000), metavar="N",
                       help=f"N images ({IMAGES}; this is the default for .png and folders)")  # fmt: skip
-    what.add_argument("--video", choices=("weights", "synthetic", "latent", "training"), metavar="KIND",
+    what.add_argument("--video", choices=("weights", "synthetic", "latent"), metavar="KIND",
                       help="weights: frames decoded with weights that move as the GRU predicts (default for .mp4, "
                       ".webp and .gif); synthetic: the moving copies of the base image that the GRU encodes; latent: a "
-                      "closed walk through latent space; training: the run's samples in order of steps")  # fmt: skip
+                      "closed walk through latent space")  # fmt: skip
     add = group.add_argument
     add("--seed", type=int_between("seed", 0, 2**53), metavar="S",
         help="the first image's seed; the others follow (0)")  # fmt: skip
@@ -107,8 +102,8 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument_group("videos").add_argument
     add("--frames", type=int_between("frames", 1, 10_000_000), metavar="N",
         help=f"how many ({PERIODS} periods of the motion; rollout {ROLLOUT_FRAMES}; latent {FRAMES_PER_KEYFRAME} per "
-        "keyframe; training one for each saved step)")  # fmt: skip
-    add("--fps", type=frame_rate, metavar="F", help="frames a second (the run's output.fps; latent 16, training 4)")
+        "keyframe)")  # fmt: skip
+    add("--fps", type=frame_rate, metavar="F", help="frames a second (the run's output.fps; latent 16)")
     add("--loop", action="store_true",
         help="weights, synthetic: whole periods, so that the last frame leads to the first")  # fmt: skip
     add("--rollout", action="store_true",
@@ -143,7 +138,6 @@ USES = {
     "weights": {"image", "rollout", "rollout_after"} | _COMMON | _MOVING,
     "synthetic": {"image"} | _COMMON | _MOVING,
     "latent": {"keyframes"} | _COMMON | _MOVING,
-    "training": {"frames", "fps", "scale"},
 }
 """What is made -> the options that have an effect on it."""
 
@@ -161,8 +155,6 @@ def generate(options: Namespace) -> str:
             raise UserError(f"--{name.replace('_', '-')} means nothing for {made}; it is for {', '.join(users)}")
     if options.seed is not None and options.seeds is not None:
         raise UserError("--seed and --seeds both choose the images: give one of them")
-    if kind == "training":
-        return make_training_video(options)
     device = command_device(options.device)
     sampler = load_sampler(options.source, device, options.best)
     if options.motion is not None:
@@ -297,7 +289,10 @@ def make_video(options: Namespace, sampler: Sampler, kind: str) -> str:
         *_, video = columns.values()
         return tile_images(video, *grid, options.scale or default_scale(video, grid, 512))
 
-    size = write_frames(options.out, map(to_pixels, frames), count, fps)
+    with open_video(options.out, fps=fps) as video:
+        for pixels in tqdm(map(to_pixels, frames), total=count, unit=" frames", **PROGRESS):
+            video.write(pixels)
+    size = f"{pluralize(count, 'frame')}, {pixels.shape[1]} x {pixels.shape[0]} pixels"
     return f"wrote {options.out}: {size}, {fps:g} a second, {kind}, of {describe_source(sampler, seeds, files)}"
 
 
@@ -316,38 +311,6 @@ def moving_columns(
         moving["weight-driven video"] = video
     for frames in zip(*moving.values(), strict=True):
         yield still | dict(zip(moving, frames, strict=True))
-
-
-def make_training_video(options: Namespace) -> str:
-    """The run's own sample sheets, one a frame, with their steps; no network is needed."""
-    run = Path(options.source)
-    if not os.path.isdir(run):
-        raise UserError(f"--video training shows the saved samples of a run: give its folder, not {shown_path(run)}")
-    sheets = sorted((int(path.stem[5:]), path) for path in run.glob("samples/step_*.png") if path.stem[5:].isdecimal())
-    if not sheets:
-        raise UserError(f"{shown_path(run)} holds no samples (looked for samples/step_*.png); is it a run's folder?")
-    count = options.frames or len(sheets)
-    chosen = [sheets[int(index)] for index in np.linspace(0, len(sheets) - 1, count).round()]
-
-    def frames() -> Iterator[np.ndarray]:
-        for step, path in chosen:
-            try:
-                pixels = np.asarray(Image.open(path).convert("RGB"))
-            except OSError as error:
-                raise UserError(f"cannot read {path}: {error}") from None
-            yield np.asarray(labelled_grid({f"step {step:,}": pixels[None]}, scale=1))
-
-    fps = options.fps or 4.0
-    size = write_frames(options.out, frames(), count, fps, options.scale or 1)
-    return f"wrote {options.out}: {size}, {fps:g} a second, steps {chosen[0][0]} to {chosen[-1][0]}"
-
-
-def write_frames(out: str, frames: Iterable[np.ndarray], count: int, fps: float, scale: int = 1) -> str:
-    """Writes frames as they come; returns their number and size in words."""
-    with open_video(out, fps=fps, scale=scale) as video:
-        for pixels in tqdm(frames, total=count, unit=" frames", **PROGRESS):
-            video.write(pixels)
-    return f"{pluralize(count, 'frame')}, {scale * pixels.shape[1]} x {scale * pixels.shape[0]} pixels"
 
 
 def choose_seeds(options: Namespace, is_video: bool, default: int) -> tuple[list[int], list[str] | None]:

@@ -40,7 +40,6 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", 
 """Endings of the files that count as images, in upper or lower case."""
 
 _CELL = 128  # the least height and width of a sheet's cell, in pixels: a 32 px image is shown four times as large
-_VIDEO_SIDE = 256  # the least height and width of a video written with scale=None: comfortable on a web page
 _GAP, _SEAM, _MARGIN = 8, 4, 20  # between labelled images; between those without labels; around a labelled sheet
 # Cells are often white themselves: a light grey sheet shows where each one ends.
 _SHEET, _INK = (240, 241, 243), (32, 34, 38)
@@ -158,7 +157,7 @@ def _wrapped(text: str, font: Any, width: int) -> tuple[str, int, int]:
     """The text in lines of at most about `width` pixels, a longer word alone; the width and height that it takes."""
     letters = max(1, int(width / font.getlength("n")))  # few letters are wider
     lines = textwrap.wrap(text, letters, break_long_words=False, break_on_hyphens=False)
-    line_height = sum(font.getmetrics())  # of any letters: sheets of "step 1" and "step 10" are frames of one video
+    line_height = sum(font.getmetrics())  # of any letters: the height depends on the number of lines alone
     return "\n".join(lines), math.ceil(max(map(font.getlength, lines), default=0)), len(lines) * line_height
 
 
@@ -195,8 +194,7 @@ class _Format(NamedTuple):
     min_fps: float  # slower, a frame's time has no room in the file
     max_fps: int  # faster animated images are shown by browsers at 10 frames/s
     encoding: dict[str, str]
-    muxing: dict[str, str]
-    once: dict[str, str]  # on top of `muxing`, for a video that does not start again at its end
+    muxing: dict[str, str]  # an .mp4 leaves to its player whether it starts again at its end; the others do
 
 
 _FORMATS = {
@@ -204,10 +202,10 @@ _FORMATS = {
     # mbtree off: with it, the same frames gave other bytes now and then, by what memory held from earlier videos.
     # faststart: the index goes first, so that a browser plays before it has everything.
     ".mp4": _Format("mp4", "libx264", "yuv420p", 16384, 0.0001, 240,
-                    {"crf": "15", "preset": "medium", "mbtree": "0"}, {"movflags": "+faststart"}, {}),
-    ".webp": _Format("webp", "libwebp", "bgra", 16383, 0.0001, 90, {"quality": "90"}, {"loop": "0"}, {"loop": "1"}),
-    ".gif": _Format("gif", "gif", "pal8", 65535, 0.00153, 50, {}, {"loop": "0"}, {"loop": "-1"}),
-    ".png": _Format("apng", "apng", "rgb24", 65535, 0.0001, 90, {"pred": "mixed"}, {"plays": "0"}, {"plays": "1"}),
+                    {"crf": "15", "preset": "medium", "mbtree": "0"}, {"movflags": "+faststart"}),
+    ".webp": _Format("webp", "libwebp", "bgra", 16383, 0.0001, 90, {"quality": "90"}, {"loop": "0"}),
+    ".gif": _Format("gif", "gif", "pal8", 65535, 0.00153, 50, {}, {"loop": "0"}),
+    ".png": _Format("apng", "apng", "rgb24", 65535, 0.0001, 90, {"pred": "mixed"}, {"plays": "0"}),
 }  # fmt: skip
 
 
@@ -215,14 +213,12 @@ _COLOURS: dict[str, Any] = {"dst_colorspace": Colorspace.ITU709, "dst_color_rang
 
 
 @contextmanager
-def open_video(path: str | Path, *, fps: float, scale: int | None = 1, loop: bool = True) -> Iterator["VideoWriter"]:
+def open_video(path: str | Path, *, fps: float) -> Iterator["VideoWriter"]:
     """Open a video for writing; the file appears when the block ends, and not at all if it ends in an exception.
 
     path   ends in .mp4, .webp, .gif or .png (animated); without an ending it is a folder of numbered PNG frames.
            A missing parent folder is made; an existing file is replaced; a folder that holds something is refused.
     fps    frames per second (a folder of frames does not record it).
-    scale  shows every pixel as a square of this many pixels; None enlarges small frames to at least 256 px a side.
-    loop   whether a .webp, .gif or .png starts again at its end; an .mp4 leaves that to its player.
 
     Memory does not grow with the number of frames, in any format. Raises `UserError`, of one line, before the first
     frame where that is possible: an unknown ending, a frame rate the format cannot show, no frames at all, a frame of
@@ -232,13 +228,9 @@ def open_video(path: str | Path, *, fps: float, scale: int | None = 1, loop: boo
     path = Path(path)
     if not 0.0001 <= fps < math.inf:
         raise UserError(f"{path}: frames per second must be 0.0001 or more, not {fps:g}")
-    if scale is not None and scale < 1:
-        raise UserError(f"{path}: scale must be a whole number from 1 up, not {scale}")
     file_format = None if as_folder else _format_of(path, fps)
     with atomic_write(path, folder=as_folder) as part:
-        writer = VideoWriter(path, part, scale)
-        if file_format is not None:
-            writer = _EncodedWriter(path, part, scale, file_format, fps, loop)
+        writer = VideoWriter(path, part) if file_format is None else _EncodedWriter(path, part, file_format, fps)
         try:
             yield writer
             if writer.frames == 0:
@@ -255,9 +247,9 @@ class VideoWriter:
     The class itself writes a folder of PNG files, not synced one by one: the folder appears when all are there.
     """
 
-    def __init__(self, path: Path, part: Path, scale: int | None, max_side: int = 2**31 - 1) -> None:
+    def __init__(self, path: Path, part: Path, max_side: int = 2**31 - 1) -> None:
         self.frames = 0
-        self._path, self._part, self._scale, self._max_side = path, part, scale, max_side
+        self._path, self._part, self._max_side = path, part, max_side
         self._shape: tuple[int, ...] = ()
 
     def write(self, frame: Pixels) -> None:
@@ -269,15 +261,14 @@ class VideoWriter:
             raise ValueError(f"expected one frame, got {tuple(frame.shape)}; write_video takes many")
         height, width, _ = pixels.shape
         self._shape = self._shape or pixels.shape
-        self._scale = self._scale or scale_for(height, width, _VIDEO_SIDE)
         if pixels.shape != self._shape:
             size = f"{self._shape[1]} x {self._shape[0]}"
             raise UserError(f"{self._path}: frame {self.frames} is {width} x {height}, the ones before it {size}")
-        if self._scale * max(height, width) > self._max_side:
-            size = f"{self._scale * width} x {self._scale * height}"
+        if max(height, width) > self._max_side:
+            size = f"{width} x {height}"
             raise UserError(f"{self._path}: a frame of {size} pixels is too large, {self._max_side} a side is the most")
         with os_errors_as_user_errors(self._path, av.FFmpegError):
-            self._add(enlarge(pixels, self._scale))
+            self._add(pixels)
         self.frames += 1
 
     def _add(self, pixels: np.ndarray) -> None:
@@ -288,13 +279,11 @@ class VideoWriter:
     def _release(self) -> None: ...  # closes what an error left open
 
 
-def write_video(
-    path: str | Path, frames: Iterable[Pixels], *, fps: float, scale: int | None = 1, loop: bool = True
-) -> None:
+def write_video(path: str | Path, frames: Iterable[Pixels], *, fps: float) -> None:
     """Write all frames: a tensor (T, C, H, W) in [0, 1], or anything that yields frames as `VideoWriter.write` takes
     them, one at a time. The rest is as in `open_video`.
     """
-    with open_video(path, fps=fps, scale=scale, loop=loop) as video:
+    with open_video(path, fps=fps) as video:
         for frame in frames:
             video.write(frame)
 
@@ -320,12 +309,12 @@ def _format_of(path: Path, fps: float) -> _Format:
 class _EncodedWriter(VideoWriter):
     """Frames through an encoder of FFmpeg into a file."""
 
-    def __init__(self, path: Path, part: Path, scale: int | None, file_format: _Format, fps: float, loop: bool) -> None:
-        super().__init__(path, part, scale, file_format.max_side)
+    def __init__(self, path: Path, part: Path, file_format: _Format, fps: float) -> None:
+        super().__init__(path, part, file_format.max_side)
         self._format = file_format
         self._fps = Fraction(fps).limit_denominator(10**6)
         self._tick = 1 / self._fps
-        self._options = file_format.muxing | ({} if loop else file_format.once)
+        self._options = dict(file_format.muxing)
         if file_format.encoder == "gif":
             self._tick = Fraction(1, 100)  # GIF counts in hundredths; rounding each frame's *time* keeps the total
             self._options["final_delay"] = str(max(1, round(100 / self._fps)))

@@ -273,13 +273,10 @@ def calibrate(state: Any, config: Config, real: Tensor, world: World = SINGLE_PR
 
 
 class Reliability(NamedTuple):
-    """How well probabilities match frequencies, over images half of which are real; lists are over non-empty bins."""
+    """How well probabilities match frequencies, over images half of which are real."""
 
     error: float  # expected calibration error: mean distance between probability and fraction of real images, over bins
     expected_error: float  # its mean for perfect probabilities and so few images: no smaller error can be measured
-    probability: list[float]
-    real_fraction: list[float]
-    images: list[int]
 
 
 def reliability(p_real: Tensor, p_fake: Tensor, bins: int = 10) -> Reliability:
@@ -298,10 +295,7 @@ def reliability(p_real: Tensor, p_fake: Tensor, bins: int = 10) -> Reliability:
 
     random = torch.Generator().manual_seed(0)
     perfect = [error(torch.bernoulli(p, generator=random)) for _ in range(100)]
-    images = sums(torch.ones_like(p))
-    probability, real_fraction = ((sums(x) / images)[images > 0].tolist() for x in (p, is_real))
-    counts = images[images > 0].int().tolist()
-    return Reliability(error(is_real), sum(perfect) / 100, probability, real_fraction, counts)
+    return Reliability(error(is_real), sum(perfect) / 100)
 
 
 class QualityCheck:

@@ -1,45 +1,39 @@
 """Measures what each part of the method is worth: trains variants that differ in one thing and compares their images.
 
-python -m studies.ablation                                     12 arms, 3 seeds, 1,500 steps at 32 px: a day
-python -m studies.ablation --arms off,constant,full --seeds 0,1,2,3,4 --jobs 4
-python -m studies.ablation --quick --out runs/try              all of it in a few minutes; the results mean nothing
-python -m studies.ablation --report                            table and plot again, of the runs that are there
+python -m studies.ablation                                    all arms, 3 seeds, 800 steps and 260 s at 32 px: hours
+python -m studies.ablation --arms constant,full --seeds 0,1,2,3,4 training.n_critic=1
 
 Run it from the repository root. Arms with the same seed begin with the same VAE and critic, and see the same images in
-the same order with the same noise. They are compared after equal steps, and after equal time: every arm's seconds per
-step are measured first, the arms taking turns, as CPU time of one thread, so that other work on the machine counts
-little. Cheaper arms then train for more steps. The same command again resumes where it was stopped.
+the same order with the same noise. Their KID is compared after equal steps, and after equal time: CPU time of one
+thread, on a GPU time of the clock, without the first step. The arms of a seed train in one process, a step each of
+whichever has had the least time, so that other work on the machine slows all alike.
 
-The folder gets table.md, results.json, over_time.png, study.json (the settings it belongs to), and a run for each arm
-and seed.
+The folder gets table.md, and of each arm and seed measures.json and checkpoints, which generate.py and
+studies.motion_report read. What is measured there is not trained again. Two commands may share a folder if their seeds
+differ; then a third one with all seeds writes the table.
 """
 
 import argparse
 import copy
-import itertools
 import json
 import math
-import os
 import re
 import shlex
-import subprocess
+import statistics
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from datetime import date
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from util import (
     CommandParser,
-    absolute,
     atomic_write,
     choose_device,
     describe_device,
     int_between,
-    names_digest,
     prepare_device,
     print_line,
     run_command,
@@ -49,41 +43,26 @@ from util import (
 import torch
 from torch import Tensor
 
-from checkpoints import differences
-from configuration import Config, UserError, config_to_dict, config_to_yaml, load_config
-from generator import build_generator
-from image_data import open_images
-from media import find_images, save_figure
-from quality import frechet_distance, image_features, kernel_distance, load_features, precision_recall
-from sampling import BATCH, Sampler, load_sampler
+from checkpoints import Checkpoints
+from configuration import Config, UserError, config_to_dict, load_config
+from image_data import TrainingImages, open_images
+from quality import ImageFeatures, as_floats, decode_shard, image_features, kernel_distance, load_features
+from sampling import Sampler
 from step_runners import build_steps, choose_step
-from studies.ablation_report import METHOD, REFERENCE, LearningCurve, compare, plot_over_time, write_table, write_text
 from studies.textbook import Textbook
 from training import build_networks, iteration
 from training_step import NoiseSampler, TrainingState
 
 ROOT = Path(__file__).parent.parent
-QUICK = [
-    "image.size=16", "vae.channels=[4,8]", "vae.latent_dim=8", "critic.channels=[4,8]", "video.height=8",
-    "video.width=8", "video.frames=3", "weight_predictor.hidden_size=8", "training.batch_size=8", "output.samples=2",
-]  # fmt: skip
-"""Settings of --quick."""
-DEFAULTS = [
-    "runtime.device=cpu", "runtime.step=eager", "output.tensorboard=false", "output.log_every=20",
-    "output.sample_every=1000000000", "output.keep_checkpoints=1000000000",
-]  # fmt: skip
+DEFAULTS = ["runtime.device=cpu", "runtime.step=eager"]
 """Of all arms; settings of the command line win."""
-FIXED = ("training.seed", "training.steps", "training.epochs", "training.max_minutes", "output.root", "output.name",
-         "output.checkpoint_every", "output.keep_checkpoints")  # fmt: skip
+FIXED = ("training.seed", "training.steps", "training.epochs", "training.max_minutes", "output.root",
+         "output.name")  # fmt: skip
 """Settings that the ablation itself chooses."""
 UNCOMPARED = (*FIXED, "data.root", "data.memory_gb", "data.workers", "runtime.timeout_minutes", "output.*")
 """Settings that may differ within one folder: they change no result. (Names of images are compared instead.)"""
-REMEMBERED = ("config", "overrides", "arms", "seeds", "steps", "points", "seconds", "images")
-"""Options that `--report` takes from the folder where they aren't given."""
-PARTS = 5
-"""Disjoint parts of the generated images, each with a distance of its own: the bootstrap resamples them."""
 
-OFF = "weight_predictor.update=off"
+REFERENCE, OFF = "off", "weight_predictor.update=off"
 ARMS: dict[str, tuple[str, list[str]]] = {
     "off": ("no predictor", [OFF]),
     "full": ("the whole method: each image its own update", []),
@@ -92,14 +71,16 @@ ARMS: dict[str, tuple[str, list[str]]] = {
     "mismatched": ("the GRU encodes another image's video", ["weight_predictor.input_video=other"]),
     "still": ("the GRU encodes the image itself, standing still", ["weight_predictor.input_video=static"]),
     "frozen": ("the GRU keeps its initial weights", ["weight_predictor.train_gru=false"]),
-    "wide": ("no predictor, a wider VAE with about as many parameters as `full`", [OFF]),
     "shared": ("one update for the batch: the mean", ["weight_predictor.sharing=shared"]),
     "full-head": ("head full", ["weight_predictor.head=full"]),
     "per-channel": ("head per_channel", ["weight_predictor.head=per_channel"]),
     "textbook": ("a textbook's WGAN-GP and VAE: no predictor, no average, no augmentation",
                  [OFF, "training.diffaugment=[]"]),
 }  # fmt: skip
-"""Name -> meaning and settings."""
+"""Name -> meaning and settings; all others are compared with `REFERENCE`."""
+NOTE = """KID × 1000 on {features}, of images decoded with θ + Δ / with θ: lower is better. *Against `off`*: the mean of
+the seeds' ratios of θ + Δ, geometric, and its interval of 95 % by Student's t of their logarithms. Several arms are
+compared with one: of 20 true zeros one excludes 0 by chance."""
 
 
 def choose_arms(names: str) -> list[str]:
@@ -110,43 +91,6 @@ def choose_arms(names: str) -> list[str]:
     return [name for name in ARMS if name in {*chosen, REFERENCE}]
 
 
-def arm_config(arm: str, file: str | None, common: list[str], extra: list[str]) -> Config:
-    """The settings of an arm: `file`, then `common` (of all arms), then the arm's own, then `extra` (its seed)."""
-    base = load_config(file, common)
-    overrides = list(ARMS[arm][1])
-    if arm == "constant":
-        # A predicted weight sums a step of each GRU unit, whose values are about ½: the constant gets as large a step.
-        rate = min(1.0, base.training.lr_predictor * base.weight_predictor.hidden_size / 2)
-        overrides.append(f"training.lr_predictor={rate:.6g}")
-    elif arm == "wide":
-        overrides.append(f"vae.channels={wide_channels(base)}".replace(" ", ""))
-    return load_config(file, [*common, *overrides, *extra])
-
-
-def count_parameters(config: Config) -> int:
-    """Trained parameters of VAE, predictor and head (the critic is the same in all arms)."""
-    with torch.device("meta"):  # shapes alone
-        return sum(weight.numel() for weight in build_generator(config).parameters() if weight.requires_grad)
-
-
-def wide_channels(config: Config) -> list[int]:
-    """Widths of a VAE without predictor, in the proportions of `vae.channels`, with about the parameters of `config`.
-
-    With k times the widths it has a k² + b k parameters: convolutions grow with k², layers at pixels and z with k.
-    """
-
-    def widened(k: float) -> Config:
-        changed = copy.deepcopy(config)
-        changed.weight_predictor.update = "off"
-        changed.vae.channels = [max(1, round(k * width)) for width in config.vae.channels]
-        return changed
-
-    single, double = (count_parameters(widened(k)) for k in (1, 2))
-    a = double / 2 - single
-    b = single - a
-    return widened((math.sqrt(b**2 + 4 * a * count_parameters(config)) - b) / (2 * a)).vae.channels
-
-
 def seed_list(text: str) -> list[int]:
     """Reads `0,1,2`."""
     seeds = [int(part) if re.fullmatch(r" *\d{1,9} *", part, re.ASCII) else -1 for part in text.split(",")]
@@ -155,320 +99,213 @@ def seed_list(text: str) -> list[int]:
     return seeds
 
 
-def read_options(arguments: list[str]) -> argparse.Namespace:
-    """Reads the command line; `--report` takes what it isn't given from the folder's record."""
-    summary, _, more = (__doc__ or "").partition("\n\n")
-    parser = CommandParser("python -m studies.ablation", description=summary, epilog=more)
-    add = parser.add_argument
-    add("--config", metavar="FILE", help="the base settings (configs/quick.yaml)")
-    add("--out", metavar="FOLDER", default="runs/ablation", help="where all is written (%(default)s)")
-    add("--arms", metavar="NAMES", type=choose_arms, help="such as off,constant,full (all)")
-    add("--seeds", metavar="LIST", type=seed_list, help="such as 0,1,2 (that)")
-    add("--steps", metavar="N", type=int_between("steps", 1, 10**9), help="of each arm (%(default)s)")
-    add("--seconds", metavar="S", type=int_between("seconds", 1, 10**9), help="of training (of N steps of `full`)")
-    add("--points", type=int_between("points", 1, 1000), help="evaluations up to step N (%(default)s)")
-    add("--images", type=int_between("images", 20, 10**6), help="generated for an evaluation (%(default)s)")
-    add("--jobs", type=int_between("jobs", 1, 1000), default=1, help="processes at a time (%(default)s)")
-    add("--quick", action="store_true", help="tiny networks and few steps: tries the command itself")
-    add("--report", action="store_true", help="only write table and plot of the runs that are there")
-    add("--task", nargs=2, help=argparse.SUPPRESS)  # what this command starts for each run
-    add("overrides", nargs="*", metavar="section.key=value", help="settings of all arms")
-    parser.set_defaults(config=str(ROOT / "configs/quick.yaml"), arms=[*ARMS], seeds=[0, 1, 2], steps=1500,
-                        points=5, images=1000)  # fmt: skip
-    options = parser.parse_intermixed_args(arguments)
-    if fixed := [key for override in options.overrides if (key := override.partition("=")[0].strip()) in FIXED]:
-        raise UserError(f"{fixed[0]} is set by the ablation itself; use --seeds, --steps, --points and --out")
-    if options.quick:
-        parser.set_defaults(arms=["off", "full", "constant", "textbook"], seeds=[0, 1], steps=20, points=2, images=40)
-    if options.report and options.overrides:
-        raise UserError("--report takes the settings of the folder's ablation, and no others")
-    if options.report:
-        parser.set_defaults(**read_json(Path(options.out) / "study.json").get("options", {}))
-    options = parser.parse_intermixed_args(arguments)
-    options.arguments = arguments
-    options.overrides = [*DEFAULTS, *(QUICK if options.quick else []), *options.overrides]
-    return options
+def arm_config(arm: str, file: str | None, common: list[str], seed: int) -> Config:
+    """The settings of an arm: `file`, then `common` (of all arms), then the arm's own and its seed."""
+    overrides = [*ARMS[arm][1], f"training.seed={seed}"]
+    if arm == "constant":
+        # A predicted weight sums a step of each GRU unit, whose values are about ½: the constant gets as large a step.
+        base = load_config(file, common)
+        rate = min(1.0, base.training.lr_predictor * base.weight_predictor.hidden_size / 2)
+        overrides.append(f"training.lr_predictor={rate:.6g}")
+    return load_config(file, [*common, *overrides])
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """What an earlier command has left in a file, empty if it isn't there; a `UserError` if it is damaged."""
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
-        raise UserError(f"{path} is damaged; remove it, or name another folder with --out") from None
+class Run:
+    """One arm with one seed, as far as it is trained."""
 
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file, with null for numbers that JSON doesn't have."""
-    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
-    write_text(path, json.dumps(finite, indent=1))
-
-
-class Study:
-    """One ablation's folder, its settings, and its runs: one for each arm and seed. Refuses wrong settings."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.folder, self.seeds = options, Path(options.out), options.seeds
-        self.arms = [arm for arm in ARMS if arm in options.arms]
-        self.every = max(1, options.steps // options.points)
-        self.base = load_config(options.config, options.overrides)
-        for arm in self.arms:
-            self.config(arm, 0)  # mistakes show before anything is written
-        self.failures: dict[str, str] = read_json(self.folder / "failures.json")
-        self.processes: list[subprocess.Popen] = []
-        self.stopping = False
-
-    def config(self, arm: str, seed: int) -> Config:
-        """Settings of an arm's run."""
-        own = [f"training.seed={seed}", f"output.root={self.folder}", f"output.name={arm}-seed{seed}",
-               f"training.steps={self.options.steps}", f"output.checkpoint_every={self.every}"]  # fmt: skip
-        return arm_config(arm, self.options.config, self.options.overrides, own)
-
-    def claim(self) -> None:
-        """Saves the real images' features, and the record with earlier arms and seeds. Refuses another study."""
-        record, root = read_json(self.folder / "study.json"), absolute(self.base.data.root)
-        names = names_digest(path.removeprefix(str(root)) for path in find_images(root)[0])
-        changes = [str(one) for one in (differences(record, self.base, "study.json") if record else ())
-                   if not any(fnmatch(one.key, pattern) for pattern in UNCOMPARED)]  # fmt: skip
-        changes += ["data.root holds images of other names"] * (names != record.get("image_names", names))
-        if changes:
-            raise UserError(f"{self.folder} holds an ablation with other settings: {', '.join(changes)}; "
-                            "put them back, or name another folder with --out")  # fmt: skip
-        if not (self.folder / "reals.pt").exists():
-            images = open_images(self.base.data, self.base.image, batch_size=1, seed=0, device="cpu", progress=False)
-            real = image_features(load_features(), images.fixed_sample(images.count))
-            with atomic_write(self.folder / "reals.pt") as part:
-                torch.save(real, part)
-        # Until here, where all images could be read, the folder belongs to no ablation.
-        options = {name: getattr(self.options, name) for name in REMEMBERED}
-        earlier = record.get("options", options)
-        options |= {name: sorted({*options[name], *earlier[name]}) for name in ("arms", "seeds")}
-        record = {"config": config_to_dict(self.base), "image_names": names, "options": options}
-        write_json(self.folder / "study.json", record)
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds of an iteration of each arm; measured once."""
-        known = read_json(self.folder / "seconds.json")
-        missing = [arm for arm in self.arms if arm not in known]
-        if missing:
-            print_line(f"measuring the seconds of a step of {', '.join(missing)}")
-            # The reference is measured each time: the machine may be faster or slower than it was for what is known.
-            configs = {arm: self.config(arm, 0) for arm in dict.fromkeys([*missing, REFERENCE])}
-            fresh = seconds_per_step(configs, rounds=3 if self.options.quick else 15)
-            scale = known.get(REFERENCE, fresh[REFERENCE]) / fresh[REFERENCE]
-            known |= {arm: fresh[arm] * scale for arm in missing}
-            write_json(self.folder / "seconds.json", known)
-        return known
-
-    def budget(self) -> float:
-        """Seconds of training after which arms are compared."""
-        return self.options.seconds or self.options.steps * self.seconds().get(METHOD, self.seconds()[REFERENCE])
-
-    def lengths(self, arm: str) -> list[int]:
-        """The steps at which an arm is compared: equal steps, and equal time rounded up to a step."""
-        return sorted({self.options.steps, max(1, math.ceil(self.budget() / self.seconds()[arm] - 1e-6))})
-
-    def steps(self, arm: str) -> set[int]:
-        """The steps at which an arm is evaluated."""
-        return {*range(self.every, self.lengths(arm)[-1] + 1, self.every), *self.lengths(arm)}
-
-    def rows(self, arm: str, seed: int) -> list[dict[str, Any]]:
-        """The evaluations of a run so far, by step."""
-        path = self.folder / f"{arm}-seed{seed}" / "evaluations.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [row for row in rows if row["images"] == self.options.images]
+    def __init__(self, arm: str, seed: int, config: Config, images: TrainingImages) -> None:
+        device = images.device
+        self.arm, self.name, self.config, self.step, self.seconds = arm, f"{arm}-seed{seed}", config, 0, 0.0
+        self.found: dict[str, Any] = {"arm": arm, "seed": seed}  # with what was measured so far
+        self.noise, self.batches = NoiseSampler(config, device), images.batches()
+        self.state: TrainingState | None = None
+        self.runner: Any
+        if arm == "textbook":  # it has no average
+            self.runner = Textbook(config, device)
+            self.generator = self.runner.generator
+        else:
+            self.state = TrainingState(*build_networks(config), config, device)
+            self.runner = build_steps(choose_step(config, device)[0], self.state)
+            self.generator = self.state.generator_ema
 
     def train(self) -> None:
-        """Trains and measures what isn't complete, seed by seed: stopped early, the first seeds can be compared.
+        """Takes one step. Raises UserError: a loss is not finite."""
+        before = self._clock()
+        metrics = iteration(self.runner, self.noise, self.batches, self.step + 1)
+        taken = self._clock() - before
+        self.seconds += taken if self.step else 0.0  # the first one reserves memory, and perhaps compiles
+        self.step += 1
+        if self.state:
+            self.state.step = self.step
+        if not all(math.isfinite(value) for value in metrics.values()):
+            raise UserError(f"a loss is not finite at step {self.step}; try smaller learning rates")
 
-        `--jobs` runs at a time, each in processes of its own; Ctrl-C and SIGTERM let them save and end.
-        """
-        runs = [(arm, seed) for seed, arm in itertools.product(self.seeds, self.arms)
-                if self.steps(arm).difference(row["step"] for row in self.rows(arm, seed))]  # fmt: skip
-        print_line(f"training {len(runs)} runs; {len(self.seeds) * len(self.arms) - len(runs)} are complete")
-        with ThreadPoolExecutor(self.options.jobs) as pool:
-            try:
-                for run, future in [(run, pool.submit(self.work, *run)) for run in runs]:
-                    self.note(*run, future.result())
-            except BaseException:
-                self.stopping = True  # from now on no process begins
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in self.processes:
-                    process.terminate()
-                raise
-
-    def work(self, arm: str, seed: int) -> int:
-        """Trains and measures one run; returns the first exit status that is not 0."""
-        run, status = f"{arm}-seed{seed}", 0
-        settings, log = self.folder / "settings" / f"{run}.yaml", self.folder / "logs" / f"{run}.log"
-        write_text(settings, config_to_yaml(self.config(arm, seed)))
-        write_text(log, "")
-        # At its last step a training always leaves a checkpoint.
-        trainings = [[str(ROOT / "training.py"), "--config", str(settings), f"training.steps={length}"]
-                     for length in self.lengths(arm)]  # fmt: skip
-        this = ["-m", "studies.ablation", *self.options.arguments, "--task"]
-        with log.open("ab") as output:
-            for command in trainings if arm != "textbook" else [[*this, "train", run]]:
-                status = status or self.start(command, output)
-            if status in (0, 2):  # a run that diverged was sound before, and is measured until then
-                status = self.start([*this, "measure", run], output) or status
-        return status
-
-    def start(self, command: list[str], output: IO[bytes]) -> int:
-        """Runs Python with one thread, in a session of its own: Ctrl-C reaches it through `train`, once."""
-        if self.stopping:
-            return -1
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        with subprocess.Popen([sys.executable, *command], stdout=output, stderr=output, env=environment,
-                              start_new_session=True) as process:  # fmt: skip
-            self.processes.append(process)
-            return process.wait()
-
-    def note(self, arm: str, seed: int, status: int) -> None:
-        """Prints how a run ended, and remembers failures."""
-        run = f"{arm}-seed{seed}"
-        self.failures.pop(run, None)
-        if status:
-            lines = (self.folder / "logs" / f"{run}.log").read_text(errors="replace").splitlines()
-            errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-            self.failures[run] = (errors or lines or ["no output"])[-1]
-            print_line(f"  {run} failed (status {status}): {self.failures[run]}")
-        else:
-            last = self.rows(arm, seed)[-1]
-            updated, base = (1000 * last[side]["kid"] for side in ("updated", "base"))
-            print_line(f"  {run}: step {last['step']:,}, KID x 1000 {updated:.1f} (θ alone {base:.1f})")
-        write_json(self.folder / "failures.json", self.failures)
-
-    def train_textbook(self, arm: str, seed: int) -> None:
-        """Trains with the textbook's own steps on our images in our order. If it was stopped, it starts over."""
-        config, steps = self.config(arm, seed), self.steps(arm)
-        checkpoints = self.folder / config.output.name / "checkpoints"
-        if (checkpoints / f"step_{max(steps):06d}.pt").exists():
-            return
-        device, batch_size = choose_device(config.runtime.device), config.training.batch_size
-        images = open_images(config.data, config.image, batch_size=batch_size, seed=seed, device=device)
-        textbook: Any = Textbook(config, device)
-        noise, batches = NoiseSampler(config, device), images.batches()
-        for step in range(1, max(steps) + 1):
-            metrics = iteration(textbook, noise, batches, step)
-            if not all(math.isfinite(value) for value in metrics.values()):
-                raise UserError(f"training stopped: a loss is not finite at step {step}; try smaller learning rates")
-            if step % config.output.log_every == 0:
-                print(f"step {step}/{max(steps)}  rec {metrics['generator/reconstruction']:.1f}", flush=True)
-            if step in steps:
-                with atomic_write(checkpoints / f"step_{step:06d}.pt") as part:
-                    torch.save(textbook.generator.state_dict(), part)
-
-    def measure(self, arm: str, seed: int) -> None:
-        """Adds what is missing to a run's `evaluations.jsonl`, from its checkpoints."""
-        folder, rows = self.folder / f"{arm}-seed{seed}", self.rows(arm, seed)
-        real, features = torch.load(self.folder / "reals.pt", weights_only=True), load_features()
-        for step in sorted(self.steps(arm).difference(row["step"] for row in rows)):
-            checkpoint = folder / "checkpoints" / f"step_{step:06d}.pt"
-            if not checkpoint.exists():  # the run failed before
-                continue
-            if arm == "textbook":  # it has no average
-                generator = build_generator(config := self.config(arm, seed))
-                generator.load_state_dict(torch.load(checkpoint, weights_only=True))
-                sampler = Sampler(generator, config, step, checkpoint)
-            else:
-                sampler = load_sampler(checkpoint, "cpu")
-            quality = quality_of(sampler, real, features, self.options.images)
-            rows.append({"step": step, "images": self.options.images, **quality})
-            rows.sort(key=lambda row: row["step"])
-            write_text(folder / "evaluations.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-
-    def report(self) -> str:
-        """Writes table, results and plot of the runs that are there; a `UserError` at the end names failed ones."""
-        rows = {run: self.rows(*run) for run in itertools.product(self.arms, self.seeds)}
-        arms = [arm for arm in self.arms if any(rows[arm, seed] for seed in self.seeds)]
-        if REFERENCE not in arms:
-            raise UserError(f"{self.folder} has no evaluations of {REFERENCE} with --images {self.options.images}")
-        seconds, features = self.seconds(), load_features().name
-        curves = [LearningCurve(arm, seed, seconds[arm], own) for (arm, seed), own in rows.items() if own]
-        failed = {run: reason for run, reason in self.failures.items() if run in {f"{arm}-seed{n}" for arm, n in rows}}
-        command = shlex.join(["python", "-m", "studies.ablation", *self.options.arguments])
-        device = describe_device(choose_device(self.base.runtime.device))
-        about = {arm: {"meaning": ARMS[arm][0], "parameters": count_parameters(self.config(arm, 0)),
-                       "seconds_per_step": seconds[arm]} for arm in arms}  # fmt: skip
-        results = {"command": command, "device": device, "date": date.today().isoformat(), "features": features,
-                   "images": self.options.images, "failures": failed, "arms": about}  # fmt: skip
-        for key, where in (("at_steps", {"steps": self.options.steps}), ("at_seconds", {"seconds": self.budget()})):
-            results[key] = {"where": where, "arms": [compare(curves, arm, where) for arm in arms]}
-        write_json(self.folder / "results.json", results | {"curves": [curve._asdict() for curve in curves]})
-        write_table(self.folder / "table.md", results)
-        save_figure(self.folder / "over_time.png", lambda: plot_over_time(curves, features), dpi=120)
-        summary = f"wrote {self.folder}/table.md, results.json and over_time.png"
-        if failed and not self.options.report:
-            raise UserError(f"{len(failed)} runs failed ({', '.join(failed)}); {summary}")
-        return summary
-
-
-def quality_of(sampler: Sampler, real: Tensor, features: Any, count: int) -> dict[str, dict[str, Any]]:
-    """Distances of the images of seeds 0, 1, ... decoded with θ + Δ (`updated`) and with θ alone (`base`)."""
-    batches = [sampler.decode(sampler.inputs(range(first, min(first + BATCH, count))))
-               for first in range(0, count, BATCH)]  # fmt: skip
-    base = distances(real, image_features(features, [batch.x_base for batch in batches]))
-    if sampler.generator.update_kind == "off":
-        return {"base": base, "updated": base}
-    return {"base": base, "updated": distances(real, image_features(features, [batch.x_fake for batch in batches]))}
-
-
-def distances(real: Tensor, fake: Tensor) -> dict[str, Any]:
-    """All measures between features (N, D) of real and generated images; `kid_parts` are of disjoint parts of both."""
-    count = min(len(real), len(fake))  # precision and recall need equal numbers of both, of all classes
-    precision, recall = precision_recall(real[torch.arange(count) * len(real) // count], fake[:count])
-    size = count // PARTS
-    shuffled = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))]  # files are sorted by class
-    pairs = itertools.islice(zip(shuffled.split(size), fake.split(size), strict=False), PARTS)
-    parts = [kernel_distance(*pair, subsets=1, subset_size=size)[0] for pair in pairs]
-    return {"kid": kernel_distance(real, fake)[0], "kid_parts": parts, "frechet": frechet_distance(real, fake),
-            "precision": precision, "recall": recall}  # fmt: skip
-
-
-def seconds_per_step(configs: dict[str, Config], rounds: int) -> dict[str, float]:
-    """Median seconds of an iteration of each arm. They take turns, so that what slows one slows all.
-
-    On a CPU, seconds of this process's own work (one thread), on a GPU of the clock.
-    """
-    device = choose_device(configs[REFERENCE].runtime.device)
-    prepare_device(device)
-
-    def clock() -> float:
-        if device.type == "cpu":
+    def _clock(self) -> float:
+        if self.noise.device.type == "cpu":
             return time.process_time()
         torch.cuda.synchronize()
         return time.perf_counter()
 
-    runners: dict[str, tuple[Any, NoiseSampler, Iterator[Tensor]]] = {}
-    for arm, config in configs.items():
-        state = TrainingState(*build_networks(config), config, device)
-        kind = choose_step(config, device)[0]
-        runner = Textbook(config, device) if arm == "textbook" else build_steps(kind, state)
-        batch_size, size = config.training.batch_size, config.image.size
-        x_real = torch.rand(batch_size, config.image.channels, size, size, device=device)
-        runners[arm] = runner, NoiseSampler(config, device), itertools.repeat(x_real)
-    seconds: dict[str, list[float]] = {arm: [] for arm in configs}
-    for turn, arm in itertools.product(range(rounds + 1), configs):
-        before = clock()
-        iteration(*runners[arm], turn + 1)
-        seconds[arm].append(clock() - before)
-    return {arm: sorted(values[1:])[rounds // 2] for arm, values in seconds.items()}  # the first one allocates memory
+    def measure(self, real: Tensor, features: ImageFeatures, count: int, folder: Path) -> dict[str, float]:
+        """Saves the networks, and compares images of seeds 0, 1, ... with those of which `real` are features (N, D)."""
+        checkpoints = Checkpoints(folder / self.name / "checkpoints", keep=2)
+        checkpoints.folder.mkdir(parents=True, exist_ok=True)
+        # A sampler's networks don't train any more: an average never does, but the textbook's own go on.
+        generator = self.generator if self.state else copy.deepcopy(self.generator)
+        saved = {"step": self.step, "config": config_to_dict(self.config), "update_spec": generator.spec.to_dict()}
+        checkpoints.save(saved | {"generator_ema": generator.state_dict()})
+        shards = decode_shard(Sampler(generator, self.config, self.step, folder), range(count))
+        kid = {name: kernel_distance(real, image_features(features, as_floats(x)))[0] for name, x in shards.items()}
+        return {"step": self.step, "seconds": self.seconds, **kid}
+
+
+class Study:
+    """One ablation's folder and settings. Raises UserError: wrong settings of an arm."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.folder = options, Path(options.out)
+        common = [*DEFAULTS, *options.overrides]
+        self.configs = {(arm, seed): arm_config(arm, options.config, common, seed)
+                        for seed in options.seeds for arm in options.arms}  # fmt: skip
+        self.base = load_config(options.config, common)
+        self.device = choose_device(self.base.runtime.device)
+        prepare_device(self.device)
+        self.features = load_features("efficientnet-lite0", self.device)
+        self.real: Tensor | None = None
+        self.measures: dict[tuple[str, int], dict[str, Any]] = {}
+        self.failed: list[str] = []
+
+    def train(self, seed: int) -> None:
+        """Trains and measures what is missing of a seed's arms. Raises UserError: the folder has other settings."""
+        data, image, batch_size = self.base.data, self.base.image, self.base.training.batch_size
+        images = open_images(data, image, batch_size=batch_size, seed=seed, device=self.device)
+        amounts = {name: getattr(self.options, name) for name in ("steps", "seconds", "images")}
+        settings = {f"{part}.{key}": value for part, keys in config_to_dict(self.base).items()
+                    for key, value in keys.items()}  # fmt: skip
+        settings = {key: value for key, value in settings.items() if not any(fnmatch(key, one) for one in UNCOMPARED)}
+        settings |= {f"--{name}": value for name, value in amounts.items()} | {"names of images": images.fingerprint}
+        for path in sorted(self.folder.glob("*/measures.json")):
+            found = read_measures(path, settings)
+            self.measures[found["arm"], found["seed"]] = found
+        if self.real is None:
+            self.real = image_features(self.features, images.fixed_sample(images.count))
+        runs = [Run(*run, self.configs[run], images) for run in self.configs
+                if run[1] == seed and run not in self.measures]  # fmt: skip
+        if runs:
+            print_line(f"seed {seed}: training {', '.join(run.arm for run in runs)}")
+        while runs:
+            run = min(runs, key=lambda one: one.seconds)
+            try:
+                run.train()
+                for moment, due in (("at_steps", run.step == self.options.steps),
+                                    ("at_seconds", run.seconds >= self.options.seconds)):  # fmt: skip
+                    if due and moment not in run.found:
+                        run.found[moment] = run.measure(self.real, self.features, self.options.images, self.folder)
+            except UserError as error:
+                print_line(f"  {run.name} failed: {error}")
+                self.failed.append(run.name)
+                runs.remove(run)
+            if {"at_steps", "at_seconds"} <= run.found.keys():
+                runs.remove(run)
+                self.measures[run.arm, seed] = run.found
+                with atomic_write(self.folder / run.name / "measures.json") as part:
+                    part.write_text(json.dumps(run.found | {"settings": settings}, indent=1), encoding="utf-8")
+                kid = 1000 * run.found["at_seconds"]["updated"]
+                print_line(f"  {run.name}: {run.step:,} steps, {run.seconds:.0f} s, KID x 1000 {kid:.1f}")
+
+    def table(self) -> list[str]:
+        """The comparison as lines of Markdown: of each arm over the seeds that it and the reference have."""
+        moments = f"{self.options.steps:,} steps", f"{self.options.seconds:,} s"
+        command = shlex.join(["python", "-m", "studies.ablation", *self.options.arguments])
+        lines = [f"`{command}`, {describe_device(self.device)}, torch {torch.__version__}, {date.today()}", "",
+                 "| arm | seeds | s / step " + "".join(f"| {moment}: θ + Δ / θ | against `off` " for moment in moments)
+                 + "|", "|" + 7 * "---|"]  # fmt: skip
+        for arm in self.options.arms:
+            seeds = [n for n in self.options.seeds if {(arm, n), (REFERENCE, n)} <= self.measures.keys()]
+            rows = [self.measures[arm, seed] for seed in seeds]
+            cells = [f"`{arm}`: {ARMS[arm][0]}", str(len(seeds)), *["–"] * (5 * (not seeds))]
+            if seeds:
+                ends = [row["at_seconds"] for row in rows]
+                cells.append(f"{statistics.fmean(end['seconds'] / max(1, end['step'] - 1) for end in ends):.3f}")
+            for moment in ("at_steps", "at_seconds") if seeds else ():
+                updated, base = ([row[moment][side] for row in rows] for side in ("updated", "base"))
+                reference = [self.measures[REFERENCE, seed][moment]["updated"] for seed in seeds]
+                cells.append(f"{1000 * statistics.fmean(updated):.1f} / {1000 * statistics.fmean(base):.1f}")
+                cells.append("" if arm == REFERENCE else shown_difference(*t_difference(updated, reference)))
+            lines.append(f"| {' | '.join(cells)} |")
+        return [*lines, "", NOTE.format(features=self.features.name).replace("\n", " ")]
+
+
+def read_measures(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier command has measured with these settings. Raises UserError: with others, or it is damaged."""
+    try:
+        found = json.loads(path.read_text())
+        before, _, _ = (found[key] for key in ("settings", "arm", "seed"))
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; remove it, or name another folder with --out") from None
+    changes = [f"{key} {before.get(key)} -> {value}" for key, value in settings.items() if value != before.get(key)]
+    if changes:
+        raise UserError(f"{path} was measured with other settings: {', '.join(changes)}; put them back, or name "
+                        "another folder with --out")  # fmt: skip
+    return found
+
+
+def t_difference(arm: Sequence[float], reference: Sequence[float]) -> tuple[float, float, float]:
+    """The relative difference as the geometric mean of the seeds' ratios, and its 95 % interval by Student's t.
+
+    -0.15 is 15 % lower. The interval is NaN with one seed, all is NaN where a distance is not above 0.
+    """
+    from scipy.stats import t  # only studies need scipy
+
+    if min(*arm, *reference) <= 0:
+        return math.nan, math.nan, math.nan
+    logs = [math.log(one / other) for one, other in zip(arm, reference, strict=True)]
+    error = statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.nan
+    reach, mean = t.ppf(0.975, max(1, len(logs) - 1)) * error, statistics.fmean(logs)
+    return math.expm1(mean), math.expm1(mean - reach), math.expm1(mean + reach)
+
+
+def shown_difference(difference: float, low: float, high: float) -> str:
+    """`-12.0 % (-20.1 to -3.2)`; a dash for what there is none of."""
+    if math.isnan(difference):
+        return "–"
+    interval = "" if math.isnan(low) else f" ({100 * low:+.1f} to {100 * high:+.1f})"
+    return f"{100 * difference:+.1f} %{interval}"
+
+
+def read_options(arguments: list[str]) -> argparse.Namespace:
+    summary, _, more = (__doc__ or "").partition("\n\n")
+    parser = CommandParser("python -m studies.ablation", description=summary, epilog=more)
+    add = parser.add_argument
+    add("--config", metavar="FILE", default=str(ROOT / "configs/quick.yaml"), help="base settings (configs/quick.yaml)")
+    add("--out", metavar="FOLDER", default="runs/ablation", help="where all is written (%(default)s)")
+    add("--arms", metavar="NAMES", type=choose_arms, default=[*ARMS], help=f"of {', '.join(ARMS)} (all)")
+    add("--seeds", metavar="LIST", type=seed_list, default=[0, 1, 2], help="such as 0,1,2 (that)")
+    add("--steps", type=int_between("steps", 1, 10**9), default=800, help="after which arms are compared (%(default)s)")
+    add("--seconds", type=int_between("seconds", 1, 10**9), default=260, help="likewise (%(default)s)")
+    add("--images", type=int_between("images", 20, 10**6), default=600, help="that measure an arm (%(default)s)")
+    add("overrides", nargs="*", metavar="section.key=value", help="settings of all arms")
+    options = parser.parse_args(arguments)
+    keys = [override.partition("=")[0].strip() for override in options.overrides]
+    if fixed := [key for key in keys if key in FIXED]:
+        raise UserError(f"{fixed[0]} is set by the ablation itself; use --seeds, --steps, --seconds and --out")
+    options.arguments = arguments
+    return options
 
 
 def ablate(arguments: list[str]) -> str:
-    """Does what the arguments ask for, and returns the last line to print."""
-    torch.set_num_threads(1)  # as each run has
+    """Trains and compares, seed by seed: stopped early, the first seeds can be compared. Returns the last line."""
+    torch.set_num_threads(1)
     study = Study(read_options(arguments))
-    if study.options.task:
-        task, run = study.options.task
-        arm, _, seed = run.rpartition("-seed")
-        (study.train_textbook if task == "train" else study.measure)(arm, int(seed))
-        return f"{task} {run}: complete"
-    if not study.options.report:
-        study.claim()
-        study.train()
-    return study.report()
+    for seed in study.options.seeds:
+        study.train(seed)
+    lines, path = study.table(), study.folder / "table.md"
+    with atomic_write(path) as part:
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print_line("\n".join(lines))
+    if study.failed:
+        raise UserError(f"{len(study.failed)} runs failed ({', '.join(study.failed)}); wrote {path} of the others")
+    return f"wrote {path}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from configuration import UserError
 from image_data import decode_image
 from media import BrokenImageError, find_images
-from util import CommandParser, shown_path
+from util import CommandParser, run_command, shown_path
 
 IMAGE = "an image"
 EITHER = "an image, or broken for any reason"
@@ -197,11 +196,10 @@ def is_expected(expectation: str, result: str) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     parser = CommandParser("python -m studies.hostile_images", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", metavar="FOLDER", help="where to write the files")
-    try:
-        folder = Path(parser.parse_args(arguments).folder)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: try_all(Path(parser.parse_args(arguments).folder)))
+
+
+def try_all(folder: Path) -> int:
     expected, results, slowest, surprises = Corpus(folder).expected, dict[str, str](), 0.0, 0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for path in find_images(folder)[0]:

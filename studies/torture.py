@@ -1,8 +1,7 @@
-"""Tries what no test suite has the time for: kills by the hundred, ten thousand steps, and the price of saving.
+"""Tries what no test suite has the time for: kills by the hundred, and ten thousand steps.
 
 python -m studies.torture kills --kills 100        SIGKILLs at random moments: does the run end as it does without them?
 python -m studies.torture memory --steps 10000     does the memory of a long run stay flat?
-python -m studies.torture saving                   which fraction of the training time goes into checkpoints?
 """
 
 import json
@@ -18,15 +17,8 @@ from typing import Any
 from util import CommandParser, int_between, run_command
 
 # isort: split
-import torch
-
 from checkpoints import load_checkpoint
-from configuration import UserError, load_config
-from distributed import SINGLE_PROCESS
-from run_directory import RunDirectory
-from training import build_networks, iteration, open_shard
-from training_log import CheckpointManager, Log
-from training_step import EagerSteps, NoiseSampler, TrainingState
+from configuration import UserError
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))  # for the settings and comparisons of the tests
@@ -116,31 +108,10 @@ def memory(folder: Path, steps: int) -> str:
     return f"last reading minus first: {readings[-1][1] - readings[0][1]:+.1f} MiB"
 
 
-def saving(folder: Path, name: str) -> str:
-    """Times a checkpoint against the training steps between two of them, for the settings of a file."""
-    from studies.benchmark_worker import median_seconds  # here: its import prints a warning where CUDA has no GPU
-
-    data = f"data.root={ROOT / 'data' / 'emoji'}"
-    config = load_config(ROOT / name, [f"output.root={folder}", data, "output.tensorboard=false"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    state, noise = TrainingState(*build_networks(config), config, device), NoiseSampler(config, device)
-    images = open_shard(config, device, SINGLE_PROCESS)
-    with RunDirectory(config) as run:
-        run.begin(0)
-        log, manager = Log(run, 1, config, images), CheckpointManager(run, config, images, None)
-        runner, batches = EagerSteps(state), images.batches()
-        step_time = median_seconds(lambda: iteration(runner, noise, batches, 1))
-        state.step = 1
-        save_time = median_seconds(lambda: manager.save(state, log, last=True))
-        size = (run.path / "checkpoints" / "latest.pt").stat().st_size / 1e6
-    fraction = save_time / (save_time + config.output.checkpoint_every * step_time)
-    return f"{name}: a checkpoint of {size:.1f} MB takes {save_time:.3f} s, {fraction:.2%} of the time"
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = CommandParser("python -m studies.torture", description=__doc__)
     add = parser.add_argument
-    add("study", choices=("kills", "memory", "saving"))
+    add("study", choices=("kills", "memory"))
     add("--kills", type=int_between("kills", 1, 10**6), default=100, metavar="N", help="how many (%(default)s)")
     add("--steps", type=int_between("steps", 1, 10**9), metavar="N", help="kills: 20 for each; memory: 10,000")
     add("--seed", type=int, default=0, help="of the moments of the kills")
@@ -154,9 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
             folder = Path(name)
             if options.study == "kills":
                 return kills(folder, options.kills, options.steps or 20 * options.kills, options.seed)
-            if options.study == "memory":
-                return memory(folder, options.steps or 10_000)
-            return "\n".join(saving(folder, name) for name in ("config.yaml", "configs/quick.yaml"))
+            return memory(folder, options.steps or 10_000)
 
     return run_command(run)
 

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import configuration
 from configuration import SECTIONS, Config, UserError, config_from_dict, config_to_dict, config_to_yaml, load_config
@@ -163,25 +161,3 @@ def test_a_wrong_override_names_key_value_and_fix(override: str) -> None:
     text = message(None, override)
     words = WRONG.get(override, [override.partition("=")[0].partition("\n")[0][:20]])
     assert [word for word in words if word not in text] == [], text
-
-
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-)
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.sampled_from(KEYS), VALUES)
-def test_any_value_of_any_key_is_taken_or_refused_with_its_name(place: tuple[str, str], value: object) -> None:
-    section, key = place
-    try:
-        config = config_from_dict({section: {key: value}}, "somewhere")
-    except UserError as error:
-        assert f"{section}.{key}" in str(error)  # noqa: PT017
-        assert str(error).isprintable()  # noqa: PT017
-    else:
-        taken = getattr(getattr(config, section), key)
-        expected = "off" if value is False and isinstance(taken, str) else value  # YAML 1.1's reading of that word
-        assert taken == expected
-        assert isinstance(taken, bool) == isinstance(expected, bool)

@@ -23,6 +23,7 @@ from conftest import (
     before_step,
     fast_outputs,
     final,
+    new_state,
     same,
     small,
     training_images,
@@ -35,7 +36,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import distributed
 import training
 from checkpoints import load_checkpoint
-from configuration import Config, RuntimeConfig, UserError, load_config
+from configuration import RuntimeConfig, UserError, load_config
 from distributed import SINGLE_PROCESS, World, join_processes, rendezvous
 from quality import QualityCheck, calibrate
 from training_step import EagerSteps, NoiseSampler, TrainingState
@@ -48,10 +49,6 @@ MEASURED = ["output.evaluate_every=1", "output.evaluate_images=11", "data.holdou
 
 
 # ------------------------------------------------------------------------------------------------- equal to one process
-
-
-def new_state(config: Config) -> TrainingState:
-    return TrainingState(*training.build_networks(config), config, CPU)
 
 
 def twenty_steps(world: World, overrides: list[str]) -> tuple[TrainingState, list[dict[str, float]]]:

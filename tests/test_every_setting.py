@@ -41,67 +41,42 @@ BASE = [
 STAGES = ("images", "networks", "random numbers", "gradients", "learned")
 """Of an iteration, in order: each follows from the ones before it and the settings."""
 
-# Key -> another value than in BASE, and the first stage that it changes. OTHER is a second folder of images.
 OTHER = "<another folder>"
+"""Stands for a second folder of images."""
+FIRST_CHANGED = {
+    "images": [
+        f"data.root={OTHER}", "data.fit=pad", "data.background=#2080c0", "data.mirror=true", "data.holdout=0.5",
+        "image.size=32", "image.channels=1", "training.batch_size=3", "training.n_critic=2", "training.seed=1",
+    ],
+    "networks": [
+        "vae.latent_dim=7", "vae.channels=[4,9]", "critic.channels=[4,9]", "weight_predictor.update=constant",
+        "weight_predictor.layers=[decoder.stage1.*]", "weight_predictor.head=full", "weight_predictor.rank=1",
+        "weight_predictor.hidden_size=9", "weight_predictor.num_layers=1", "video.height=4", "video.width=4",
+    ],
+    "random numbers": [
+        "weight_predictor.sharing=shared", "loss.base_fake_fraction=0.25", "loss.video_frames=3",
+        "loss.rollout_frames=3", "loss.rollout_fraction=1", "loss.adversarial_frame=random",
+    ],
+    "gradients": [
+        "weight_predictor.input_video=other", "weight_predictor.train_gru=false", "weight_predictor.bound=2",
+        "video.frames=4", "video.shift=0.2", "video.zoom=0.2", "video.rotation=20", "video.brightness=0.4",
+        "video.contrast=0.3", "video.noise=0.05", "video.detach=false", "loss.lambda_gp=5", "loss.epsilon_drift=0.01",
+        "loss.lambda_adv=2", "loss.lambda_base=2", "loss.lambda_vae=0.2", "loss.beta=2", "loss.lambda_update=2",
+        "loss.lambda_video=2", "training.diffaugment=[color]", "runtime.precision=bf16",
+    ],
+    "learned": [
+        "training.lr_vae=0.001", "training.lr_predictor=0.001", "training.lr_critic=0.001",
+        "training.adam_betas=[0.5,0.9]", "training.adam_betas_predictor=[0.5,0.9]", "training.clip_vae=0.001",
+        "training.clip_predictor=0.001", "training.clip_critic=0.001", "training.ema_decay=0.1",
+    ],
+}  # fmt: skip
+"""Stage -> settings with another value than in BASE, which change this one first."""
 ITERATION: dict[str, tuple[str, str]] = {
-    "data.root": (OTHER, "images"),
-    "data.fit": ("pad", "images"),
-    "data.background": ("#2080c0", "images"),
-    "data.mirror": ("true", "images"),
-    "data.holdout": ("0.5", "images"),
-    "image.size": ("32", "images"),
-    "image.channels": ("1", "images"),
-    "vae.latent_dim": ("7", "networks"),
-    "vae.channels": ("[4,9]", "networks"),
-    "critic.channels": ("[4,9]", "networks"),
-    "weight_predictor.update": ("constant", "networks"),
-    "weight_predictor.input_video": ("other", "gradients"),
-    "weight_predictor.train_gru": ("false", "gradients"),
-    "weight_predictor.layers": ("[decoder.stage1.*]", "networks"),
-    "weight_predictor.head": ("full", "networks"),
-    "weight_predictor.rank": ("1", "networks"),
-    "weight_predictor.hidden_size": ("9", "networks"),
-    "weight_predictor.num_layers": ("1", "networks"),
-    "weight_predictor.bound": ("2", "gradients"),
-    "weight_predictor.sharing": ("shared", "random numbers"),
-    "video.frames": ("4", "gradients"),
-    "video.height": ("4", "networks"),
-    "video.width": ("4", "networks"),
-    "video.shift": ("0.2", "gradients"),
-    "video.zoom": ("0.2", "gradients"),
-    "video.rotation": ("20", "gradients"),
-    "video.brightness": ("0.4", "gradients"),
-    "video.contrast": ("0.3", "gradients"),
-    "video.noise": ("0.05", "gradients"),
-    "video.detach": ("false", "gradients"),
-    "loss.lambda_gp": ("5", "gradients"),
-    "loss.epsilon_drift": ("0.01", "gradients"),
-    "loss.base_fake_fraction": ("0.25", "random numbers"),
-    "loss.lambda_adv": ("2", "gradients"),
-    "loss.lambda_base": ("2", "gradients"),
-    "loss.lambda_vae": ("0.2", "gradients"),
-    "loss.beta": ("2", "gradients"),
-    "loss.lambda_update": ("2", "gradients"),
-    "loss.lambda_video": ("2", "gradients"),
-    "loss.video_frames": ("3", "random numbers"),
-    "loss.rollout_frames": ("3", "random numbers"),
-    "loss.rollout_fraction": ("1", "random numbers"),
-    "loss.adversarial_frame": ("random", "random numbers"),
-    "training.batch_size": ("3", "images"),
-    "training.n_critic": ("2", "images"),
-    "training.lr_vae": ("0.001", "learned"),
-    "training.lr_predictor": ("0.001", "learned"),
-    "training.lr_critic": ("0.001", "learned"),
-    "training.adam_betas": ("[0.5,0.9]", "learned"),
-    "training.adam_betas_predictor": ("[0.5,0.9]", "learned"),
-    "training.clip_vae": ("0.001", "learned"),
-    "training.clip_predictor": ("0.001", "learned"),
-    "training.clip_critic": ("0.001", "learned"),
-    "training.ema_decay": ("0.1", "learned"),
-    "training.diffaugment": ("[color]", "gradients"),
-    "training.seed": ("1", "images"),
-    "runtime.precision": ("bf16", "gradients"),
+    key: (value, stage)
+    for stage, settings in FIRST_CHANGED.items()
+    for key, _, value in (setting.partition("=") for setting in settings)
 }
+"""Key -> another value, and the first stage that it changes."""
 
 # Key -> another value, and what it changes of all that a short run leaves (`run`).
 RUN: dict[str, tuple[str, str]] = {
@@ -168,7 +143,7 @@ def test_an_iteration_is_the_same_again(plain_iteration: dict[str, Any], folders
 @pytest.mark.parametrize("key", ITERATION)
 def test_a_setting_changes_the_stage_it_is_for(key: str, plain_iteration: dict[str, Any], folders: list[Path]) -> None:
     value, first = ITERATION[key]
-    changed = iteration(small(NOWHERE, folders[0], *BASE, f"{key}={folders[1] if value is OTHER else value}"))
+    changed = iteration(small(NOWHERE, folders[0], *BASE, f"{key}={folders[1] if value == OTHER else value}"))
     differs = [stage for stage in STAGES if not same(changed[stage], plain_iteration[stage])]
     assert differs, f"{key} changes nothing"
     assert (differs[0], differs[-1]) == (first, "learned")
@@ -207,7 +182,7 @@ def test_a_setting_changes_what_a_run_leaves(
     key: str, plain_run: dict[str, Any], folders: list[Path], tmp_path: Path
 ) -> None:
     value, what = RUN[key]
-    value = str(tmp_path / "changed" / "deeper") if value is OTHER else value
+    value = str(tmp_path / "changed" / "deeper") if value == OTHER else value
     more = WITH.get(key, [])
     before = run(tmp_path / "before", folders[0], *more) if more else plain_run
     assert run(tmp_path / "changed", folders[0], *more, *INSTEAD.get(key, []), f"{key}={value}")[what] != before[what]

@@ -1,15 +1,12 @@
 """generate.py as a command: images and videos of every kind, the same for the same command; errors in one line."""
 
-import os
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import Done, T, assert_one_line, frames_of, read_video, run_command, start_command
+from conftest import Done, T, assert_one_line, frames_of, read_video, run_command
 from PIL import Image
 
 import generate
@@ -26,8 +23,8 @@ def command(sample_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     """`python generate.py <source> <arguments>` from `tmp_path`, in this process; it succeeds unless it `fails`."""
     monkeypatch.chdir(tmp_path)
 
-    def run(arguments: str, source: Path = sample_run, fails: bool = False) -> Done:
-        result = Done(generate.main([str(source), "--device", "cpu", *arguments.split()]), *capsys.readouterr())
+    def run(arguments: str, fails: bool = False) -> Done:
+        result = Done(generate.main([str(sample_run), "--device", "cpu", *arguments.split()]), *capsys.readouterr())
         assert fails or (result.returncode, result.stderr) == (0, "")
         return result
 
@@ -145,52 +142,6 @@ def test_a_loop_reports_how_it_changes_the_speed(command) -> None:
     result = command("--out x.webp --loop --frames 10 --grid 1x1")
     assert "speed 0.8 instead of 1, so that 10 frames are 2 whole periods" in result.stdout
     assert "speed" not in command("--out x.webp --loop --grid 1x1").stdout
-
-
-def test_the_history_of_a_run(command, sample_run: Path) -> None:
-    assert "steps 0 to 2" in command("--video training --out history").stdout
-    frames = read_video("history")
-    sheet = np.asarray(Image.open(sample_run / "samples" / "step_000002.png"))
-    height, width, _ = sheet.shape
-    assert len(frames) == 3
-    # Nothing is cropped, and the step is written above the sheet.
-    assert any(np.array_equal(frames[2][y : y + height, 20 : 20 + width], sheet) for y in range(20, 60))
-    assert (frames[0][:50] != frames[2][:50]).any()
-    command("--video training --out longer --frames 9")
-    assert len(read_video("longer")) == 9
-    result = command("--video training --out x", source=sample_run / "checkpoints" / "latest.pt", fails=True)
-    assert_one_line(result, ["give its folder"])
-
-
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_command_leaves_no_file(sample_run: Path, tmp_path: Path, number: int, expected: int) -> None:
-    with start_command(
-        "generate.py", str(sample_run), "--out", "long.mp4", "--rollout", "--frames", "9999999", cwd=tmp_path,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
-    ) as process:  # fmt: skip
-        try:
-            deadline = time.monotonic() + 300
-            while not any(path.stat().st_size for path in tmp_path.glob(".long*")) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            assert list(tmp_path.glob(".long*"))
-            process.send_signal(number)
-            assert process.communicate(timeout=300)[1] == ""
-            assert process.returncode == expected
-            assert list(tmp_path.iterdir()) == []
-        finally:
-            process.kill()
-
-
-def test_a_closed_pipe_is_no_error(sample_run: Path, tmp_path: Path) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    with start_command(
-        "generate.py", str(sample_run), "--out", "x.png", "--images", "1", cwd=tmp_path, stdout=writer
-    ) as process:
-        assert process.communicate()[1] == ""
-        assert process.returncode == 0
-    os.close(writer)
-    assert (tmp_path / "x.png").exists()
 
 
 def test_an_error_in_the_middle_keeps_the_old_file(command, monkeypatch, tmp_path: Path) -> None:

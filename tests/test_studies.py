@@ -10,16 +10,13 @@ from conftest import read_video
 from PIL import Image
 
 from studies import loss_curves, preview_motion
-from studies.lowest_versions import requirements
 
 WRONG = {
     "ablation": [
         (["--arms", "of"], "there is no arm 'of'"),
         (["--seeds", "0,0"], "--seeds must be different"),
         (["training.seed=3"], "training.seed is set by the ablation itself"),
-        (["--quick", "image.size=33"], "image.size must be a power of two"),
-        (["--quick", "--report"], "has no evaluations of off"),
-        (["--report", "loss.beta=2"], "--report takes the settings of the folder's ablation"),
+        (["image.size=33"], "image.size must be a power of two"),
         (["--jbos", "2"], "--jbos"),
     ],
     "benchmark": [
@@ -105,9 +102,3 @@ def test_preview_motion_writes_a_clip_of_any_image(image: str, tmp_path: Path, c
     assert preview_motion.main([image, str(clip), "--size", "24", "--frames", "5", "--noise", "0"]) == 0
     assert "clip.webp: 5 frames" in capsys.readouterr().out
     assert len(read_video(clip)) == 5
-
-
-def test_requirements_include_those_of_other_files(tmp_path: Path) -> None:
-    (tmp_path / "all.txt").write_text("-r some.txt\n# a comment\npytest>=8.0  # runs the tests\n")
-    (tmp_path / "some.txt").write_text("torch>=2.4\n")
-    assert [str(requirement) for requirement in requirements(tmp_path / "all.txt")] == ["torch>=2.4", "pytest>=8.0"]
