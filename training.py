@@ -13,7 +13,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +141,11 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
     batches = images.batches(first=state.step * config.training.n_critic)
     manager = CheckpointManager(run, config, images, saved) if run else None
     profiler = step_profiler(run.path, log.line) if run and profile else None
-    with run or nullcontext(), stop, profiler or nullcontext():
+    with closing(log), stop, run or nullcontext(), profiler or nullcontext():
         if run and samples_missing:
             with log.pause():
-                samples.save(run, state, log)
+                samples.save(run, state, log, last=True)
+                run.wait()  # the loader forks its workers next, which must not inherit a thread's locks
         while state.step < steps:
             step = state.step + 1
             world.set_phase(f"step {step}")
@@ -155,24 +156,27 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
                 profiler.step()
 
             last, stopping = step == steps, stop.agreed()
-            check_due = quality_check.due(step, last)
-            sample_due = last or stopping or step % config.output.sample_every == 0
-            checkpoint_due = last or stopping or step % config.output.checkpoint_every == 0
-            checkpoint_due = checkpoint_due or (check_due and quality_check.keeps_best)
+            ends, check_due = last or stopping, quality_check.due(step, last)
+            sample_due = ends or step % config.output.sample_every == 0
+            checkpoint_due = (
+                ends or step % config.output.checkpoint_every == 0 or (check_due and quality_check.keeps_best)
+            )
             if last or step % config.output.log_every == 0:
                 log.write(step)  # here, and below where something is due, the host waits for the device; nowhere else
             if sample_due or checkpoint_due or check_due:
                 with log.pause():
                     log.check({"generator": state.generator, "critic": state.critic})
                     world.check_networks_equal(state.tensors(), step)
+                    if run:
+                        run.wait()  # the files of one step at most are written while training goes on
                     if check_due:  # before the checkpoint, which this may make the best one
                         log.write_quality(step, quality_check.measure(state))
                     if checkpoint_due:  # before the samples: after SIGTERM there may be no time for them
                         calibrate(state, config, calibration_set, world)
                         if manager:
-                            manager.save(state, log, last or stopping)
+                            manager.save(state, log, ends)
                     if run and sample_due:
-                        samples.save(run, state, log)
+                        samples.save(run, state, log, ends)
             if stopping:
                 break
     log.finish(state.step, stop)

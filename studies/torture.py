@@ -131,7 +131,12 @@ def saving(folder: Path, name: str) -> str:
         runner, batches = EagerSteps(state), images.batches()
         step_time = median_seconds(lambda: iteration(runner, noise, batches, 1))
         state.step = 1
-        save_time = median_seconds(lambda: manager.save(state, log, last=True))
+
+        def save() -> None:
+            manager.save(state, log, last=True)
+            run.wait()
+
+        save_time = median_seconds(save)
         size = (run.path / "checkpoints" / "latest.pt").stat().st_size / 1e6
     fraction = save_time / (save_time + config.output.checkpoint_every * step_time)
     return f"{name}: a checkpoint of {size:.1f} MB takes {save_time:.3f} s, {fraction:.2%} of the time"

@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ def test_samples_clips_curves_and_tensorboard_that_cannot_be_written_stop_nothin
     names = ("samples", "clips", "loss_curves.png", "tensorboard")
 
     def spoil() -> None:
+        while not (tmp_path / "run" / "loss_curves.png").exists():  # the last file of step 1
+            time.sleep(0.01)
         for name in names:
             path = tmp_path / "run" / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
