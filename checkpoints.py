@@ -52,8 +52,8 @@ class Checkpoints:
                 hashed = _HashedFile(file)
                 try:
                     torch.save({"format": CHECKPOINT_FORMAT, **state}, hashed)  # type: ignore[arg-type]  # only writes
-                except RuntimeError:
-                    raise hashed.error or RuntimeError("torch.save failed") from None
+                except RuntimeError as error:
+                    raise hashed.error or error from None
                 file.seek(-2, os.SEEK_END)  # the length of the archive's comment
                 file.write(_comment(hashed.digest))
             self.link(state)
@@ -163,10 +163,10 @@ def snapshot(state: Any) -> Any:
 
 
 class _HashedFile:
-    """Hashes what torch.save writes to a file. torch crashes where `write` raises: `error` keeps what it was."""
+    """Hashes what torch.save writes to a file. torch crashes where `write` raises: `error` keeps the reason."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.digest = file, hashlib.sha256()
+        self.file, self.flush, self.digest = file, file.flush, hashlib.sha256()
         self.error: OSError | None = None
 
     def write(self, data: memoryview) -> int:
@@ -178,23 +178,17 @@ class _HashedFile:
             self.error = error
         return 0
 
-    def flush(self) -> None:
-        self.file.flush()
-
 
 def _comment(digest: Any) -> bytes:
-    """An archive's comment after its length, in place of the length 0 with which torch ends the archive."""
-    text = digest.hexdigest().encode()
-    return len(text).to_bytes(2, "little") + text
+    """The end of the file: the length of the archive's comment, instead of torch's length 0, and the comment."""
+    return b"\x40\0" + digest.hexdigest().encode()
 
 
 def _is_whole(path: str | Path) -> bool:
-    """Whether the file's comment is the SHA-256 of what it was before that was written."""
     content = memoryview(Path(path).read_bytes())
-    end = len(_comment(hashlib.sha256()))
-    digest = hashlib.sha256(content[:-end])
-    digest.update(bytes(2))
-    return content[-end:] == _comment(digest)
+    digest = hashlib.sha256(content[:-66])
+    digest.update(b"\0\0")
+    return content[-66:] == _comment(digest)
 
 
 def _sync_folder(folder: Path) -> None:

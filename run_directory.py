@@ -22,9 +22,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -158,9 +160,7 @@ class RunDirectory:
         grid = labelled_grid(columns)
 
         def to_tensorboard() -> None:
-            pixels = torch.frombuffer(bytearray(grid.convert("RGB").tobytes()), dtype=torch.uint8)
-            pixels = pixels.view(grid.height, grid.width, 3)
-            self._tensorboard.add_image("samples", pixels, step, dataformats="HWC")
+            self._tensorboard.add_image("samples", np.asarray(grid), step, dataformats="HWC")
 
         self._attempt("samples/", lambda: save_image(path, grid))
         if self._tensorboard:
@@ -211,18 +211,15 @@ class RunDirectory:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        try:
+        with closing(self):
             if not error:
                 self.wait()
-        finally:
-            self.close()
 
     def close(self) -> None:
         """Closes the logs and unlocks the folder, when the background thread is done."""
         self._thread.shutdown()
         for error in filter(None, (task.exception() for task in self._tasks)):  # of a run that another error ends
             self._warn(one_line(error))
-        self._tasks.clear()
         if self._tensorboard:
             self._attempt("tensorboard/", self._tensorboard.close)
         threading.excepthook = threading.__excepthook__
@@ -246,7 +243,7 @@ class RunDirectory:
                 self._tensorboard = None
         else:
             if what in self._failing:
-                self._failing.discard(what)
+                self._failing.remove(what)
                 self._warn(f"{self.path / what} can be written again")
 
     def _warn(self, text: str) -> None:
@@ -411,8 +408,8 @@ def read_metrics(run: str | Path) -> Records:
     """
     path = Path(run) / "metrics.jsonl"
     try:
-        text = path.read_text(encoding="utf-8")
-        records = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # the last may be under way
+        whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")  # a line after it is being written
+        records = [json.loads(line) for line in whole.splitlines()]
     except OSError as error:
         raise UserError(f"{shown_path(path)}: {error.strerror}; give a run's folder, such as runs/quick") from None
     except ValueError:
@@ -456,7 +453,6 @@ def loss_figure(runs: dict[str, Records]) -> Any:
         axis.set_title(title, fontsize=10, y=1.0)
         axis.set_xlabel("step", fontsize=8)
         axis.xaxis.set_label_coords(0.5, -0.1)
-        axis.yaxis.set_label_coords(-0.1, 0.5)
         axis.yaxis.get_offset_text().set_fontsize(8)
         axis.tick_params(which="both", labelsize=8)
         axis.grid(alpha=0.25)

@@ -108,7 +108,7 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
     Returns:
         The exit status: 0, or 128 + the number of the signal that stopped it.
     """
-    stop = StopRequest(config.training.max_minutes, world)
+    stop, output = StopRequest(config.training.max_minutes, world), config.output
     check_processes(config, world)
     run = RunDirectory(config) if world.is_main else None
     saved, notes = run.resume_point(accept_changes) if run else (None, [])
@@ -141,7 +141,7 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
     batches = images.batches(first=state.step * config.training.n_critic)
     manager = CheckpointManager(run, config, images, saved) if run else None
     profiler = step_profiler(run.path, log.line) if run and profile else None
-    with closing(log), stop, run or nullcontext(), profiler or nullcontext():
+    with closing(log.bar), stop, run or nullcontext(), profiler or nullcontext():
         if run and samples_missing:
             with log.pause():
                 samples.save(run, state, log, last=True)
@@ -157,18 +157,14 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
 
             last, stopping = step == steps, stop.agreed()
             ends, check_due = last or stopping, quality_check.due(step, last)
-            sample_due = ends or step % config.output.sample_every == 0
-            checkpoint_due = (
-                ends or step % config.output.checkpoint_every == 0 or (check_due and quality_check.keeps_best)
-            )
-            if last or step % config.output.log_every == 0:
+            sample_due = ends or step % output.sample_every == 0
+            checkpoint_due = ends or step % output.checkpoint_every == 0 or (check_due and quality_check.keeps_best)
+            if last or step % output.log_every == 0:
                 log.write(step)  # here, and below where something is due, the host waits for the device; nowhere else
             if sample_due or checkpoint_due or check_due:
                 with log.pause():
                     log.check({"generator": state.generator, "critic": state.critic})
                     world.check_networks_equal(state.tensors(), step)
-                    if run:
-                        run.wait()  # the files of one step at most are written while training goes on
                     if check_due:  # before the checkpoint, which this may make the best one
                         log.write_quality(step, quality_check.measure(state))
                     if checkpoint_due:  # before the samples: after SIGTERM there may be no time for them

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -92,9 +91,8 @@ class Log:
         if not self.world.is_main:
             return
         try:
-            tqdm.write(text) if self.is_terminal else print(
-                f"{text}\n", end="", flush=True
-            )  # at once: a thread prints too
+            # In one piece with its line break: the background thread prints, too.
+            tqdm.write(text) if self.is_terminal else print(text + "\n", end="", flush=True)
         except OSError:
             discard_output()
 
@@ -196,10 +194,12 @@ class Log:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """A context whose time is not counted in images/s: making samples, writing a checkpoint."""
+        """A context whose time is not counted in images/s; at its start, all files of the pause before are written."""
         if self.sums is not None and self.sums.device.type == "cuda":
             torch.cuda.synchronize()  # or steps still under way would count as pause
         started = time.perf_counter()
+        if self.run:
+            self.run.wait()
         yield
         seconds = time.perf_counter() - started
         self.since_time += seconds
@@ -218,6 +218,8 @@ class Log:
             self.line(f"  {what:<11}{self.path / where}")
 
     def _stop(self, what: str) -> NoReturn:
+        if self.run:
+            self.run.wait()
         latest, network = self.path / "checkpoints" / "latest.pt", _likely_network(what)
         raise UserError(
             f"training stopped: {what}; "
@@ -225,10 +227,6 @@ class Log:
             + f"; it began in the {network}: try a smaller training.lr_{network}, or training.clip_{network}=10"
             + (", and go on from there with --accept-changes" if os.path.exists(latest) else "")
         )
-
-    def close(self) -> None:
-        """Ends the progress bar."""
-        self.bar.close()
 
 
 def _likely_network(what: str) -> str:
@@ -321,23 +319,25 @@ class CheckpointManager:
             "images_seen": state.step * log.images_per_step, "config": config_to_dict(self.config), "best": self.best,
             "update_spec": state.generator.spec.to_dict(), "images": self.images, "log": log.state(),
         }  # fmt: skip
+        content = snapshot(content)
         self.run.sync_logs()
-        self.run.later(partial(self._write, snapshot(content), log, last))
 
-    def _write(self, content: dict[str, Any], log: Log, last: bool) -> None:
-        try:
-            self.run.checkpoints.save(content)
-            self.failures = 0
-        except UserError as error:
-            self.failures += 1
-            latest = self.run.path / "checkpoints" / "latest.pt"
-            what_is_left = f"{latest} is whole" if os.path.exists(latest) else "no checkpoint was written yet"
-            if last or self.failures == self.MOST_FAILURES or not self.run.exists:
-                raise UserError(
-                    f"training stopped at step {content['step']}: {error}; {what_is_left}; fix that, and the same "
-                    "command goes on from there"
-                ) from None
-            log.line(f"warning: {error}; {what_is_left}; training goes on and tries again at the next checkpoint")
+        def write() -> None:
+            try:
+                self.run.checkpoints.save(content)
+                self.failures = 0
+            except UserError as error:
+                self.failures += 1
+                latest = self.run.path / "checkpoints" / "latest.pt"
+                what_is_left = f"{latest} is whole" if os.path.exists(latest) else "no checkpoint was written yet"
+                if last or self.failures == self.MOST_FAILURES or not self.run.exists:
+                    raise UserError(
+                        f"training stopped at step {content['step']}: {error}; {what_is_left}; fix that, and the same "
+                        "command goes on from there"
+                    ) from None
+                log.line(f"warning: {error}; {what_is_left}; training goes on and tries again at the next checkpoint")
+
+        self.run.later(write)
 
     def _update_best(self, step: int, log: Log) -> None:
         """Checks whether this is the best checkpoint so far, by the newest mean of `output.best_metric`."""

@@ -272,9 +272,8 @@ class TrainingState:
         return {f"{part}.{name}": x for part, net in self.networks().items() for name, x in net.state_dict().items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """The state as plain dicts, numbers, strings and tensors; the tensors are the training ones, not copies.
-
-        Where β₁ = 0, Adam overwrites `exp_avg` with the gradient before it reads it, so it is left out.
+        """The state as plain dicts, numbers, strings and tensors; the tensors are the training ones, not copies. Where
+        β₁ = 0 there is no `exp_avg`: Adam replaces it by the gradient before it reads it.
         """
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         for saved in optimizers.values():

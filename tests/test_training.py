@@ -174,6 +174,7 @@ def test_clipping_shortens_the_gradient_and_reports_how_often(tmp_path: Path, im
     optimizer = final(tmp_path / "run")["optimizers"]["generator"]
     vae_tensors = len(optimizer["param_groups"][0]["params"])
     squares = sum(optimizer["state"][index]["exp_avg_sq"].sum() for index in range(vae_tensors))
+    assert "exp_avg" not in optimizer["state"][0]  # β₁ = 0: the gradient replaces it before it is read
     assert squares == pytest.approx(1e-6 * (1 - 0.9**4), rel=1e-2)  # β₂ = 0.9: a mean over the steps' gradients
 
 
