@@ -1,18 +1,17 @@
 """Checkpoints: written whole or not at all, checked when read, the last few kept; and what a changed setting means.
 
 A file holds one dict of plain dicts, lists, numbers, strings and tensors, so `torch.load(..., weights_only=True)` reads
-it, and no code in it ever runs. It also holds the SHA-256 of its content: a flipped bit in a weight would otherwise
-load unnoticed.
+it, and no code in it ever runs. It is a zip archive, whose comment is the SHA-256 of all bytes before: a flipped bit in
+a weight would otherwise load unnoticed.
 """
 
 import hashlib
-import io
 import os
 import shutil
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,13 +47,15 @@ class Checkpoints:
         path = self.folder / f"step_{state['step']:06d}.pt"
         if not os.path.isdir(self.folder):  # moved or deleted by the user: making it again would leave half a run
             raise UserError(f"cannot write {path}: the folder is gone; was it moved or deleted?")
-        state = tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), state)
         with os_errors_as_user_errors(path):
-            with atomic_write(path) as part:
-                # Through memory: torch's own file writer reports a full disk as an internal error without its reason.
-                content = io.BytesIO()
-                torch.save({"format": CHECKPOINT_FORMAT, "checksum": checksum(state), **state}, content)
-                part.write_bytes(content.getvalue())  # getbuffer() made Python 3.12.1 crash after an error
+            with atomic_write(path) as part, part.open("wb") as file:
+                hashed = _HashedFile(file)
+                try:
+                    torch.save({"format": CHECKPOINT_FORMAT, **state}, hashed)  # type: ignore[arg-type]  # only writes
+                except RuntimeError as error:
+                    raise hashed.error or error from None
+                file.seek(-2, os.SEEK_END)  # the length of the archive's comment
+                file.write(_comment(hashed.digest))
             self.link(state)
             _sync_folder(self.folder)
         for old in self._numbered()[self.keep :]:
@@ -147,39 +148,47 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{state['format']}, here {CHECKPOINT_FORMAT}); {'update this one' if newer else 'read it with that one'}"
         )
     del state["format"]
-    written = state.pop("checksum", None)
-    try:
-        intact = checksum(state) == written
-    except Exception:  # damaged sizes and strides make tensors that cannot be read
-        intact = False
-    if not intact:
+    if not _is_whole(path):
         raise DamagedCheckpointError(f"{path}: damaged, its content is not what was written (SHA-256 differs)")
     return state
 
 
-def checksum(content: Any) -> str:
-    """SHA-256 over dicts, lists, tuples, numbers, strings and tensors: keys, values, shapes, types and their order."""
-    digest = hashlib.sha256()
+def snapshot(state: Any) -> Any:
+    """A copy of nested containers whose tensors lie on the CPU, in memory of their own: training goes on in place."""
+    # A GPU's tensors go to pinned memory, which torch keeps for the next time, and all at once.
+    copy = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True, non_blocking=True), state)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return copy
 
-    def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            digest.update(f"{value.dtype} {tuple(value.shape)};".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        elif isinstance(value, dict):
-            digest.update(f"dict {len(value)};".encode())
-            for key, inner in value.items():
-                add(key)
-                add(inner)
-        elif isinstance(value, list | tuple):
-            digest.update(f"{type(value).__name__} {len(value)};".encode())
-            for inner in value:
-                add(inner)
-        else:
-            text = repr(value).encode()
-            digest.update(f"{type(value).__name__} {len(text)} ".encode() + text)
 
-    add(content)
-    return digest.hexdigest()
+class _HashedFile:
+    """Hashes what torch.save writes to a file. torch crashes where `write` raises: `error` keeps the reason."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.flush, self.digest = file, file.flush, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: memoryview) -> int:
+        try:
+            if self.error is None:
+                self.digest.update(data)
+                return self.file.write(data)
+        except OSError as error:
+            self.error = error
+        return 0
+
+
+def _comment(digest: Any) -> bytes:
+    """The end of the file: the length of the archive's comment, instead of torch's length 0, and the comment."""
+    return b"\x40\0" + digest.hexdigest().encode()
+
+
+def _is_whole(path: str | Path) -> bool:
+    content = memoryview(Path(path).read_bytes())
+    digest = hashlib.sha256(content[:-66])
+    digest.update(b"\0\0")
+    return content[-66:] == _comment(digest)
 
 
 def _sync_folder(folder: Path) -> None:

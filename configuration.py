@@ -149,7 +149,7 @@ class OutputConfig:
     root: str = free("runs", "", "folder of all runs")
     name: str = free("default", "", "this run's folder in it; a run that exists already is resumed")
     log_every: int = free(50, "1 or more", "steps between two lines of metrics")
-    sample_every: int = free(1000, "1 or more", "steps between two sets of sample images, clips and curves")
+    sample_every: int = free(1000, "1 or more", "steps between two sets of sample images and clips")
     checkpoint_every: int = free(1000, "1 or more", "steps between two checkpoints")
     keep_checkpoints: int = free(3, "1 or more", "how many of the newest are kept")
     evaluate_every: int | None = free(None, "1 or more", "steps between measures of image quality (KID); null: none")

@@ -20,16 +20,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from tqdm import tqdm
 
 from checkpoints import Checkpoints, check_settings, differences
 from configuration import Config, UserError, config_to_yaml
-from media import labelled_frames, labelled_grid, save_figure, save_image, write_video
+from media import Pixels, labelled_frames, labelled_grid, save_figure, save_image, write_video
 from util import atomic_write, one_line, os_errors_as_user_errors, shown_path
 
 
@@ -40,6 +43,7 @@ class RunDirectory:
     one has it.
 
     Failed samples, clips, curves and logs are reported once and left out. A failed checkpoint ends the run in the end.
+    One background thread writes what takes long (`later`), which is given copies, since training goes on in place.
 
     Raises UserError: the folder holds something else, cannot be written, or another process is training in it.
     """
@@ -52,6 +56,7 @@ class RunDirectory:
         self._metrics = _JsonLines(self.path / "metrics.jsonl")
         self._failing: set[str] = set()
         self._tensorboard: Any = None
+        self._thread, self._tasks = ThreadPoolExecutor(1), list[Future[None]]()
         self.check(config)
         if self.exists:
             self._take_lock()
@@ -129,6 +134,15 @@ class RunDirectory:
             threading.excepthook = _without_tensorboards_thread
             self._attempt("tensorboard/", start)
 
+    def later(self, write: Callable[[], None]) -> None:
+        """Has the background thread call `write`, after what it was given before."""
+        self._tasks.append(self._thread.submit(write))
+
+    def wait(self) -> None:
+        """Waits until all that was given to the background thread is done, and raises what failed in it."""
+        while self._tasks:
+            self._tasks.pop(0).result()
+
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Appends one line to metrics.jsonl, whole and flushed, and the same numbers to TensorBoard."""
 
@@ -140,23 +154,21 @@ class RunDirectory:
         if self._tensorboard:
             self._attempt("tensorboard/", to_tensorboard)
 
-    def save_samples(self, step: int, columns: dict[str, Tensor]) -> Path:
-        """Saves labelled columns of images, each (N, C, H, W) in [0, 1], as samples/step_<step>.png."""
+    def save_samples(self, step: int, columns: Mapping[str, Pixels]) -> Path:
+        """Saves labelled columns of images, as `labelled_grid` takes them, as samples/step_<step>.png."""
         path = self.path / "samples" / f"step_{step:06d}.png"
         grid = labelled_grid(columns)
 
         def to_tensorboard() -> None:
-            pixels = torch.frombuffer(bytearray(grid.convert("RGB").tobytes()), dtype=torch.uint8)
-            pixels = pixels.view(grid.height, grid.width, 3)
-            self._tensorboard.add_image("samples", pixels, step, dataformats="HWC")
+            self._tensorboard.add_image("samples", np.asarray(grid), step, dataformats="HWC")
 
         self._attempt("samples/", lambda: save_image(path, grid))
         if self._tensorboard:
             self._attempt("tensorboard/", to_tensorboard)
         return path
 
-    def save_clip(self, step: int, columns: dict[str, Tensor]) -> Path:
-        """Saves labelled columns of videos, each (N, T, C, H, W) in [0, 1], as clips/step_<step>.mp4 and .webp."""
+    def save_clip(self, step: int, columns: Mapping[str, Pixels]) -> Path:
+        """Saves labelled columns of videos, as `labelled_frames` takes them, as clips/step_<step>.mp4 and .webp."""
         path = self.path / "clips" / f"step_{step:06d}.mp4"
 
         def write() -> None:
@@ -166,14 +178,11 @@ class RunDirectory:
         self._attempt("clips/", write)
         return path
 
-    def save_checkpoint(self, state: dict[str, Any]) -> Path:
-        """Saves `state` as checkpoints/step_<step>.pt, after the logs of all steps until then. Raises UserError: it
-        cannot be written; the checkpoints of before are whole.
-        """
+    def sync_logs(self) -> None:
+        """Makes the logs of all steps until now last: they have to be there before the checkpoint of this step is."""
         self._attempt("metrics.jsonl", self._metrics.sync)
         if self._tensorboard:
             self._attempt("tensorboard/", self._tensorboard.flush)
-        return self.checkpoints.save(state)
 
     def list_skipped(self, skipped: list[tuple[Path, str]]) -> None:
         """Adds broken images to skipped.txt that aren't in it yet: path, tab, reason."""
@@ -201,11 +210,16 @@ class RunDirectory:
     def __enter__(self) -> "RunDirectory":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        with closing(self):
+            if not error:
+                self.wait()
 
     def close(self) -> None:
-        """Closes the logs and unlocks the folder."""
+        """Closes the logs and unlocks the folder, when the background thread is done."""
+        self._thread.shutdown()
+        for error in filter(None, (task.exception() for task in self._tasks)):  # of a run that another error ends
+            self._warn(one_line(error))
         if self._tensorboard:
             self._attempt("tensorboard/", self._tensorboard.close)
         threading.excepthook = threading.__excepthook__
@@ -233,7 +247,7 @@ class RunDirectory:
                 self._warn(f"{self.path / what} can be written again")
 
     def _warn(self, text: str) -> None:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        tqdm.write(f"warning: {text}", file=sys.stderr)  # above a progress bar, if there is one
 
     def _take_lock(self) -> None:
         path = self.path / "run.lock"
@@ -394,7 +408,8 @@ def read_metrics(run: str | Path) -> Records:
     """
     path = Path(run) / "metrics.jsonl"
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")  # a line after it is being written
+        records = [json.loads(line) for line in whole.splitlines()]
     except OSError as error:
         raise UserError(f"{shown_path(path)}: {error.strerror}; give a run's folder, such as runs/quick") from None
     except ValueError:
@@ -410,14 +425,21 @@ def plot_losses(runs: dict[str, Records], path: Path) -> None:
 
 
 def loss_figure(runs: dict[str, Records]) -> Any:
-    """A figure of runs (name -> records), one panel per question. Of several, colour is the run, style the metric."""
+    """A figure of runs (name -> records), one panel per question. Of several, colour is the run, style the metric.
+
+    All places are fixed: to find them, matplotlib would lay out every text several times, in twice the time.
+    """
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
     from matplotlib.lines import Line2D
 
     measured = any("quality/kid" in record for records in runs.values() for record in records)
     panels = [(title, *panel) for title, panel in _PANELS.items() if measured or "quality/" not in panel[0][0]]
     columns = len(panels) // 2
-    figure = Figure(figsize=(3.5 * columns, 6.5), layout="constrained")
+    legend_height = 0.25 * -(-len(runs) // 6) if len(runs) > 1 else 0.0
+    width, height = 3.5 * columns, 6.5 + legend_height  # inches
+    figure = Figure(figsize=(width, height))
+    figure.subplots_adjust(left=0.55 / width, right=1 - 0.1 / width, bottom=0.5 / height, hspace=0.35,
+                           top=1 - (0.45 + legend_height) / height, wspace=0.22)  # fmt: skip
     for (title, names, logarithmic), axis in zip(panels, figure.subplots(2, columns).flat, strict=True):
         for number, records in enumerate(runs.values()):
             for name, linestyle in zip(names, ("-", "--", ":"), strict=False):
@@ -428,16 +450,18 @@ def loss_figure(runs: dict[str, Records]) -> Any:
                     known = [line.get_label() for line in axis.lines]  # one entry a metric, whichever run is first
                     style: Any = {} if len(runs) == 1 else {"color": f"C{number}", "linestyle": linestyle}
                     axis.plot(*zip(*points, strict=True), label=None if label in known else label, lw=1.3, **style)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title, fontsize=10, y=1.0)
         axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=8)
+        axis.xaxis.set_label_coords(0.5, -0.1)
+        axis.yaxis.get_offset_text().set_fontsize(8)
+        axis.tick_params(which="both", labelsize=8)
         axis.grid(alpha=0.25)
         axis.set_yscale("log" if logarithmic and axis.lines else "linear")
         if len(names) > 1 and axis.lines:
             axis.legend(fontsize=8, frameon=False)
     if len(runs) > 1:
         lines = [Line2D([], [], color=f"C{number}") for number in range(len(runs))]
-        legend = figure.legend(lines, list(runs), loc="outside upper center", ncols=min(6, len(runs)), frameon=False)
+        legend = figure.legend(lines, list(runs), loc="upper center", ncols=min(6, len(runs)), frameon=False)
         for text in legend.get_texts():
             text.set_parse_math(False)  # a run's name may hold $
     return figure

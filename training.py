@@ -13,7 +13,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
     Returns:
         The exit status: 0, or 128 + the number of the signal that stopped it.
     """
-    stop = StopRequest(config.training.max_minutes, world)
+    stop, output = StopRequest(config.training.max_minutes, world), config.output
     check_processes(config, world)
     run = RunDirectory(config) if world.is_main else None
     saved, notes = run.resume_point(accept_changes) if run else (None, [])
@@ -141,10 +141,11 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
     batches = images.batches(first=state.step * config.training.n_critic)
     manager = CheckpointManager(run, config, images, saved) if run else None
     profiler = step_profiler(run.path, log.line) if run and profile else None
-    with run or nullcontext(), stop, profiler or nullcontext():
+    with closing(log.bar), stop, run or nullcontext(), profiler or nullcontext():
         if run and samples_missing:
             with log.pause():
-                samples.save(run, state, log)
+                samples.save(run, state, log, last=True)
+                run.wait()  # the loader forks its workers next, which must not inherit a thread's locks
         while state.step < steps:
             step = state.step + 1
             world.set_phase(f"step {step}")
@@ -155,11 +156,10 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
                 profiler.step()
 
             last, stopping = step == steps, stop.agreed()
-            check_due = quality_check.due(step, last)
-            sample_due = last or stopping or step % config.output.sample_every == 0
-            checkpoint_due = last or stopping or step % config.output.checkpoint_every == 0
-            checkpoint_due = checkpoint_due or (check_due and quality_check.keeps_best)
-            if last or step % config.output.log_every == 0:
+            ends, check_due = last or stopping, quality_check.due(step, last)
+            sample_due = ends or step % output.sample_every == 0
+            checkpoint_due = ends or step % output.checkpoint_every == 0 or (check_due and quality_check.keeps_best)
+            if last or step % output.log_every == 0:
                 log.write(step)  # here, and below where something is due, the host waits for the device; nowhere else
             if sample_due or checkpoint_due or check_due:
                 with log.pause():
@@ -170,9 +170,9 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
                     if checkpoint_due:  # before the samples: after SIGTERM there may be no time for them
                         calibrate(state, config, calibration_set, world)
                         if manager:
-                            manager.save(state, log, last or stopping)
+                            manager.save(state, log, ends)
                     if run and sample_due:
-                        samples.save(run, state, log)
+                        samples.save(run, state, log, ends)
             if stopping:
                 break
     log.finish(state.step, stop)

@@ -18,9 +18,11 @@ from torch.nn import functional
 from torch.profiler import profile, schedule
 from tqdm import tqdm
 
+from checkpoints import snapshot
 from configuration import Config, UserError, config_to_dict
 from distributed import SINGLE_PROCESS, World
 from image_data import TrainingImages
+from media import to_pixels
 from run_directory import RunDirectory
 from sampling import weight_driven_frames
 from training_step import TrainingState, stable_seed
@@ -51,9 +53,10 @@ class Log:
         self.evaluated: int | None = None  # the step whose quality was measured last
         self.waited_before = images.seconds_waited
         self.sums: Tensor | None = None
-        self.first_bad: Tensor | None = None
+        self.good_steps = torch.zeros(0)  # of the interval, until a metric's sum was first not finite
         self.step = self.since_step = step
-        self.since_time = self.started = time.perf_counter()
+        self.since_time = self.started = self.session_began = time.perf_counter()
+        self.paused = 0.0  # seconds of this session
         self.is_terminal = sys.stderr.isatty() and world.is_main
         self.bar = tqdm(
             total=steps,
@@ -88,43 +91,43 @@ class Log:
         if not self.world.is_main:
             return
         try:
-            tqdm.write(text) if self.is_terminal else print(text, flush=True)
+            # In one piece with its line break: the background thread prints, too.
+            tqdm.write(text) if self.is_terminal else print(text + "\n", end="", flush=True)
         except OSError:
             discard_output()
 
     def collect(self, step: int, metrics: dict[str, Tensor]) -> None:
         """Adds one step's scalars, without waiting for the device."""
         values = torch.stack([value.float() for value in metrics.values()])
-        if self.sums is None or self.first_bad is None or self.names != list(metrics):
+        if self.sums is None or self.names != list(metrics):
             self.names = list(metrics)
             self.since_step = step - 1
             self._begin_interval(torch.zeros_like(values))
         assert self.sums is not None
-        assert self.first_bad is not None
         self.sums += values
-        self.first_bad = torch.where(values.isfinite(), self.first_bad, self.first_bad.clamp_max(step))
+        self.good_steps += self.sums - self.sums == 0  # once NaN or infinite, a sum stays so
         self.step = step
         self.bar.update()
 
     def _begin_interval(self, sums: Tensor) -> None:
         self.sums = sums.clone()
-        self.first_bad = torch.full(sums.shape, math.inf, device=sums.device, dtype=torch.float64)
+        self.good_steps = torch.full(sums.shape, self.step - self.since_step, device=sums.device)
 
     def check(self, networks: dict[str, nn.Module] | None = None) -> None:
         """Stops a run that has gone wrong, before its state reaches a checkpoint. Waits for the device. Raises
         UserError: a loss, score, gradient or weight of `networks` is not finite; names the first step.
         """
-        if self.first_bad is not None and (bad := self.first_bad.min().item()) < math.inf:
-            first = self.first_bad.tolist()
-            names = [name for name, step in zip(self.names, first, strict=True) if step == bad]
-            self._stop(f"{', '.join(names)} not finite at step {int(bad)}")
+        good_steps = self.good_steps.tolist()
+        if good_steps and (fewest := min(good_steps)) < self.step - self.since_step:
+            names = [name for name, steps in zip(self.names, good_steps, strict=True) if steps == fewest]
+            self._stop(f"{', '.join(names)} not finite at step {self.since_step + fewest + 1}")
         for name, network in (networks or {}).items():
             if not torch.stack([parameter.isfinite().all() for parameter in network.parameters()]).all():
                 self._stop(f"a weight of the {name} is not finite at step {self.step}")
 
     def write(self, step: int) -> None:
         """Reads the averages since the last call, writes them and shows them. Raises UserError: as `check`."""
-        if self.sums is None or self.first_bad is None or step == self.since_step:
+        if self.sums is None or step == self.since_step:
             return
         waited = self.images.seconds_waited - self.waited_before  # seconds in which the loop had no images
         waited, memory = self.world.maximum([waited, peak_memory_gb(self.sums.device) or 0.0])
@@ -136,6 +139,7 @@ class Log:
         metrics["speed/images_per_second"] = (step - self.since_step) * self.images_per_step / seconds
         metrics["speed/seconds_per_step"] = seconds / (step - self.since_step)
         metrics["speed/data_wait_fraction"] = waited / seconds
+        metrics["speed/step_fraction"] = 1 - self.paused / (time.perf_counter() - self.session_began)
         if memory:
             metrics["memory/peak_gb"] = memory
         metrics["seconds"] = time.perf_counter() - self.started
@@ -145,6 +149,7 @@ class Log:
         self.show(step, metrics)
         self.report_skipped()
         self.sums.zero_()
+        self.good_steps.zero_()
         self.since_step, self.since_time = step, time.perf_counter()
         self.waited_before = self.images.seconds_waited
 
@@ -189,16 +194,19 @@ class Log:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """A context whose time is not counted in images/s: making samples, writing a checkpoint."""
+        """A context whose time is not counted in images/s; at its start, all files of the pause before are written."""
         if self.sums is not None and self.sums.device.type == "cuda":
             torch.cuda.synchronize()  # or steps still under way would count as pause
         started = time.perf_counter()
+        if self.run:
+            self.run.wait()
         yield
-        self.since_time += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.since_time += seconds
+        self.paused += seconds
 
     def finish(self, step: int, stop: "StopRequest") -> None:
         """The last lines of a run."""
-        self.close()
         if stop.requested and step < self.steps:
             self.line(f"stopped by {stop.reason} after step {step}; all is saved in {self.path}/")
             self.line("the same command goes on from there")
@@ -210,7 +218,8 @@ class Log:
             self.line(f"  {what:<11}{self.path / where}")
 
     def _stop(self, what: str) -> NoReturn:
-        self.close()
+        if self.run:
+            self.run.wait()
         latest, network = self.path / "checkpoints" / "latest.pt", _likely_network(what)
         raise UserError(
             f"training stopped: {what}; "
@@ -218,10 +227,6 @@ class Log:
             + f"; it began in the {network}: try a smaller training.lr_{network}, or training.clip_{network}=10"
             + (", and go on from there with --accept-changes" if os.path.exists(latest) else "")
         )
-
-    def close(self) -> None:
-        """Ends the progress bar."""
-        self.bar.close()
 
 
 def _likely_network(what: str) -> str:
@@ -245,6 +250,7 @@ class FixedSamples:
     def __init__(self, state: TrainingState, images: TrainingImages, last_step: int) -> None:
         config, device = state.config, state.device
         self.every, self.last_step = config.output.sample_every, last_step
+        self.plotted = 0  # the step of the last loss curves
         random = torch.Generator(device).manual_seed(stable_seed(config.training.seed, "samples"))
         count = config.output.samples
         self.z = torch.randn(count, config.vae.latent_dim, device=device, generator=random)
@@ -257,13 +263,15 @@ class FixedSamples:
         return due and not os.path.exists(run.path / "samples" / f"step_{step:06d}.png")
 
     @torch.no_grad()
-    def save(self, run: RunDirectory, state: TrainingState, log: Log) -> None:
-        """Writes the sample grid, the clips and the curves of this moment, and says where the grid is."""
+    def save(self, run: RunDirectory, state: TrainingState, log: Log, last: bool) -> None:
+        """Has the sample grid and the clips of this moment written, which the log then names; and the loss curves, if
+        this is the `last` moment or half as many steps again are done as at the last curves.
+        """
         generator, step = state.generator_ema, state.step
         output = generator(self.z, self.motion)
         mu, _ = generator.vae.encode(self.x_real)
         columns = {"real": self.x_real, "reconstruction": generator.vae.decode(mu)}
-        path = run.save_samples(step, columns | {"base image": output.x_base, "updated image": output.x_fake})
+        columns |= {"base image": output.x_base, "updated image": output.x_fake}
         # A shared update is the mean over all samples; otherwise only those that are shown need be decoded.
         shown = slice(len(self.z) if generator.shared else 4)
         motion = type(self.motion)(*(numbers[shown] for numbers in self.motion))
@@ -271,10 +279,20 @@ class FixedSamples:
         frames = torch.stack(list(videos), dim=1)[:4]
         video = functional.interpolate(output.video.flatten(0, 1), size=frames.shape[-2:])  # as coarse as it is
         video = video.unflatten(0, output.video.shape[:2])[:4]
-        run.save_clip(step, {"synthetic video": video, "weight-driven video": frames})
-        if step:
-            run.plot_losses()
-        log.line(f"samples of step {step}: {path}")
+        # Pixels, not tensors: torch would start a second team of threads in the thread that writes them.
+        images = {label: to_pixels(column) for label, column in columns.items()}
+        clip = {"synthetic video": to_pixels(video), "weight-driven video": to_pixels(frames)}
+        plot_due = step > 0 and (last or step >= 1.5 * self.plotted)
+        self.plotted = step if plot_due else self.plotted
+
+        def write() -> None:
+            path = run.save_samples(step, images)
+            run.save_clip(step, clip)
+            if plot_due:
+                run.plot_losses()
+            log.line(f"samples of step {step}: {path}")
+
+        run.later(write)
 
 
 class CheckpointManager:
@@ -293,28 +311,33 @@ class CheckpointManager:
         self.failures = 0
 
     def save(self, state: TrainingState, log: Log, last: bool) -> None:
-        """Writes a checkpoint of this moment; `last`: nothing comes after it. Raises UserError: it cannot be written,
-        and that was the last chance.
+        """Has a checkpoint of this moment written; `last`: nothing comes after it. `run.wait` raises UserError where it
+        cannot be written, and that was the last chance.
         """
         self._update_best(state.step, log)
         content = state.to_dict() | {
             "images_seen": state.step * log.images_per_step, "config": config_to_dict(self.config), "best": self.best,
             "update_spec": state.generator.spec.to_dict(), "images": self.images, "log": log.state(),
         }  # fmt: skip
-        try:
-            self.run.save_checkpoint(content)
-            self.failures = 0
-        except UserError as error:
-            self.failures += 1
-            latest = self.run.path / "checkpoints" / "latest.pt"
-            what_is_left = f"{latest} is whole" if os.path.exists(latest) else "no checkpoint was written yet"
-            if last or self.failures == self.MOST_FAILURES or not self.run.exists:
-                log.close()
-                raise UserError(
-                    f"training stopped at step {state.step}: {error}; {what_is_left}; fix that, and the same command "
-                    "goes on from there"
-                ) from None
-            log.line(f"warning: {error}; {what_is_left}; training goes on and tries again at the next checkpoint")
+        content = snapshot(content)
+        self.run.sync_logs()
+
+        def write() -> None:
+            try:
+                self.run.checkpoints.save(content)
+                self.failures = 0
+            except UserError as error:
+                self.failures += 1
+                latest = self.run.path / "checkpoints" / "latest.pt"
+                what_is_left = f"{latest} is whole" if os.path.exists(latest) else "no checkpoint was written yet"
+                if last or self.failures == self.MOST_FAILURES or not self.run.exists:
+                    raise UserError(
+                        f"training stopped at step {content['step']}: {error}; {what_is_left}; fix that, and the same "
+                        "command goes on from there"
+                    ) from None
+                log.line(f"warning: {error}; {what_is_left}; training goes on and tries again at the next checkpoint")
+
+        self.run.later(write)
 
     def _update_best(self, step: int, log: Log) -> None:
         """Checks whether this is the best checkpoint so far, by the newest mean of `output.best_metric`."""
@@ -395,7 +418,7 @@ def step_profiler(folder: Path, log: Callable[[str], None]) -> profile:
     The first three iterations are left out: they compile, record and reserve memory.
     """
 
-    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
 
     def report(profiler: profile) -> None:
         log(profiler.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=60))
@@ -412,7 +435,7 @@ def step_profiler(folder: Path, log: Callable[[str], None]) -> profile:
 def peak_memory_gb(device: torch.device) -> float | None:
     """Peak memory so far, of the GPU's allocator, or of the process on a CPU; None if the system doesn't report it."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+        return torch.cuda.max_memory_reserved(device) / 1e9  # with the graphs' memory, which isn't called allocated
     try:
         import resource
     except ImportError:  # Windows

@@ -294,12 +294,16 @@ class TrainingState:
         return {f"{part}.{name}": x for part, net in self.networks().items() for name, x in net.state_dict().items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """The state as plain dicts, numbers, strings and tensors; the tensors are the training ones, not copies."""
-        return {
-            "step": self.step,
-            **{name: network.state_dict() for name, network in self.networks().items()},
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-        }
+        """The state as plain dicts, numbers, strings and tensors; the tensors are the training ones, not copies. Where
+        β₁ = 0 there is no `exp_avg`: Adam replaces it by the gradient before it reads it.
+        """
+        optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        for saved in optimizers.values():
+            unused = [index for group in saved["param_groups"] if not group["betas"][0] for index in group["params"]]
+            for index in saved["state"].keys() & unused:
+                saved["state"][index] = {k: value for k, value in saved["state"][index].items() if k != "exp_avg"}
+        networks = {name: network.state_dict() for name, network in self.networks().items()}
+        return {"step": self.step, **networks, "optimizers": optimizers}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Takes over what `to_dict` gave, with the learning rates of the present settings. Raises RuntimeError,
@@ -313,6 +317,7 @@ class TrainingState:
             for group, options in zip(groups, optimizer.param_groups, strict=True):
                 options |= adam_options(self.config.training, group)
             for parameter, moments in optimizer.state.items():
+                moments.setdefault("exp_avg", torch.zeros_like(parameter))
                 for moment in ("exp_avg", "exp_avg_sq"):
                     moments[moment] = _laid_out_like(parameter, moments[moment])
         self.step = saved["step"]

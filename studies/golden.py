@@ -4,6 +4,7 @@ Before a refactoring `python -m studies.golden --write FILE`, after it `--compar
 tensors, whatever their names. The hashes hold for one machine and one version of torch only.
 """
 
+import hashlib
 import sys
 import tempfile
 from contextlib import redirect_stdout
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_leaves
 
-from checkpoints import checksum, load_checkpoint
+from checkpoints import load_checkpoint
 from configuration import UserError, load_config
 from training import train
 from util import CommandParser, atomic_write, run_command
@@ -33,7 +34,14 @@ def train_and_hash(settings: str) -> str:
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         train(load_config(None, [*SMALL.split(), *settings.split(), f"output.root={folder}"]))
         saved = load_checkpoint(f"{folder}/run/checkpoints/step_000020.pt") | {"log": None}
-    return checksum(sorted(checksum(leaf) for leaf in tree_leaves(saved) if isinstance(leaf, torch.Tensor)))
+    hashes = sorted(tensor_hash(leaf) for leaf in tree_leaves(saved) if isinstance(leaf, torch.Tensor))
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def tensor_hash(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's type, shape and values."""
+    values = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)};".encode() + values).hexdigest()
 
 
 def main(arguments: list[str] | None = None) -> int:

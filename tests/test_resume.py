@@ -3,12 +3,16 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import VARIED, before_step, fast_outputs, final, metrics_of, refused, same, small, train, untimed_metrics
 
-from checkpoints import load_checkpoint
+from checkpoints import Checkpoints, load_checkpoint
 from configuration import UserError
 
 pytestmark = pytest.mark.usefixtures("without_slow_outputs")
@@ -90,6 +94,44 @@ def test_killed_at_any_moment_and_resumed_is_the_undisturbed_run(
     assert ("no checkpoint yet: starting again from step 0" in capsys.readouterr().out) == (newest == 0)
     assert_same_run(copy, undisturbed)
     assert not list(copy.rglob("*.part"))
+
+
+def test_training_goes_on_while_a_checkpoint_of_its_own_step_is_written(
+    undisturbed: Path, nine: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    save, went_on = Checkpoints.save, threading.Event()
+
+    def slow(folder: Checkpoints, state: dict[str, Any]) -> None:
+        assert state["step"] != 4 or went_on.wait(60)
+        save(folder, state)
+        print("written", state["step"])
+
+    monkeypatch.setattr(Checkpoints, "save", slow)
+    before_step(monkeypatch, 6, went_on.set)
+    assert train(*nine) == 0
+    one, other = (load_checkpoint(run / "checkpoints" / "step_000004.pt") for run in (tmp_path / "run", undisturbed))
+    assert all(same(one[part], other[part]) for part in ("generator", "generator_ema", "critic", "optimizers"))
+    shown = capsys.readouterr().out
+    assert shown.index("written 9") < shown.index("finished 9 steps")
+
+
+KILLED = """
+import itertools, os, signal, sys, checkpoints, training
+comment, calls = checkpoints._comment, itertools.count(1)
+checkpoints._comment = lambda digest: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == 3 else comment(digest)
+training.main(sys.argv[1:])
+"""
+
+
+def test_killed_while_a_checkpoint_is_written_and_resumed_is_the_undisturbed_run(
+    undisturbed: Path, nine: list[str], tmp_path: Path
+) -> None:
+    folder, environment = Path(__file__).parent.parent, os.environ | {"OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([sys.executable, "-c", KILLED, *nine], cwd=folder, env=environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert [path.name[:15] for path in (tmp_path / "run" / "checkpoints").glob(".*.part")] == [".step_000006.pt"]
+    assert train(*nine) == 0
+    assert_same_run(tmp_path / "run", undisturbed)
 
 
 def test_a_longer_run_goes_on_where_the_shorter_ended_and_images_may_stream(

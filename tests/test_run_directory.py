@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from PIL import Image
 import checkpoints
 import training
 from checkpoints import load_checkpoint
+from configuration import load_config
 from run_directory import Records, RunDirectory, loss_figure, plot_losses, read_metrics
 
 # ------------------------------------------------------------------------------------------------------- a hostile disk
@@ -67,12 +69,28 @@ def test_a_run_folder_that_disappears_ends_the_run_with_one_line(
     assert load_checkpoint(tmp_path / "moved" / "checkpoints" / "latest.pt")["step"] == 2
 
 
+def test_what_fails_in_the_background_ends_the_run_or_is_told(tmp_path: Path, image_folder: Path, capsys) -> None:
+    def session(error: Exception | None) -> None:
+        with RunDirectory(load_config(None, small(tmp_path, image_folder))) as run:
+            run.begin(0)
+            run.later(lambda: [][1])
+            if error:
+                raise error
+
+    for error, raised in ((None, IndexError), (KeyError(), KeyError)):
+        with pytest.raises(raised):
+            session(error)
+    assert "warning: list index out of range" in capsys.readouterr().err
+
+
 def test_samples_clips_curves_and_tensorboard_that_cannot_be_written_stop_nothing(
     tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     names = ("samples", "clips", "loss_curves.png", "tensorboard")
 
     def spoil() -> None:
+        while not (tmp_path / "run" / "loss_curves.png").exists():  # the last file of step 1
+            time.sleep(0.01)
         for name in names:
             path = tmp_path / "run" / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -189,7 +207,17 @@ def test_a_run_that_has_no_line_yet_plots_its_curves_without_a_warning(
     assert train(*overrides) == 0  # the curves are due at step 1, the first line of metrics at the end
     assert "warning" not in capsys.readouterr().err
     assert Image.open(tmp_path / "run" / "loss_curves.png").size[0] > 1000
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "cri')  # as it is for a moment while training goes on
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == [2]
+
+
+@pytest.mark.usefixtures("without_slow_outputs")
+def test_curves_are_plotted_at_growing_distances(tmp_path: Path, image_folder: Path, monkeypatch) -> None:
+    plotted = []
+    monkeypatch.setattr(RunDirectory, "plot_losses", lambda run: plotted.append(max((run.path / "samples").iterdir())))
+    assert train(*small(tmp_path, image_folder, "training.steps=9", "output.sample_every=1")) == 0
+    assert [int(path.stem[5:]) for path in plotted] == [1, 2, 3, 5, 8, 9]
 
 
 def test_a_users_own_style_of_matplotlib_never_reaches_our_pictures(tmp_path: Path, capfd) -> None:

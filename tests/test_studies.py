@@ -84,7 +84,7 @@ def test_loss_curves_compares_runs(runs: Path, capsys: pytest.CaptureFixture[str
 
 def test_loss_curves_names_the_run_that_cannot_be_plotted(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(runs / "one", runs / "damaged")
-    (runs / "damaged" / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    (runs / "damaged" / "metrics.jsonl").write_text('{"step": 1}\n{"st\n')
     shutil.copytree(runs / "one", runs / "empty")
     (runs / "empty" / "metrics.jsonl").write_text("")
     for names, words in ((["."], "No such file"), (["damaged"], "is damaged"), (["empty"], "is empty"),

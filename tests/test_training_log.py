@@ -30,7 +30,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 @pytest.fixture
 def log(tmp_path: Path, clock: SimpleNamespace) -> Log:
-    run = SimpleNamespace(lines=[], log_metrics=lambda step, metrics: run.lines.append({"step": step, **metrics}))
+    run = SimpleNamespace(lines=[], wait=lambda: None)
+    run.log_metrics = lambda step, metrics: run.lines.append({"step": step, **metrics})
     images = SimpleNamespace(seconds_waited=0.0, skipped=[], storage="memory")
     config = load_config(None, ["training.batch_size=4", "training.n_critic=3", f"output.root={tmp_path}"])
     return Log(run, 10, config, images)
@@ -58,6 +59,9 @@ def test_a_line_is_the_mean_of_its_interval_and_is_written_once(log: Log, clock:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_the_first_bad_step_and_its_terms_are_named(log: Log, bad: float) -> None:
     log.collect(1, scalars(1.0, a=1.0, b=1.0))
+    before, log = log, Log(log.run, 10, load_config(None, [f"output.root={log.path.parent}"]), log.images, step=1)
+    log.restore(before.state(), torch.device("cpu"))  # as after a stop
+    log.check()
     log.collect(2, scalars(1.0, a=bad, b=1.0))
     log.collect(3, scalars(1.0, a=1.0, b=bad))
     with pytest.raises(UserError, match=r"stopped: a not finite at step 2; no checkpoint"):
@@ -89,6 +93,7 @@ def test_pauses_are_not_training_time(log: Log, clock: SimpleNamespace) -> None:
     log.write(1)
     assert log.run.lines[0]["speed/seconds_per_step"] == 1
     assert log.run.lines[0]["seconds"] == 61
+    assert log.run.lines[0]["speed/step_fraction"] == pytest.approx(1 / 61)
 
 
 def test_a_second_ctrl_c_leaves_at_once() -> None:
