@@ -35,7 +35,7 @@ from configuration import Config, UserError, config_from_dict, similar_path
 from generator import Generator, build_generator, stable_seed
 from image_data import decode_image
 from media import BrokenImageError
-from util import choose_device, shown_path
+from util import choose_device, prepare_device, shown_path
 from video_synth import Motion, VideoSynthesizer
 
 sys.path.remove(_HERE)
@@ -223,7 +223,9 @@ def load_sampler_with_content(
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path}: a checkpoint, but not of this project's networks ({reason})") from None
-    return Sampler(generator.to(device or choose_device("auto")), config, step, path), content
+    device = torch.device(device) if device else choose_device("auto")
+    prepare_device(device)  # or a GPU's convolutions would use TF32
+    return Sampler(generator.to(device), config, step, path), content
 
 
 def find_checkpoint(source: str | Path, best: bool = False) -> Path:

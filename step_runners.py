@@ -38,6 +38,10 @@ class PreparedSteps(EagerSteps):
         self.required = required
         self._prepared: dict[str, Callable[[Tensor, Any], Pass]] = {}
 
+    @property
+    def is_new(self) -> bool:  # type: ignore[override]
+        return not self._prepared
+
     def run_pass(self, name: str, x_real: Tensor, noise: CriticNoise | GeneratorNoise) -> Pass:
         """As `EagerSteps.run_pass`. Gradients may be overwritten at the next call for either pass, metrics at the next
         one for the same. Raises UserError: the pass could not be prepared, and the user asked for this runner.
@@ -53,6 +57,9 @@ class PreparedSteps(EagerSteps):
             except Exception as error:  # compilers and CUDA fail in many ways
                 self._prepared[name] = self._fall_back(name, error)
         return self._prepared[name](x_real, noise)
+
+    def release(self) -> None:
+        self._prepared.clear()
 
     def prepare(self, run: Callable[..., Pass], x_real: Tensor, noise: Any) -> Callable[[Tensor, Any], Pass]:
         """A faster function that does what `run` does, tried on these inputs."""

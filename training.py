@@ -132,12 +132,11 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
     if run:
         run.begin(state.step)
     log = Log(run, steps, config, images, state.step, world)
-    runner = build_steps(step_kind, state, world, log.line)
+    noise, runner = NoiseSampler(config, device, world), build_steps(step_kind, state, world, log.line)
     for line in [*notes, *describe_run(config, state.generator, images, steps, device, world), step_line]:
         log.line(line)
     log.report_skipped()
     log.restore(world.broadcast(saved and saved["log"]), device)
-    noise = NoiseSampler(config, device, world)
     batches = images.batches(first=state.step * config.training.n_critic)
     manager = CheckpointManager(run, config, images, saved) if run else None
     profiler = step_profiler(run.path, log.line) if run and profile else None
@@ -145,11 +144,12 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
         if run and samples_missing:
             with log.pause():
                 samples.save(run, state, log, last=True)
-                run.wait()  # the loader forks its workers next, which must not inherit a thread's locks
+                run.wait()  # the loader's workers, forked next, must not inherit a thread's locks
         while state.step < steps:
             step = state.step + 1
             world.set_phase(f"step {step}")
-            metrics = iteration(runner, noise, batches, step)
+            with log.pause() if runner.is_new else nullcontext():  # it compiles or records first: no measure of speed
+                metrics = iteration(runner, noise, batches, step)
             state.step = step
             log.collect(step, metrics)
             if profiler:
@@ -252,7 +252,7 @@ def describe_run(
     yield images.description
     shard = config.training.batch_size // world.size
     processes = f"; {world.size} processes, each with {shard} of a batch's images" if world.size > 1 else ""
-    yield describe_device(device) + processes
+    yield describe_device(device, config.runtime.device) + processes
     yield f"{describe_update(generator)}; {describe_length(config, steps, images)}"
     yield f"writing to {config.output.folder}/"
 

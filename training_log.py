@@ -171,6 +171,8 @@ class Log:
         parts = [f"{metrics['speed/images_per_second']:.0f} images/s", f"gap {metrics['critic/gap']:.2f}",
                  f"rec {metrics['generator/reconstruction']:.1f}", f"kl {metrics['generator/kl']:.1f}",
                  f"update {metrics['update/relative_size']:.1%}"]  # fmt: skip
+        if "memory/peak_gb" in metrics:
+            parts.append(f"{metrics['memory/peak_gb']:.1f} GB")
         if self.is_terminal:  # as much as fits beside the bar: its counts and times take 41 columns and more
             room = shutil.get_terminal_size().columns - 41 - 2 * len(str(self.steps))
             lengths = itertools.accumulate(len(part) + 2 for part in parts)

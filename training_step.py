@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import losses
-from configuration import Config, TrainingConfig
+from configuration import Config, TrainingConfig, UserError
 from distributed import SINGLE_PROCESS, World
 from generator import Generator, GeneratorOutput, build_synthesizer, stable_seed
 from losses import AUGMENTATION_NUMBERS, CriticLoss, GeneratorLoss, diffaugment
@@ -357,6 +358,9 @@ class EagerSteps:
         log: takes lines for the user.
     """
 
+    is_new = False
+    """Whether the next steps prepare something first, which takes time."""
+
     def __init__(self, state: TrainingState, world: World = SINGLE_PROCESS, log: Callable[[str], None] = print) -> None:
         self.state = state
         self.config = state.config
@@ -374,7 +378,14 @@ class EagerSteps:
         return metrics
 
     def _step(self, name: str, x_real: Tensor, noise: CriticNoise | GeneratorNoise) -> dict[str, Tensor]:
-        metrics, gradients = self.run_pass(f"{name}_pass", x_real, noise)
+        try:
+            output = self.run_pass(f"{name}_pass", x_real, noise)
+        except torch.OutOfMemoryError:
+            output = None
+        if output is None:  # asked here, where the error no longer holds on to what was computed
+            self.release()
+            raise UserError(out_of_memory(self.state, self.world))
+        metrics, gradients = output
         if self.world.size > 1:
             gradients, metrics = self.world.average(name, self.state.laid_out(name, gradients), metrics)
             metrics |= self._batch_metrics(name, gradients, metrics)
@@ -399,6 +410,9 @@ class EagerSteps:
     def _products(self, tf32: bool) -> AbstractContextManager[None]:
         """For `runtime.precision=tf32`: products in TF32, or, in the gradient penalty, all bits of fp32."""
         return products_in_tf32(tf32) if self.config.runtime.precision == "tf32" else nullcontext()
+
+    def release(self) -> None:
+        """Frees the memory of what was prepared."""
 
     def run_pass(self, name: str, x_real: Tensor, noise: CriticNoise | GeneratorNoise) -> Pass:
         """Runs `critic_pass` or `generator_pass`, as this runner does."""
@@ -439,3 +453,21 @@ class EagerSteps:
         saturated = output.update.saturated(state.generator.head.bound).values()
         metrics["update/saturated_fraction"] = torch.cat([*saturated], dim=1).float().mean()
         return self._pass("generator", metrics, gradients)
+
+
+def out_of_memory(state: TrainingState, world: World) -> str:
+    """What to say when a step's batch doesn't fit: the largest half, quarter, ... that does, by trying its passes."""
+    size = state.config.training.batch_size
+    text = f"out of memory on {state.device}: training.batch_size is {size}"
+    while size := size // 2 // world.size * world.size:
+        config = replace(state.config, training=replace(state.config.training, batch_size=size))
+        runner, noise = EagerSteps(state), NoiseSampler(config, state.device, world)
+        runner.config = config
+        x_real = torch.zeros(size // world.size, *state.generator.vae.image_shape, device=state.device)
+        try:
+            runner.critic_pass(x_real, noise.critic(1, 0))
+            runner.generator_pass(x_real, noise.generator(1))
+        except torch.OutOfMemoryError:
+            continue
+        return f"{text}, and {size} would fit (tried)"
+    return f"{text}, and no batch fits; use smaller networks, image.size, or weight_predictor.head=low_rank"

@@ -305,10 +305,10 @@ def products_in_tf32(enabled: bool) -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Makes the C library keep the memory of freed tensors for the next ones, where it can be asked to (glibc).
+    """Makes the C library (glibc) keep the memory of freed tensors for the next ones.
 
-    By default it returns every large block to the system at once, and the next tensor waits until the system has
-    cleared the same pages again: about a fifth of a step's time.
+    By default it returns every large block at once, and the next tensor waits until the system has cleared the same
+    pages again: about a fifth of a step's time.
     """
     with suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -328,13 +328,20 @@ def channels_last_on(device: torch.device | str, network: Network) -> Network:
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def describe_device(device: torch.device) -> str:
-    """One line for the log."""
+def describe_device(device: torch.device, asked: str = "cpu") -> str:
+    """A line for the log; where `asked` was auto, it says why a GPU that the machine seems to have is not used."""
     import torch
 
     if device.type == "cuda":
-        return f"device: {device}, {torch.cuda.get_device_name(device)}"
-    return f"device: CPU, {torch.get_num_threads()} threads"
+        memory = torch.cuda.get_device_properties(device).total_memory / 1e9
+        return f"device: {device}, {torch.cuda.get_device_name(device)}, {memory:.0f} GB"
+    line = f"device: CPU, {torch.get_num_threads()} threads"
+    if asked == "auto" and os.path.exists("/proc/driver/nvidia/version"):
+        if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+            return f"{line}; CUDA_VISIBLE_DEVICES hides the GPU"
+        needs = f"needs a driver for CUDA {torch.version.cuda}" if torch.version.cuda else "was built without CUDA"
+        line += f"\nWARNING: PyTorch cannot use this machine's GPU: {torch.__version__} {needs}; see nvidia-smi"
+    return line + ("; Apple's GPU is not used" if asked == "auto" and torch.backends.mps.is_available() else "")
 
 
 # --------------------------------------------------------------------------------------------- ----- paths and files

@@ -139,6 +139,20 @@ def test_a_preparation_that_fails_is_an_error_or_a_warning(kind: type, what: str
         assert torch.equal(value, weights[name]), name
 
 
+def test_a_recording_that_fails_tells_its_first_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaving the context raises a second error, as CUDA's does."""
+
+    def prepare(*_: Any) -> None:
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        finally:
+            raise torch.AcceleratorError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(CudaGraphSteps, "prepare", prepare)
+    with pytest.raises(UserError, match=r"graph failed \(operation not permitted when stream is capturing\); use"):
+        run_iterations(CudaGraphSteps(new_state(load_config(None, SMALL))), 1)
+
+
 # ------------------------------------------------------------------------------------------------------------ choosing
 
 

@@ -23,9 +23,9 @@ from torch.nn.utils import get_total_norm
 
 import losses
 import training
-from configuration import LossConfig, load_config
+from configuration import LossConfig, UserError, load_config
 from distributed import World
-from generator import stable_seed
+from generator import Generator, stable_seed
 from model_definitions import Discriminator
 from training_step import EagerSteps, NoiseSampler, TrainingState, critic_objective, generator_objective
 
@@ -236,6 +236,61 @@ def test_bf16_steps_learn_almost_the_same(options: list[str]) -> None:
         assert 1e-4 < (exact - rounded).norm() / exact.norm() < 0.2, name
 
 
+def test_under_bf16_the_gru_computes_in_fp32() -> None:
+    """On CUDA it would be in fp16, and its weights would be copied at every call."""
+    _, generator, _, _ = networks_and_noise()
+    video = torch.rand(2, 3, *generator.vae.image_shape).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        states, state = generator.predictor.encode(video)
+    expected, _ = generator.predictor.encode(video.float())
+    assert torch.equal(states, expected)
+    assert {tensor.dtype for tensor in state} == {torch.float32}
+
+
+def test_tf32_is_for_all_but_the_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which products are in TF32, forward and back, by the library's switches; and on a CPU nothing else changes."""
+    exact, mixed = (
+        EagerSteps(new_state(load_config(None, [*SMALL, f"runtime.precision={kind}"]))) for kind in ("fp32", "tf32")
+    )
+    noise, seen = NoiseSampler(exact.config, CPU), dict[str, set[tuple[bool, bool]]]()
+
+    def note(name: str, value: torch.Tensor) -> torch.Tensor:
+        switches = lambda: (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)  # noqa: E731
+        seen.setdefault(name, set()).add(switches())
+        value.register_hook(lambda _: seen.setdefault(f"{name}, back", set()).add(switches()))
+        return value
+
+    for name in ("input_gradient", "forward"):
+        run = getattr(mixed.state.critic, name)
+        monkeypatch.setattr(mixed.state.critic, name, lambda x, name=name, run=run: note(name, run(x)))
+    torch.backends.cudnn.allow_tf32 = False
+    for name, numbers in (("critic_pass", noise.critic(1, 0)), ("generator_pass", noise.generator(1))):
+        expected, found = (
+            torch.cat([part.flatten() for part in runner.run_pass(name, random_images(1), numbers).gradients])
+            for runner in (exact, mixed)
+        )
+        assert (found - expected).norm() < 1e-6 * expected.norm()
+    assert seen == {
+        "forward": {(True, True)}, "forward, back": {(True, True)},
+        "input_gradient": {(False, False)}, "input_gradient, back": {(False, False)},
+    }  # fmt: skip
+    assert not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize(("fits", "words"), [(3, "and 2 would fit"), (0, "and no batch fits; use smaller")])
+def test_out_of_memory_names_the_batch_that_fits(fits: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, decode = EagerSteps(new_state(load_config(None, [*SMALL, "training.batch_size=8"]))), Generator.decode_base
+
+    def decode_few(generator: Generator, features: torch.Tensor) -> torch.Tensor:
+        if len(features) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(generator, features)
+
+    monkeypatch.setattr(Generator, "decode_base", decode_few)
+    with pytest.raises(UserError, match=f"out of memory on cpu: training.batch_size is 8, {words}"):
+        steps.critic_step(random_images(1), NoiseSampler(steps.config, CPU).critic(1, 0))
+
+
 # ----------------------------------------------------------------------------------------------------------- the state
 
 
@@ -263,7 +318,7 @@ def test_a_checkpoint_of_another_memory_layout_goes_on_the_same() -> None:
     expected = run_iterations(runner, 2)
     for optimizer in saved["optimizers"].values():
         for moments in optimizer["state"].values():
-            moments |= {name: moments[name].contiguous() for name in ("exp_avg", "exp_avg_sq")}
+            moments |= {name: moments[name].contiguous() for name in moments if name != "step"}
     runner.state.restore(saved)
     assert_equal(run_iterations(runner, 2), expected)
 
