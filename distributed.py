@@ -75,7 +75,7 @@ class World:
 
         Args:
             network: whose step this is; names the bucket.
-            gradients: of this process's shard of the batch, each dense in memory; the averages are laid out alike.
+            gradients: of this process's shard of the batch; the averages are laid out alike in memory.
             metrics: scalars, means over the shard.
 
         Returns:
@@ -90,7 +90,8 @@ class World:
         if bucket is None or len(bucket) != length:
             bucket = self._buckets[network] = gradients[0].new_empty(length)
         *parts, tail = bucket.split([*sizes, len(values)])
-        averaged = [part.as_strided(g.shape, g.stride()) for part, g in zip(parts, gradients, strict=True)]
+        strides = (torch.empty_like(gradient, device="meta").stride() for gradient in gradients)  # dense ones
+        averaged = [x.as_strided(g.shape, s) for x, g, s in zip(parts, gradients, strides, strict=True)]
         torch._foreach_copy_(averaged, list(gradients))
         tail.copy_(values)
         with self._collective():

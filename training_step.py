@@ -268,15 +268,6 @@ class TrainingState:
                 parameter.grad = None  # frees the predictor's large gradients during the critic steps
         return clipped
 
-    def laid_out(self, optimizer: str, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients in their weights' memory layout."""
-        networks = self.by_network(optimizer, gradients)
-        return [
-            _laid_out_like(parameter, gradient)
-            for network, values in networks.items()
-            for parameter, gradient in zip(self.parameters[network], values, strict=True)
-        ]
-
     @torch.no_grad()
     def update_ema(self, step: int) -> None:
         """Moves the average towards the generator: average += (1 - decay) · (network - average).
@@ -387,7 +378,7 @@ class EagerSteps:
             raise UserError(out_of_memory(self.state, self.world))
         metrics, gradients = output
         if self.world.size > 1:
-            gradients, metrics = self.world.average(name, self.state.laid_out(name, gradients), metrics)
+            gradients, metrics = self.world.average(name, gradients, metrics)
             metrics |= self._batch_metrics(name, gradients, metrics)
         return metrics | self.state.apply_gradients(name, gradients, metrics)
 
@@ -399,13 +390,13 @@ class EagerSteps:
 
     def _batch_metrics(self, name: str, gradients: Sequence[Tensor], metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         """Metrics that aren't means over images, so that several processes' are of what they have averaged."""
-        by_network = self.state.by_network(name, gradients)
-        norms = {
-            f"gradient_norm/{network}": get_total_norm(values) if values else torch.zeros((), device=self.state.device)
-            for network, values in by_network.items()
-        }  # without a predictor there are none
-        # The root of the mean square.
-        return norms | ({"update/relative_size": metrics["generator/update"].sqrt()} if name == "generator" else {})
+        found = {} if name == "critic" else {"update/relative_size": metrics["generator/update"].sqrt()}
+        for network, values in self.state.by_network(name, gradients).items():
+            norm = (
+                get_total_norm(values) if values else torch.zeros((), device=self.state.device)
+            )  # without a predictor
+            found[f"gradient_norm/{network}"] = norm
+        return found
 
     def _products(self, tf32: bool) -> AbstractContextManager[None]:
         """For `runtime.precision=tf32`: products in TF32, or, in the gradient penalty, all bits of fp32."""

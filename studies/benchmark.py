@@ -83,11 +83,12 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     on_gpu, bf16 = device.type == "cuda", has_bf16(device)
     textbook, eager, graph = ("textbook", "fp32"), ("eager", "fp32"), ("cuda_graph", "fp32")
     if quick:
-        variants = [textbook, eager, *[("eager", "bf16")] * bf16]
+        variants = [textbook, eager, *[("eager", "bf16")] * bf16, *[graph, ("cuda_graph", "tf32")] * on_gpu]
         return [Case("quick", [], variants, checked=True, first=[*SOURCE, *QUICK])]
     every = [textbook, eager, *[("compiled", "fp32")] * has_compiler(device), *[graph] * on_gpu]
     every += [(runner, "bf16") for runner, _ in every[1:] if bf16 and (on_gpu or runner == "eager")]
-    few = [textbook, eager, graph, *[("cuda_graph", "bf16")] * bf16] if on_gpu else [textbook, eager]
+    every += [("eager", "tf32"), ("cuda_graph", "tf32")] * on_gpu
+    few = [textbook, eager, graph, ("cuda_graph", "tf32")] if on_gpu else [textbook, eager]
     ours = [eager, graph] if on_gpu else [eager]
     video = {size: [f"video.height={size}", f"video.width={size}"] for size in (32, 64, 256)}
     return [
@@ -200,7 +201,7 @@ def complete(results: list[Line]) -> dict[str, float]:
         line["fraction_of_floor"] = line["compile_seconds"] = line["break_even_steps"] = None
         if (own := eager.get((line["case"], line["precision"]))) is None:
             continue
-        # bf16 leaves the penalty in fp32, so that either rate may be the better one.
+        # tf32 and bf16 leave the penalty in fp32, so that either rate may be the better one.
         best = rates["fp32"] if line["precision"] == "fp32" else max(rates.values())
         line["fraction_of_floor"] = own["flops"] / best / line["seconds_per_iteration"]
         if line["runner"] == "compiled":

@@ -93,8 +93,10 @@ class Variant:
             vectors[name] = torch.cat([part.flatten().cpu() for part in gradients])  # a CUDA graph overwrites its own
         return vectors
 
-    def iteration(self, batches: Iterator[Tensor], step: int) -> dict[str, float | None]:
-        """Runs one iteration as training does; its seconds, those of waiting for images, and the peak memory so far."""
+    def iteration(self, batches: Iterator[Tensor], step: int, count: int = 1) -> dict[str, float | None]:
+        """Runs iterations as training does, which waits for the device only now and then; the seconds of one, those of
+        waiting for images, and the peak memory so far.
+        """
         waits: list[float] = []
 
         def timed_batches() -> Iterator[Tensor]:
@@ -105,10 +107,11 @@ class Variant:
                 yield x_real
 
         started = time.perf_counter()
-        iteration(self.steps, self.noise, timed_batches(), step)
+        for number in range(count):
+            iteration(self.steps, self.noise, timed_batches(), step + number)
         self.wait()
-        seconds = time.perf_counter() - started
-        return {"seconds": seconds, "data_seconds": sum(waits), "peak_memory_gb": peak_memory_gb(self.device)}
+        seconds, waited = (time.perf_counter() - started) / count, sum(waits) / count
+        return {"seconds": seconds, "data_seconds": waited, "peak_memory_gb": peak_memory_gb(self.device)}
 
     def parts(self) -> dict[str, float]:
         """Seconds of a critic step and of a generator step, on images that are there already."""
@@ -147,6 +150,7 @@ def device_rate(device: torch.device, precision: str) -> float:
     side, batch, channels, size = (8192, 64, 256, 64) if device.type == "cuda" else (1536, 16, 128, 32)
     if precision == "bf16" and not has_bf16(device):
         side, batch = 256, 1  # emulated, it takes 100 times as long
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     how: Any = {"device": device, "dtype": torch.bfloat16 if precision == "bf16" else torch.float32}
     a, x = torch.rand(side, side, **how), torch.rand(batch, channels, size, size, **how)
     kernel = torch.rand(channels, channels, 3, 3, **how).to(memory_format=torch.channels_last)
@@ -179,7 +183,8 @@ def main(settings: dict[str, Any]) -> None:
         torch.cuda.reset_peak_memory_stats(device)  # what compiling took is not what training takes
     batches = variant.batches()
     questions: dict[str, Callable[[int], dict[str, Any]]] = {
-        "iteration": lambda step: variant.iteration(batches, step),
+        # On a GPU ten at a time, or its idle time between turns would count.
+        "iteration": lambda step: variant.iteration(batches, step, 10 if device.type == "cuda" else 1),
         "parts": lambda _: variant.parts(),
         "flops": lambda _: variant.flops(batches),
         "rate": lambda _: {"rate": device_rate(device, config.runtime.precision)},
