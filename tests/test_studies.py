@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import read_video
 from PIL import Image
 
-from studies import loss_curves, preview_motion
+from studies import gpu_acceptance, loss_curves, preview_motion
 
 WRONG = {
     "ablation": [
@@ -28,6 +29,7 @@ WRONG = {
     ],
     "fake_cuda": [(["image.size=33"], "image.size must be a power of two"), (["--what"], "--what")],
     "golden": [(["--compare=nowhere"], "nowhere"), (["--what"], "--what")],
+    "gpu_acceptance": [(["--out=x", "--only=speed"], "unknown part 'speed'"), (["--small"], "--out")],
     "hostile_images": [(["folder", "--what"], "--what")],
     "loss_curves": [(["run"], "--out"), (["--out", "x.png"], "RUN"), (["run", "--out", "x.pdf"], "must be a .png")],
     "lowest_versions": [(["--python"], "--python"), (["--python=nowhere"], "nowhere")],
@@ -102,3 +104,15 @@ def test_preview_motion_writes_a_clip_of_any_image(image: str, tmp_path: Path, c
     assert preview_motion.main([image, str(clip), "--size", "24", "--frames", "5", "--noise", "0"]) == 0
     assert "clip.webp: 5 frames" in capsys.readouterr().out
     assert len(read_video(clip)) == 5
+
+
+def test_a_part_of_the_gpu_acceptance_notes_what_it_finds(tmp_path: Path) -> None:
+    assert gpu_acceptance.main(["--out", str(tmp_path / "new"), "--only", "facts", "--small"]) == 0
+    lines = (tmp_path / "new" / "results.jsonl").read_text().splitlines()
+    facts = [json.loads(line) for line in lines]
+    assert facts[0]["torch"] == torch.__version__
+    assert facts[-2:] == [{"part": "facts", "ended": 0}, {"parts_that_failed": []}]
+    assert not (tmp_path / "new" / "work").exists()
+    status = gpu_acceptance.main(["--out", str(tmp_path), "--only", "rollouts", "--small"])  # of a run that isn't there
+    assert status == 1
+    assert "no such run or checkpoint" in (tmp_path / "results.jsonl").read_text()
