@@ -426,7 +426,6 @@ def plot_losses(runs: dict[str, Records], path: Path) -> None:
 
 def loss_figure(runs: dict[str, Records]) -> Any:
     """A figure of runs (name -> records), one panel per question. Of several, colour is the run, style the metric.
-
     All places are fixed: to find them, matplotlib would lay out every text several times, in twice the time.
     """
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
