@@ -426,7 +426,6 @@ def plot_losses(runs: dict[str, Records], path: Path) -> None:
 
 def loss_figure(runs: dict[str, Records]) -> Any:
     """A figure of runs (name -> records), one panel per question. Of several, colour is the run, style the metric.
-
     All places are fixed: to find them, matplotlib would lay out every text several times, in twice the time.
     """
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
@@ -438,8 +437,8 @@ def loss_figure(runs: dict[str, Records]) -> Any:
     legend_height = 0.25 * -(-len(runs) // 6) if len(runs) > 1 else 0.0
     width, height = 3.5 * columns, 6.5 + legend_height  # inches
     figure = Figure(figsize=(width, height))
-    figure.subplots_adjust(left=0.55 / width, right=1 - 0.1 / width, bottom=0.5 / height, hspace=0.35,
-                           top=1 - (0.45 + legend_height) / height, wspace=0.22)  # fmt: skip
+    figure.subplots_adjust(left=0.75 / width, right=1 - 0.1 / width, bottom=0.5 / height, hspace=0.35,
+                           top=1 - (0.45 + legend_height) / height, wspace=0.3)  # fmt: skip
     for (title, names, logarithmic), axis in zip(panels, figure.subplots(2, columns).flat, strict=True):
         for number, records in enumerate(runs.values()):
             for name, linestyle in zip(names, ("-", "--", ":"), strict=False):

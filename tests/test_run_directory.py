@@ -72,7 +72,6 @@ def test_a_run_folder_that_disappears_ends_the_run_with_one_line(
 def test_what_fails_in_the_background_ends_the_run_or_is_told(tmp_path: Path, image_folder: Path, capsys) -> None:
     def session(error: Exception | None) -> None:
         with RunDirectory(load_config(None, small(tmp_path, image_folder))) as run:
-            run.begin(0)
             run.later(lambda: [][1])
             if error:
                 raise error
