@@ -14,7 +14,7 @@ a is 1, or in training sampled for each motion of each image, so that the GRU al
     contrast    multiplies the distance from the image's mean by 1 + contrast · p
     noise       adds noise · (cos 2πs · n₁ + sin 2πs · n₂): grain that changes smoothly, with the same strength at any t
 
-To add a motion, add an entry to `MOTIONS`. `python -m studies.preview_motion` shows them on any image.
+To add a motion, add an entry to `MOTIONS`. `generate.py RUN --video synthetic` shows them, on any image with `--image`.
 """
 
 import math

@@ -23,7 +23,6 @@ import tempfile
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +41,6 @@ import torch
 
 from configuration import UserError, load_config
 from image_data import open_images
-from media import save_figure
 from step_runners import has_bf16, has_compiler
 
 ROOT = Path(__file__).parent.parent
@@ -243,26 +241,8 @@ def processor() -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def plot(results: list[Line]) -> Any:
-    """Bars: seconds per iteration of every line with its quartiles, and a mark at its floor."""
-    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
-
-    figure = Figure(figsize=(9, 1.2 + 0.3 * len(results)), layout="constrained")
-    axes = figure.subplots()
-    colours = {"textbook": "tab:gray", "eager": "tab:blue", "compiled": "tab:orange", "cuda_graph": "tab:green"}
-    for place, line in enumerate(results):
-        seconds, (low, high) = line["seconds_per_iteration"], line["quartiles"]
-        axes.barh(place, seconds, xerr=[[abs(seconds - low)], [abs(high - seconds)]], color=colours[line["runner"]])
-        if line["fraction_of_floor"]:
-            axes.scatter(line["fraction_of_floor"] * seconds, place, color="black", marker="|", s=90, zorder=3)
-    axes.set_yticks(range(len(results)), [f"{line['case']}: {line['runner']} {line['precision']}" for line in results])
-    axes.invert_yaxis()
-    axes.set(xscale="log", xlabel="seconds per iteration (median, quartiles); black: the floor")
-    return figure
-
-
 def run(options: argparse.Namespace) -> str:
-    """Measures, and writes table, plot and JSON after every case; returns the last line to print."""
+    """Measures, and writes table and JSON after every case; returns the last line to print."""
     chosen = cases(device := choose_device(options.device), options.quick)
     base = [f"data.root={ROOT / 'data' / 'emoji'}", *options.overrides]
     config = load_config(None, [*chosen[0].first, *base])
@@ -288,9 +268,8 @@ def run(options: argparse.Namespace) -> str:
         for path in filter(None, texts):
             with atomic_write(path) as part:
                 part.write_text(texts[path], encoding="utf-8")
-        save_figure(options.out / "benchmark.png", partial(plot, results), dpi=120)
     print_line(text)
-    return f"also written to {options.out}/benchmark.md and benchmark.png"
+    return f"also written to {options.out}/benchmark.md"
 
 
 def main(arguments: list[str] | None = None) -> int:

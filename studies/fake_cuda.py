@@ -251,7 +251,8 @@ def look_at(config: Config) -> Watch:
 def _train(config: Config, watch: Watch) -> None:
     """Two iterations. Counted are both passes, where the first one records them, and all else in the second one."""
     state = TrainingState(*build_networks(config), config, CUDA)
-    runner, noise, images = CudaGraphSteps(state), NoiseSampler(config, CUDA), _images(config)
+    runner, noise = CudaGraphSteps(state, log=lambda _: None), NoiseSampler(config, CUDA)
+    images = _images(config)
     log = Log(None, 2, config, images, world=mock.Mock(is_main=False))
     for kind, networks in {"critic": ["critic"], "generator": ["vae", "predictor"]}.items():
         weights = [weight for network in networks for weight in state.parameters[network]]

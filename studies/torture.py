@@ -1,10 +1,8 @@
-"""Tries what no test suite has the time for: kills by the hundred, and ten thousand steps.
+"""Kills a run by the hundred, with SIGKILL at random moments: does it end as it does without them?
 
-python -m studies.torture kills --kills 100        SIGKILLs at random moments: does the run end as it does without them?
-python -m studies.torture memory --steps 10000     does the memory of a long run stay flat?
+python -m studies.torture --kills 100
 """
 
-import json
 import random
 import subprocess
 import sys
@@ -87,33 +85,11 @@ def kills(folder: Path, count: int, steps: int, seed: int) -> str:
     return f"kills: {moments}; resumed {log.count('resuming ')} times; equal to the undisturbed run, bit for bit"
 
 
-def memory(folder: Path, steps: int) -> str:
-    """Prints the resident memory of a run ten times along its way."""
-    often = ["output.log_every=100", "output.sample_every=1000", "output.checkpoint_every=500"]
-    process = start(folder, f"training.steps={steps}", *often)
-    readings: list[tuple[int, float]] = []
-    while process.poll() is None:
-        time.sleep(0.2)
-        try:
-            step = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-            status = Path(f"/proc/{process.pid}/status").read_text()
-        except (OSError, IndexError, ValueError):
-            continue
-        resident = next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmRSS")), None)
-        if resident and (not readings or step >= readings[-1][0] + steps // 10):
-            readings.append((step, resident))
-            print(f"step {step:>7,}   resident {resident:7.1f} MiB", flush=True)
-    if process.returncode or not readings:
-        raise UserError(f"the run ended with status {process.returncode}: {folder / 'log.txt'}")
-    return f"last reading minus first: {readings[-1][1] - readings[0][1]:+.1f} MiB"
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = CommandParser("python -m studies.torture", description=__doc__)
     add = parser.add_argument
-    add("study", choices=("kills", "memory"))
     add("--kills", type=int_between("kills", 1, 10**6), default=100, metavar="N", help="how many (%(default)s)")
-    add("--steps", type=int_between("steps", 1, 10**9), metavar="N", help="kills: 20 for each; memory: 10,000")
+    add("--steps", type=int_between("steps", 1, 10**9), metavar="N", help="of the run (20 for each kill)")
     add("--seed", type=int, default=0, help="of the moments of the kills")
     add("--folder", type=Path, help="where to work and leave everything; a temporary one by default")
 
@@ -122,10 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.folder:
             options.folder.mkdir(parents=True, exist_ok=True)
         with nullcontext(options.folder) if options.folder else tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            if options.study == "kills":
-                return kills(folder, options.kills, options.steps or 20 * options.kills, options.seed)
-            return memory(folder, options.steps or 10_000)
+            return kills(Path(name), options.kills, options.steps or 20 * options.kills, options.seed)
 
     return run_command(run)
 

@@ -70,7 +70,7 @@ def test_a_process_that_was_killed_was_out_of_memory() -> None:
     worker.close()
 
 
-def test_quick_writes_table_plot_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_quick_writes_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(benchmark, "GRADIENTS", 1)
     assert benchmark.main(["--quick", "--rounds=2", "--device=cpu", "--json=new/q.json", "--out=out"]) == 0
@@ -85,4 +85,3 @@ def test_quick_writes_table_plot_and_json(tmp_path: Path, monkeypatch: pytest.Mo
     assert results[0]["speedup"] == 1
     assert "| quick | eager | fp32 |" in capsys.readouterr().out
     assert "| quick | eager | fp32 |" in (tmp_path / "out" / "benchmark.md").read_text()
-    assert (tmp_path / "out" / "benchmark.png").stat().st_size > 5000

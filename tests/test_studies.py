@@ -1,4 +1,4 @@
-"""The studies as commands: help, mistakes in one line, and the two small ones from beginning to end."""
+"""The studies as commands: help, mistakes in one line, and the small ones from beginning to end."""
 
 import importlib
 import json
@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_video
 from PIL import Image
 
-from studies import gpu_acceptance, loss_curves, preview_motion
+from studies import gpu_acceptance, loss_curves
 
 WRONG = {
     "ablation": [
@@ -34,14 +33,7 @@ WRONG = {
     "loss_curves": [(["run"], "--out"), (["--out", "x.png"], "RUN"), (["run", "--out", "x.pdf"], "must be a .png")],
     "lowest_versions": [(["--python"], "--python"), (["--python=nowhere"], "nowhere")],
     "motion_report": [(["nowhere"], "nowhere"), (["run", "--video=3"], "--videos"), (["run", "--videos=1"], "2 to 4")],
-    "preview_motion": [
-        (["nowhere.png", "clip.mp4"], "nowhere.png"),
-        ([__file__, "clip.mp4"], "cannot read the image"),
-        (["{image}", "clip.xyz"], ".mp4"),
-        (["{image}", "clip.mp4", "--zoom=1.5"], "below 1"),
-        (["{image}", "clip.mp4", "--frames=0"], "1 to"),
-    ],
-    "torture": [(["sleep"], "sleep"), (["kills", "--kills=0"], "--kills")],
+    "torture": [(["--sleep"], "--sleep"), (["--kills=0"], "--kills")],
 }
 """Study -> arguments that it refuses, and what its one line holds."""
 
@@ -97,13 +89,6 @@ def test_loss_curves_names_the_run_that_cannot_be_plotted(runs: Path, capsys: py
         assert line.count("\n") == 1
         assert words in line
     assert not (runs / "x.png").exists()
-
-
-def test_preview_motion_writes_a_clip_of_any_image(image: str, tmp_path: Path, capsys) -> None:
-    clip = tmp_path / "clip.webp"
-    assert preview_motion.main([image, str(clip), "--size", "24", "--frames", "5", "--noise", "0"]) == 0
-    assert "clip.webp: 5 frames" in capsys.readouterr().out
-    assert len(read_video(clip)) == 5
 
 
 def test_a_part_of_the_gpu_acceptance_notes_what_it_finds(tmp_path: Path) -> None:
