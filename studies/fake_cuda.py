@@ -123,6 +123,8 @@ class Watch(TorchDispatchMode):
             self.note(f"{name} from {'/'.join(before)} to {'/'.join(after)}", line)
         elif after == {"cpu"}:
             self.note(f"{name} on the CPU", line)
+        if any(x.dtype == torch.float16 for x in outputs):
+            self.note(f"{name} in fp16, where gradients may vanish", line)
         return result
 
     def grad(self, outputs: Tensor, inputs: Any, *, allow_unused: bool = False, materialize_grads: bool = False) -> Any:

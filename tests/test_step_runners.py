@@ -77,6 +77,8 @@ def test_cuda_graphs_give_the_same_parameters(options: list[str]) -> None:
 def test_images_and_random_numbers_reach_a_recorded_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """What needs no GPU: fixed inputs that are filled before every replay, and metrics that outlive the next one."""
     calls: list[tuple[Callable, Any]] = []  # of a pass: the same call again, and its output
+    stacks: list[tuple[list[torch.Tensor], torch.Tensor]] = []  # what a recording stacks, and where
+    stack = torch.stack
 
     class Graph:
         """Replays by calling the pass with its inputs again, into the tensors that the recorded call returned."""
@@ -84,10 +86,19 @@ def test_images_and_random_numbers_reach_a_recorded_graph(monkeypatch: pytest.Mo
         pool = replay = Mock()
 
         def record(self) -> None:
-            again, output = calls[-1]
-            self.replay = lambda: [
-                old.copy_(new) for old, new in zip(tree_leaves(output), tree_leaves(again()), strict=True)
-            ]
+            (again, output), (stacked, kept) = calls[-1], stacks[-1]
+
+            def replay() -> None:
+                for old, new in zip(tree_leaves(output), tree_leaves(again()), strict=True):
+                    old.copy_(new)
+                stack(stacked, out=kept)
+
+            self.replay = replay
+
+    def noted_stack(tensors: list[torch.Tensor], **options: torch.Tensor) -> torch.Tensor:
+        if "out" in options:
+            stacks.append((tensors, options["out"]))
+        return stack(tensors, **options)
 
     @contextmanager
     def record(graph: Graph, **_: Any) -> Iterator[None]:
@@ -109,6 +120,7 @@ def test_images_and_random_numbers_reach_a_recorded_graph(monkeypatch: pytest.Mo
         "current_stream": Mock,
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch, "stack", noted_stack)
     config = load_config(None, [*SMALL, "loss.adversarial_frame=random"])
     recorded = CudaGraphSteps(new_state(config))
     for name in ("critic_pass", "generator_pass"):
@@ -116,6 +128,10 @@ def test_images_and_random_numbers_reach_a_recorded_graph(monkeypatch: pytest.Mo
     assert_same_steps(EagerSteps(new_state(config)), recorded, 5)
     noise = NoiseSampler(config, CPU)
     metrics = recorded.run_pass("critic_pass", random_images(1), noise.critic(1, 0)).metrics
+    expected = EagerSteps(recorded.state).critic_pass(random_images(1), noise.critic(1, 0)).metrics
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
+        {name: value.item() for name, value in expected.items()}, rel=1e-5
+    )
     before = {name: value.clone() for name, value in metrics.items()}
     recorded.run_pass("generator_pass", random_images(2), noise.generator(2))
     assert all(torch.equal(value, before[name]) for name, value in metrics.items())
