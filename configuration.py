@@ -75,9 +75,6 @@ class CriticConfig:
 @dataclass
 class WeightPredictorConfig:
     update: str = network("predicted", "predicted | constant | off", "by the GRU; one learned vector for all; none")
-    input_video: str = setting("own", "own | other | static",
-        "what the GRU encodes: the image's own video, another image's, or the image itself, still")
-    train_gru: bool = network(True, "", "false keeps the GRU's initial weights and trains only what follows it")
     layers: list[str] = network(["decoder.*"], "", "decoder tensors to update, as shell patterns (stage1 is last)")
     update_size: Any = network("auto", "", "WEIGHT_UPDATE_SIZE, numbers per update: auto, or a number that is checked")
     head: str = network("low_rank", "full | low_rank | per_channel",
@@ -189,7 +186,7 @@ SECTIONS: dict[str, type] = {section.name: section.default_factory for section i
 
 _FIELDS: dict[str, dict[str, Field]] = {name: {one.name: one for one in fields(cls)} for name, cls in SECTIONS.items()}
 
-RENAMED = {"discriminator": "critic", "weight_predictor.watches": "weight_predictor.input_video",
+RENAMED = {"discriminator": "critic",
            "loss.base_fake_share": "loss.base_fake_fraction", "loss.own_frames": "loss.rollout_frames",
            "loss.own_share": "loss.rollout_fraction", "loss.judged_frame": "loss.adversarial_frame",
            "training.lr_discriminator": "training.lr_critic",

@@ -297,17 +297,13 @@ def _predictions(
 
     From frame `rollout_from` on the decoded frame (N, C, H, W) comes with the state, before it None.
     """
-    images, motion = generator.video_of(x_base, motion)
-    states, predictor_state = generator.predictor.encode(generator.downscale(images)[:, None])
+    states, predictor_state = generator.predictor.encode(generator.downscale(x_base)[:, None])
     for k in itertools.count(-warm_up):
         frame = generator.decode(features, generator.predict(states[:, -1])) if k >= rollout_from else None
         if k >= -1:
             yield states[:, -1], frame
-        if frame is None and not generator.is_static:
-            next_input = _synthetic_frame(generator, images, motion, k)
-        else:
-            next_input = generator.downscale(images if frame is None else frame)
-        states, predictor_state = generator.predictor.encode(next_input[:, None], predictor_state)
+        encoded = _synthetic_frame(generator, x_base, motion, k) if frame is None else generator.downscale(frame)
+        states, predictor_state = generator.predictor.encode(encoded[:, None], predictor_state)
 
 
 def catmull_rom(points: Sequence[Tensor], fraction: float) -> Tensor:

@@ -106,8 +106,8 @@ def test_what_a_resumed_run_makes_of_each_setting() -> None:
         "free": "data.root data.on_broken data.memory_gb data.workers training.steps training.epochs "
         "training.max_minutes runtime.* output.*",
         "architecture": "image.* vae.* critic.* video.height video.width weight_predictor.update "
-        "weight_predictor.train_gru weight_predictor.layers weight_predictor.update_size weight_predictor.head "
-        "weight_predictor.rank weight_predictor.hidden_size weight_predictor.num_layers",
+        "weight_predictor.layers weight_predictor.update_size weight_predictor.head weight_predictor.rank "
+        "weight_predictor.hidden_size weight_predictor.num_layers",
     }
     for name in (f"{section}.{key}" for section, key in KEYS):
         effects = [effect for effect, names in listed.items() if any(fnmatch(name, one) for one in names.split())]
