@@ -186,13 +186,6 @@ SECTIONS: dict[str, type] = {section.name: section.default_factory for section i
 
 _FIELDS: dict[str, dict[str, Field]] = {name: {one.name: one for one in fields(cls)} for name, cls in SECTIONS.items()}
 
-RENAMED = {"discriminator": "critic",
-           "loss.base_fake_share": "loss.base_fake_fraction", "loss.own_frames": "loss.rollout_frames",
-           "loss.own_share": "loss.rollout_fraction", "loss.judged_frame": "loss.adversarial_frame",
-           "training.lr_discriminator": "training.lr_critic",
-           "training.clip_discriminator": "training.clip_critic"}  # fmt: skip
-"""Earlier names of sections and settings -> today's."""
-
 
 def setting_of(option: str) -> str | None:
     """The setting that is meant by an option such as `--steps` or `--training.steps`, which there is none of."""
@@ -453,9 +446,7 @@ def _contradictions(config: Config) -> Iterator[str]:
 
 
 def _hint(name: str) -> str:
-    """What to write instead of an unknown section or `section.key`: an old, misplaced or mistyped one."""
-    if name in RENAMED:
-        return f"; it is called '{RENAMED[name]}' now"
+    """What to write instead of an unknown section or `section.key`: a misplaced or mistyped one."""
     known = [f"{section}.{key}" for section, settings in _FIELDS.items() for key in settings]
     if name in known:  # as one word, where a section stands
         return "; write '{}:' on one line and '{}:' below it, indented".format(*name.split("."))

@@ -114,17 +114,6 @@ def test_what_a_resumed_run_makes_of_each_setting() -> None:
         assert [configuration.resume_effect(name)] == (effects or ["learning"]), name
 
 
-@pytest.mark.parametrize(("old", "new"), configuration.RENAMED.items())
-def test_an_old_name_gets_one_line_that_names_the_new_one(old: str, new: str, write) -> None:
-    section, _, key = old.partition(".")
-    given = f"{old}=1" if key else f"{old}.x=1", f"{section}: {{{key or 'x'}: 1}}"
-    for error in (message(None, given[0]), message(write(given[1]))):
-        assert f"'{old}'; it is called '{new}' now" in error
-    assert new in SECTIONS or tuple(new.split(".")) in KEYS
-    assert old not in SECTIONS
-    assert (section, key) not in KEYS
-
-
 WRONG = {
     "training.stpes=5": ["training.stpes", "did you mean 'training.steps'"],
     "trainig.steps=5": ["trainig", "did you mean 'training'"],
