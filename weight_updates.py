@@ -8,7 +8,7 @@ image, while θ itself is trained as usual.
 
 `UpdateSpec` lists the tensors that Δ is made of. A head turns the predicted code into an update in units of each
 tensor's root mean square, and keeps it within ± α, so that no prediction can ruin the decoder. An update of low rank
-stays in its two factors: `generator.decode_factored` decodes with them, and no image's weights are written out.
+stays in its two factors: `generator.decode_updated` decodes with them, and no image's weights are written out.
 
 To add a head, write a class like `FullHead` and enter it in `HEADS`, and its name in the setting's choices.
 """
@@ -191,10 +191,6 @@ class DenseUpdate(NamedTuple):
         """Itself, as for `FactoredUpdate`."""
         return self
 
-    def rows(self, index: list[int]) -> "DenseUpdate":
-        """The updates of some images."""
-        return self._replace(numbers=self.numbers[index])
-
     @property
     def weights(self) -> Mapping[str, Tensor]:
         """Name within the decoder -> θ + Δ (B, *shape)."""
@@ -205,10 +201,9 @@ class DenseUpdate(NamedTuple):
         """mean (Δ / rms θ)², a scalar."""
         return self.numbers.square().mean()
 
-    def saturated(self, bound: float) -> dict[str, Tensor]:
-        """Which predicted numbers of each tensor have nearly reached their bound: its name -> bool (B, numbers)."""
-        at_bound = self.spec.split(self.numbers.abs() > SATURATION_THRESHOLD * bound)
-        return {tensor.name: at_bound[tensor.decoder_name].flatten(1) for tensor in self.spec.tensors}
+    def saturated_fraction(self, bound: float) -> Tensor:
+        """The fraction of the predicted numbers that have nearly reached their bound, a scalar."""
+        return (self.numbers.abs() > SATURATION_THRESHOLD * bound).float().mean()
 
 
 class FactoredUpdate(NamedTuple):
@@ -223,10 +218,6 @@ class FactoredUpdate(NamedTuple):
     prepared: Prepared
     weights: Mapping[str, Tensor | Factors]
     """Name within the decoder -> the factors of Δ; of a bias θ + Δ (B, size)."""
-
-    def rows(self, index: list[int]) -> "FactoredUpdate":
-        """The updates of some images."""
-        return self.head.update_of(self.numbers[index], self.prepared)
 
     def dense(self) -> DenseUpdate:
         """The same updates with every weight written out."""
@@ -256,11 +247,11 @@ class FactoredUpdate(NamedTuple):
         total = (torch.cat(all_a, dim=1) * torch.cat(all_v, dim=1)).sum()
         return total / (len(self.numbers) * self.head.spec.total_size)
 
-    def saturated(self, bound: float) -> dict[str, Tensor]:
-        """As `DenseUpdate.saturated`, of A's numbers and of the biases': bool (B, numbers)."""
+    def saturated_fraction(self, bound: float) -> Tensor:
+        """As `DenseUpdate.saturated_fraction`, of A's numbers and of the biases'."""
         at_bound = self.head.split(self.numbers.abs() > SATURATION_THRESHOLD).values()
-        parts = (part[0] if isinstance(part, tuple) else part for part in at_bound)
-        return {tensor.name: part.flatten(1) for tensor, part in zip(self.head.spec.tensors, parts, strict=True)}
+        predicted = [part[0].flatten(1) if isinstance(part, tuple) else part for part in at_bound]
+        return torch.cat(predicted, dim=1).float().mean()
 
     def _relative(self) -> dict[str, Tensor | Factors]:
         """Name within the decoder -> Δ / rms θ of each tensor."""
@@ -379,15 +370,11 @@ class LowRankHead(UpdateHead):
 
     def forward(self, code: Tensor, prepared: Prepared) -> FactoredUpdate:
         assert prepared.start is not None
-        return self.update_of(torch.tanh(torch.addcmul(prepared.start, code, self.slopes)), prepared)
-
-    def update_of(self, numbers: Tensor, prepared: Prepared) -> FactoredUpdate:
-        """The updates whose factors over their bounds are `numbers` (B, update_size)."""
         assert prepared.base is not None
         assert prepared.units is not None
-        return FactoredUpdate(
-            self, numbers, prepared, self.split(torch.addcmul(prepared.base, numbers, prepared.units))
-        )
+        numbers = torch.tanh(torch.addcmul(prepared.start, code, self.slopes))
+        weights = self.split(torch.addcmul(prepared.base, numbers, prepared.units))
+        return FactoredUpdate(self, numbers, prepared, weights)
 
     def split(self, numbers: Tensor) -> dict[str, Tensor | Factors]:
         """Cuts (B, update_size) into views, A and V or a bias's numbers, by the tensors' names within the decoder."""
