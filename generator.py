@@ -208,7 +208,7 @@ class Generator(nn.Module):
         code = code.to(torch.promote_types(code.dtype, torch.float32))  # bf16 under autocast; fp64 in tests
         if self.shared:
             code = code.mean(dim=0, keepdim=True)
-        return self.head.predict(code, self._weights(self.vae.decoder, frozen), prepared)
+        return self.head(code, prepared or self.head.prepare(self._weights(self.vae.decoder, frozen)))
 
     def decode(self, features: Tensor, update: Update, frozen: bool = False) -> Tensor:
         """`features` (B, ...) and updates of B images, or one for all -> x_fake (B, C, H, W), decoded with θ + Δ.

@@ -108,8 +108,7 @@ def build_update_spec(vae: nn.Module, patterns: list[str]) -> UpdateSpec:
     the same Δ.
 
     Raises UserError: a pattern that matches nothing (with the nearest name), that matches only the encoder (an update
-    there cannot change an image), that adds nothing to the patterns before it, or that names a frozen or non-float
-    tensor.
+    there cannot change an image), or that adds nothing to the patterns before it.
     """
     parameters = {name: tensor for name, tensor in vae.named_parameters() if name.startswith("decoder.")}
     encoder_names = [name for name, _ in vae.named_parameters() if not name.startswith("decoder.")]
@@ -129,15 +128,6 @@ def build_update_spec(vae: nn.Module, patterns: list[str]) -> UpdateSpec:
             raise UserError(
                 f"weight_predictor.layers: '{pattern}' repeats tensors that the patterns before it name; remove it"
             )
-        for name in matches:
-            if not parameters[name].requires_grad:
-                raise UserError(
-                    f"weight_predictor.layers: '{pattern}' names {name}, which is frozen; choose a trained tensor"
-                )
-            if not parameters[name].is_floating_point():
-                raise UserError(
-                    f"weight_predictor.layers: '{pattern}' names {name}, which holds no real numbers; remove it"
-                )
         chosen.update(matches)
 
     tensors: list[UpdatedTensor] = []
@@ -303,10 +293,6 @@ class UpdateHead(nn.Module):
         """Codes (B, update_size), and what `prepare` gave -> the updates of B images."""
         raise NotImplementedError
 
-    def predict(self, code: Tensor, theta: Mapping[str, Tensor], prepared: Prepared | None) -> Update:
-        """`forward`, after `prepare` where that was not done before."""
-        return self(code, prepared or self.prepare(theta))
-
 
 class FullHead(UpdateHead):
     """One predicted number per updated weight: Δ / rms θ = α tanh(code / α). The source's vector of weight updates."""
@@ -330,7 +316,6 @@ class LowRankHead(UpdateHead):
 
     limits: Tensor
     slopes: Tensor
-    zeros: Tensor
 
     def __init__(self, spec: UpdateSpec, bound: float, rank: int) -> None:
         super().__init__(spec, bound, rank)

@@ -96,13 +96,10 @@ def test_scales_are_each_tensors_rms_with_a_floor_for_zero_biases(vae: VAE) -> N
     (["decodr.stage1.weight"], ["decodr.stage1.weight", "did you mean 'decoder.stage1.weight'"]),
     (["encoder.*"], ["encoder.*", "decode no image"]),
     (["decoder.stage1.*", "decoder.stage1.weight"], ["decoder.stage1.weight", "remove it"]),
-    (["decoder.stage1.*", "decoder.stage2.*"], ["decoder.stage2.*", "stage2.weight, which is frozen"]),
 ])  # fmt: skip
 def test_wrong_patterns_name_themselves_and_the_nearest(layers: list[str], words: list[str]) -> None:
-    vae = VAE(16, 3, 8, (4, 6))
-    vae.decoder.stage2.requires_grad_(False)
     with pytest.raises(UserError) as error:
-        build_update_spec(vae, layers)
+        build_update_spec(VAE(16, 3, 8, (4, 6)), layers)
     for word in words:
         assert word in str(error.value)
 
