@@ -138,9 +138,8 @@ class Generator(nn.Module):
             at T - 1, that of frame T, which equals frame 0.
         """
         images = x_base.detach() if self.detach_video else x_base
-        frames = self.synthesizer.frames
         if self.update_kind != "predicted":
-            video = images[:, None].expand(-1, frames, -1, -1, -1)
+            video = images[:, None].expand(-1, self.synthesizer.frames, -1, -1, -1)
             return video, *self.predictor.encode(video)
         image = self.downscale(images)[:, None]
         video = self.synthesizer(images, motion)

@@ -100,7 +100,7 @@ class RunDirectory:
         check_settings(changed, str(self.path), accept_changes)
         self.checkpoints.link(saved)  # in case the process was killed before it came to that
         notes.append(f"resuming {self.path} after step {saved['step']:,} ({path.name})")
-        return saved, [*notes, *(f"  changed setting: {change}" for change in changed)]
+        return saved, [*notes, *(f"  changed setting: {change}" for change in changed.values())]
 
     def begin(self, step: int) -> None:
         """Makes the folder ready for a run that goes on from `step` (0: from the start), and cuts its logs there.
