@@ -11,7 +11,7 @@ import shutil
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -204,39 +204,28 @@ def _sync_folder(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------- settings of a resumed run
 
 
-class Difference(NamedTuple):
-    """A setting whose value has changed since the checkpoint was written."""
-
-    key: str
-    before: Any
-    now: Any
-
-    def __str__(self) -> str:
-        before, now = ("null" if value is None else str(value) for value in (self.before, self.now))
-        return f"{self.key} {before} -> {now}"
-
-
-def differences(saved: dict[str, Any], config: Config, source: str) -> list[Difference]:
-    """The settings that differ between a checkpoint's `config` and today's, in the order of config.yaml. Raises
-    UserError: the saved settings are not settings of this version.
+def differences(saved: dict[str, Any], config: Config, source: str) -> dict[str, str]:
+    """The settings that differ between a checkpoint's `config` and today's, in the order of config.yaml: `section.key`
+    -> `section.key before -> now`. Raises UserError: the saved settings are not settings of this version.
     """
     before, now = config_to_dict(config_from_dict(saved["config"], source)), config_to_dict(config)
-    return [
-        Difference(f"{section}.{key}", before[section][key], value)
-        for section, settings in now.items()
-        for key, value in settings.items()
-        if value != before[section][key]
-    ]
+    changed: dict[str, str] = {}
+    for section, settings in now.items():
+        for key, value in settings.items():
+            if value != before[section][key]:
+                old, new = ("null" if one is None else str(one) for one in (before[section][key], value))
+                changed[f"{section}.{key}"] = f"{section}.{key} {old} -> {new}"
+    return changed
 
 
-def check_settings(changed: list[Difference], run: str, accept_changes: bool) -> None:
+def check_settings(changed: dict[str, str], run: str, accept_changes: bool) -> None:
     """Refuses settings under which the run would no longer be the one that was begun. Raises UserError: a change of the
     networks' shapes; or, unless `accept_changes`, one that changes what is learned.
     """
     new_run = "put it back, or start a new run with another output.name"
     by_effect: dict[str, list[str]] = {"architecture": [], "learning": [], "free": []}
-    for change in changed:
-        by_effect[resume_effect(change.key)].append(str(change))
+    for key, text in changed.items():
+        by_effect[resume_effect(key)].append(text)
     if shapes := by_effect["architecture"]:
         raise UserError(
             f"cannot resume {run}: {', '.join(shapes)}: the saved weights don't fit other networks; {new_run}"

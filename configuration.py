@@ -75,9 +75,6 @@ class CriticConfig:
 @dataclass
 class WeightPredictorConfig:
     update: str = network("predicted", "predicted | constant | off", "by the GRU; one learned vector for all; none")
-    input_video: str = setting("own", "own | other | static",
-        "what the GRU encodes: the image's own video, another image's, or the image itself, still")
-    train_gru: bool = network(True, "", "false keeps the GRU's initial weights and trains only what follows it")
     layers: list[str] = network(["decoder.*"], "", "decoder tensors to update, as shell patterns (stage1 is last)")
     update_size: Any = network("auto", "", "WEIGHT_UPDATE_SIZE, numbers per update: auto, or a number that is checked")
     head: str = network("low_rank", "full | low_rank | per_channel",
@@ -188,13 +185,6 @@ SECTIONS: dict[str, type] = {section.name: section.default_factory for section i
 """Section name -> its dataclass, in the order of `config.yaml`."""
 
 _FIELDS: dict[str, dict[str, Field]] = {name: {one.name: one for one in fields(cls)} for name, cls in SECTIONS.items()}
-
-RENAMED = {"discriminator": "critic", "weight_predictor.watches": "weight_predictor.input_video",
-           "loss.base_fake_share": "loss.base_fake_fraction", "loss.own_frames": "loss.rollout_frames",
-           "loss.own_share": "loss.rollout_fraction", "loss.judged_frame": "loss.adversarial_frame",
-           "training.lr_discriminator": "training.lr_critic",
-           "training.clip_discriminator": "training.clip_critic"}  # fmt: skip
-"""Earlier names of sections and settings -> today's."""
 
 
 def setting_of(option: str) -> str | None:
@@ -456,9 +446,7 @@ def _contradictions(config: Config) -> Iterator[str]:
 
 
 def _hint(name: str) -> str:
-    """What to write instead of an unknown section or `section.key`: an old, misplaced or mistyped one."""
-    if name in RENAMED:
-        return f"; it is called '{RENAMED[name]}' now"
+    """What to write instead of an unknown section or `section.key`: a misplaced or mistyped one."""
     known = [f"{section}.{key}" for section, settings in _FIELDS.items() for key in settings]
     if name in known:  # as one word, where a section stands
         return "; write '{}:' on one line and '{}:' below it, indented".format(*name.split("."))

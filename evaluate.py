@@ -1,16 +1,14 @@
-"""Measures the images of a run: how near to real ones, copied or invented, and what the predicted update does.
+"""Measures the images of a run: how near to real ones, copied or invented, and how large the predicted update is.
 
 python evaluate.py runs/quick                                   tables in Markdown; images: runs/quick/evaluation.png
 python evaluate.py runs/quick --json evaluation.json            the same numbers for programs
 python evaluate.py runs/quick --features inception              with the standard Inception: FID (a download)
 python evaluate.py runs/quick/checkpoints/best.pt --data photos --sheet photos.png
 
-All generators decode the same fixed seeds, so that two runs are compared on the same latents and motions:
-  base            θ                       what the update is added to
-  updated         θ + Δ                   each image with the update predicted for it
-  mean_update     θ + mean Δ              one constant update for all: as good, if the prediction tells nothing
-  other_update    θ + another image's Δ   the update of the image before: as good, if it doesn't matter whose it is
-  moved           no generator: the base image moved by the synthesizer, which θ + Δ follows where λ_video is not 0
+Both generators decode the same fixed seeds, so that two runs are compared on the same latents and motions:
+  base      θ       what the update is added to
+  updated   θ + Δ   each image with the update predicted for it
+  moved     no generator: the base image moved by the synthesizer, which θ + Δ follows where λ_video is not 0
 """
 
 import argparse
@@ -67,15 +65,12 @@ from run_directory import RunDirectory
 from sampling import BATCH, Sampler, load_sampler_with_content
 from util import atomic_write, command_device, one_line, os_errors_as_user_errors, shown_path
 
-LABELS = {"base": "θ", "updated": "θ + Δ", "mean_update": "θ + mean Δ", "other_update": "θ + another image's Δ",
-          "moved": "θ, moved exactly"}  # fmt: skip
-TITLES = ("base", "updated", "mean update", "another image's update", "base, moved exactly")  # its font has no θ and Δ
+LABELS = {"base": "θ", "updated": "θ + Δ", "moved": "θ, moved exactly"}
+TITLES = ("base", "updated", "base, moved exactly")  # its font has no θ and Δ
 TRAINING_IMAGES = "training images"
 MAX_REFERENCE = 5000  # real images that generated ones are compared with, and the nearest are searched among
-UPDATE_IMAGES = 256  # whose updates are analysed: the moments need no more
 CRITIC_IMAGES = 500  # held-out ones that the critic scores, at most; and generated ones that nothing else has seen
 FEW_IMAGES = 200  # on a side: KID of a slight blur was 0.70 ± 0.03 with 200 emoji, ± 0.09 with 100, ± 0.15 with 50
-OTHER_MOTIONS = 10**8  # added to a seed: its motion belongs to no image that is decoded
 STARTED = time.monotonic()
 
 
@@ -155,68 +150,19 @@ def load_critic(sampler: Sampler, saved: dict[str, Any]) -> Any:
 
 
 @torch.no_grad()
-def decode_generators(sampler: Sampler, seeds: Sequence[int], mean_update: Tensor) -> Iterator[dict[str, Tensor]]:
-    """Batches of images, uint8 (B, C, H, W), by name, see `LABELS`; `mean_update` is (total_size,)."""
+def decode_generators(sampler: Sampler, seeds: Sequence[int]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Batches of images, uint8 (B, C, H, W), by name, see `LABELS`; and the sums over their updates, (2,), of the mean
+    of (Δ / rms θ)² and of the saturated fraction.
+    """
     generator = sampler.generator
     for batch in seed_batches(seeds):
         inputs = sampler.inputs(batch)
         output = generator(inputs.z, inputs.motion)
-        images = {"base": output.x_base, "updated": output.x_fake}
-        one = output.update.rows([0]).dense()
-        rolled = output.update.rows([*range(-1, len(output.update.numbers) - 1)])  # the one of the image before
-        for name, other in (("mean_update", one._replace(numbers=mean_update[None])), ("other_update", rolled)):
-            images[name] = generator.decode(output.features, other)
         end = torch.full_like(inputs.z[:, :1], generator.synthesizer.frames)  # the time whose update decodes x_fake
-        images["moved"] = generator.synthesizer(output.x_base, inputs.motion, end, full_size=True)[:, 0]
-        yield {name: as_bytes(x) for name, x in images.items()}
-
-
-class UpdatePart(NamedTuple):
-    """What the update does to one tensor, or to all; the last three fractions sum to 1, and as estimates may be < 0."""
-
-    name: str
-    weights: int
-    relative_size: float  # root mean square of Δ / rms θ
-    saturated_fraction: float  # of the predicted numbers: those at their bound
-    constant_fraction: float  # of the mean square of Δ: what is the same for all images
-    between_image_fraction: float  # what differs between images, whatever their motion; near 0: a constant predictor
-    between_motion_fraction: float  # what differs between two synthetic videos of one image
-
-
-@torch.no_grad()
-def update_statistics(sampler: Sampler, seeds: Sequence[int]) -> tuple[list[UpdatePart], Tensor]:
-    """What Δ does, tensor by tensor and in all, and the mean Δ (total_size,) in units of each tensor's RMS.
-
-    Each image is encoded in two synthetic videos of independent motions. With m the mean of Δ over images and motions,
-    the mean square of Δ is |m|² + between images + between motions, where the covariance of Δ in the two videos of an
-    image is what belongs to the image.
-    """
-    generator, count = sampler.generator, len(seeds)
-    sums = torch.zeros(4, generator.spec.total_size, dtype=torch.float64, device=sampler.device)
-    saturated = {tensor.name: torch.zeros(()) for tensor in generator.spec.tensors}  # how often, by predicted number
-    for batch in progress(seed_batches(seeds), count, "analysing updates"):
-        inputs, others = sampler.inputs(batch), sampler.inputs([seed + OTHER_MOTIONS for seed in batch])
-        x_base = generator.decode_base(generator.features(inputs.z))
-        videos = [generator.encode_video(x_base, motion) for motion in (inputs.motion, others.motion)]
-        updates = [generator.predict(states[:, -1]) for _, states, _ in videos]
-        for name, flags in updates[0].saturated(generator.head.bound).items():
-            saturated[name] = saturated[name] + flags.double().mean(0).cpu() * len(batch)
-        for image in range(len(batch)):  # one at a time: written out in float64, those of a batch took 4 GB
-            rows = (update.rows([image % len(update.numbers)]) for update in updates)  # of a shared one row 0
-            first, second = (row.dense().numbers[0].double() for row in rows)
-            sums += torch.stack([first, second, first * second, first**2 + second**2])
-    one, two, both, square = sums
-    total = square / (2 * count)
-    between = (both - one * two / count) / (count - 1)
-    variance = (square - (one**2 + two**2) / count) / (2 * (count - 1))
-    pieces = [slice(tensor.offset, tensor.offset + tensor.size) for tensor in generator.spec.tensors]
-    parts = []
-    for name, piece in [*zip(saturated, pieces, strict=True), ("all", slice(None))]:
-        size, image, motion = (x[piece].mean().item() for x in (total, between, variance - between))
-        at_bound = torch.cat([*saturated.values()]) if name == "all" else saturated[name]
-        fractions = [x / size if size else math.nan for x in (size - image - motion, image, motion)]  # nan: untrained
-        parts.append(UpdatePart(name, len(total[piece]), math.sqrt(size), at_bound.mean().item() / count, *fractions))
-    return parts, ((one + two) / (2 * count)).float()
+        moved = generator.synthesizer(output.x_base, inputs.motion, end, full_size=True)[:, 0]
+        update = torch.stack([output.update.mean_square(), output.update.saturated_fraction(generator.head.bound)])
+        images = {"base": output.x_base, "updated": output.x_fake, "moved": moved}
+        yield {name: as_bytes(x) for name, x in images.items()}, update.cpu() * len(batch)
 
 
 @torch.no_grad()
@@ -256,10 +202,10 @@ def evaluate(
         option = "" if folder is None else "--data: "
         raise UserError(f"{option}{reason}; name a folder of images with --data") from None
     psnr, ssim, reconstructed = reconstruction(sampler, real.held_out)  # first: a missing package shows before the work
-    update, mean_update = update_statistics(sampler, evaluation_seeds(min(images, UPDATE_IMAGES)))
     seeds = evaluation_seeds(images + len(real.held_out))  # the images that the critic scores come last
-    batches = [*progress(decode_generators(sampler, seeds, mean_update), len(seeds), "decoding")]
-    generated = {name: torch.cat([batch[name] for batch in batches]) for name in LABELS}
+    decoded, updates = zip(*progress(decode_generators(sampler, seeds), len(seeds), "decoding"), strict=True)
+    generated = {name: torch.cat([batch[name] for batch in decoded]) for name in LABELS}
+    mean_square, saturated_fraction = (sum(updates) / len(seeds)).tolist()
 
     def features_of(x: Tensor, doing: str) -> Tensor:
         return image_features(features, progress(as_floats(x), len(x), f"comparing {doing}"))
@@ -295,9 +241,7 @@ def evaluate(
         "features": features.name, "frechet_is_fid": features.is_inception,
         "images": images, "real_images": count, "held_out_images": len(real.held_out),
         "moved": rows.pop("moved"), "generators": rows, "held_out": real_row,
-        "update": {part.name: part._asdict() for part in update},
-        "update_between_image_fraction": update[-1].between_image_fraction,
-        "update_saturated_fraction": update[-1].saturated_fraction, "update_relative_size": update[-1].relative_size,
+        "update_relative_size": math.sqrt(mean_square), "update_saturated_fraction": saturated_fraction,
         "reconstruction_psnr_db": psnr, "reconstruction_ssim": ssim,
         "probability_ece": calibration.error, "probability_ece_if_perfect": calibration.expected_error,
         "nearest_among": real.reference_name, "notes": real.notes,
@@ -327,14 +271,12 @@ def tables(figures: dict[str, Any]) -> Iterator[str]:
         f"that of fresh generated ones. Nearest: median distance of features to the nearest of the {among}; {copied}. "
         f"*{LABELS['moved']}*: what θ + Δ is to decode where loss.lambda_video is not 0.\n"
     )
-    yield _row("updated tensor", "weights", "Δ / rms θ", "predicted numbers at their bound", "constant",
-               "between images", "between motions")  # fmt: skip
-    yield 7 * "|---" + "|"
-    for name, weights, relative_size, *fractions in (part.values() for part in figures["update"].values()):
-        shown = ["–" if math.isnan(x) else f"{x:.1%}" for x in fractions]
-        yield _row(name, f"{weights:,}", f"{relative_size:.2%}", *shown)
     yield (
-        f"\nHeld-out images: reconstruction PSNR {figures['reconstruction_psnr_db']:.2f} dB, SSIM "
+        f"Δ / rms θ: {figures['update_relative_size']:.2%} (root mean square), "
+        f"{figures['update_saturated_fraction']:.1%} of the predicted numbers at their bound.\n"
+    )
+    yield (
+        f"Held-out images: reconstruction PSNR {figures['reconstruction_psnr_db']:.2f} dB, SSIM "
         f"{figures['reconstruction_ssim']:.3f}; expected calibration error of the probability "
         f"{figures['probability_ece']:.3f} ({figures['probability_ece_if_perfect']:.3f} if it were perfect), against "
         "fresh images of θ + Δ."

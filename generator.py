@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from configuration import Config, UserError
+from configuration import Config
 from model_definitions import VAE, ConstantUpdate, Discriminator, PredictorState, WeightPredictorRNN
 from video_synth import MOTIONS, Motion, VideoSynthesizer
 from weight_updates import (
@@ -61,7 +61,7 @@ class Generator(nn.Module):
         synthesizer: makes the video that the predictor encodes.
         predictor: a GRU, or the constant-update baseline.
         head: turns the predicted code into an update.
-        config: `weight_predictor` (update, input_video, sharing) and `video.detach` are read.
+        config: `weight_predictor` (update, sharing) and `video.detach` are read.
     """
 
     def __init__(self, vae: VAE, synthesizer: VideoSynthesizer, predictor: WeightPredictorRNN | ConstantUpdate,
@@ -74,8 +74,6 @@ class Generator(nn.Module):
         self.predictor = predictor
         self.spec = head.spec
         self.update_kind = settings.update
-        self.input_video = settings.input_video
-        self.is_static = settings.input_video == "static"
         self.shared = settings.sharing == "shared"
         self.detach_video = config.video.detach
         self.video_size = synthesizer.video_size(vae.image_shape)
@@ -139,13 +137,12 @@ class Generator(nn.Module):
             predictor's state. The hidden state at frame t predicts the update that decodes frame t + 1; the last one,
             at T - 1, that of frame T, which equals frame 0.
         """
-        images, motion = self.video_of(x_base.detach() if self.detach_video else x_base, motion)
-        frames = self.synthesizer.frames
+        images = x_base.detach() if self.detach_video else x_base
         if self.update_kind != "predicted":
-            video = images[:, None].expand(-1, frames, -1, -1, -1)
+            video = images[:, None].expand(-1, self.synthesizer.frames, -1, -1, -1)
             return video, *self.predictor.encode(video)
         image = self.downscale(images)[:, None]
-        video = image.expand(-1, frames, -1, -1, -1) if self.is_static else self.synthesizer(images, motion)
+        video = self.synthesizer(images, motion)
         states, state = self.predictor.encode(torch.cat([image, video], dim=1))
         return video, states[:, 1:], state
 
@@ -172,11 +169,8 @@ class Generator(nn.Module):
             parts.append(self._rollout(output, motion, times[:rollout_count]))
         if rollout_count < len(output.states):
             rest = slice(rollout_count, None)
-            images, motion = self.video_of(output.x_base.detach(), motion)
-            if self.is_static:
-                parts.append(self.downscale(images[rest])[:, None].expand(-1, frames, -1, -1, -1))
-            else:
-                parts.append(self.synthesizer(images[rest], motion_rows(motion, rest), times[rest]))
+            images = output.x_base[rest].detach()
+            parts.append(self.synthesizer(images, motion_rows(motion, rest), times[rest]))
         encoded, _ = self.predictor.encode(torch.cat(parts), output.predictor_state)
         return torch.cat([output.states[:, -1:], encoded], dim=1)
 
@@ -197,16 +191,6 @@ class Generator(nn.Module):
             frames.append((self.downscale(decoded) + noise[:, k]).clamp(0, 1)[:, None])
         return torch.cat(frames, dim=1)
 
-    def video_of(self, x_base: Tensor, motion: Motion) -> tuple[Tensor, Motion]:
-        """The images (B, C, H, W) and motions of the GRU's videos: for the control `other` those of the one before.
-        Raises UserError: there is no other image.
-        """
-        if self.input_video != "other":
-            return x_base, motion
-        if len(x_base) < 2:
-            raise UserError("weight_predictor.input_video is other, which takes two images at a time, but there is one")
-        return x_base.roll(1, 0), Motion(*(numbers.roll(1, 0) for numbers in motion))
-
     def downscale(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) -> (B, C, height, width), the size of the video."""
         size = self.video_size
@@ -223,7 +207,7 @@ class Generator(nn.Module):
         code = code.to(torch.promote_types(code.dtype, torch.float32))  # bf16 under autocast; fp64 in tests
         if self.shared:
             code = code.mean(dim=0, keepdim=True)
-        return self.head.predict(code, self._weights(self.vae.decoder, frozen), prepared)
+        return self.head(code, prepared or self.head.prepare(self._weights(self.vae.decoder, frozen)))
 
     def decode(self, features: Tensor, update: Update, frozen: bool = False) -> Tensor:
         """`features` (B, ...) and updates of B images, or one for all -> x_fake (B, C, H, W), decoded with θ + Δ.
@@ -412,10 +396,7 @@ def build_predictor(
         return ConstantUpdate(update_size)
     height, width = synthesizer.video_size((image.size, image.size))
     frame_size = image.channels * height * width
-    predictor = WeightPredictorRNN(frame_size, update_size, settings.hidden_size, settings.num_layers)
-    predictor.norm.requires_grad_(settings.train_gru)
-    predictor.gru.requires_grad_(settings.train_gru)
-    return predictor
+    return WeightPredictorRNN(frame_size, update_size, settings.hidden_size, settings.num_layers)
 
 
 def build_generator(config: Config) -> Generator:

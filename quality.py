@@ -212,7 +212,7 @@ def evaluation_seeds(count: int, first: int = 0) -> range:
 
 
 def seed_batches(seeds: Sequence[int]) -> Iterator[Sequence[int]]:
-    """The seeds in batches of nearly equal size, at most `BATCH`: no image is left alone, without another's update."""
+    """The seeds in batches of nearly equal size, at most `BATCH`."""
     count = math.ceil(len(seeds) / BATCH)
     borders = [len(seeds) * k // count for k in range(count + 1)] if count else []
     for start, end in pairwise(borders):

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from checkpoints import Checkpoints, check_settings, differences
 from configuration import Config, UserError, config_to_yaml
 from media import Pixels, labelled_frames, labelled_grid, save_figure, save_image, write_video
-from util import atomic_write, one_line, os_errors_as_user_errors, shown_path
+from util import atomic_write, one_line, os_errors_as_user_errors
 
 
 class RunDirectory:
@@ -100,7 +100,7 @@ class RunDirectory:
         check_settings(changed, str(self.path), accept_changes)
         self.checkpoints.link(saved)  # in case the process was killed before it came to that
         notes.append(f"resuming {self.path} after step {saved['step']:,} ({path.name})")
-        return saved, [*notes, *(f"  changed setting: {change}" for change in changed)]
+        return saved, [*notes, *(f"  changed setting: {change}" for change in changed.values())]
 
     def begin(self, step: int) -> None:
         """Makes the folder ready for a run that goes on from `step` (0: from the start), and cuts its logs there.
@@ -201,7 +201,9 @@ class RunDirectory:
         path = self.path / "loss_curves.png"
 
         def write() -> None:
-            plot_losses({self.path.name: read_metrics(self.path)}, path)
+            text = (self.path / "metrics.jsonl").read_text(encoding="utf-8")
+            whole, _, _ = text.rpartition("\n")  # a line after it is being written
+            plot_losses({self.path.name: [json.loads(line) for line in whole.splitlines()]}, path)
             gc.collect()  # a figure is a cycle of references: tens of megabytes lived on until Python collected it
 
         self._attempt("loss_curves.png", write)
@@ -400,23 +402,6 @@ _PANELS = {
     "kernel distance (KID, raw)\nof updated and base images": (["quality/kid", "quality/kid_base"], True),
     "the critic's gap on training\nand on held-out images": (["quality/train_gap", "quality/heldout_gap"], False),
 }
-
-
-def read_metrics(run: str | Path) -> Records:
-    """The records of a run's metrics.jsonl; none before its first output.log_every steps.
-    Raises `UserError` where there is no such file, or it is damaged.
-    """
-    path = Path(run) / "metrics.jsonl"
-    try:
-        whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")  # a line after it is being written
-        records = [json.loads(line) for line in whole.splitlines()]
-    except OSError as error:
-        raise UserError(f"{shown_path(path)}: {error.strerror}; give a run's folder, such as runs/quick") from None
-    except ValueError:
-        raise UserError(f"{shown_path(path)} is damaged: not every line of it is JSON") from None
-    if not all(isinstance(record, dict) and isinstance(record.get("step"), int) for record in records):
-        raise UserError(f"{shown_path(path)}: not the metrics of a run, whose every line has a step")
-    return records
 
 
 def plot_losses(runs: dict[str, Records], path: Path) -> None:

@@ -268,12 +268,8 @@ def weight_driven_frames(
         z, motion: (N, latent_dim), and of N videos.
         speed: predictions per frame.
         warm_up: frames encoded before the first one that is yielded, 1 or more; None: as many as in training.
-
-    Raises ValueError: `warm_up` below 1, with the first frame.
     """
     warm_up = generator.synthesizer.frames if warm_up is None else warm_up
-    if warm_up < 1:
-        raise ValueError(f"warm_up must be 1 or more, but is {warm_up}: a state predicts the frame after its own")
     features = generator.features(z)
     x_base = generator.decode_base(features)
     rollout_from = math.inf if rollout_after is None else speed * rollout_after
@@ -299,17 +295,13 @@ def _predictions(
 
     From frame `rollout_from` on the decoded frame (N, C, H, W) comes with the state, before it None.
     """
-    images, motion = generator.video_of(x_base, motion)
-    states, predictor_state = generator.predictor.encode(generator.downscale(images)[:, None])
+    states, predictor_state = generator.predictor.encode(generator.downscale(x_base)[:, None])
     for k in itertools.count(-warm_up):
         frame = generator.decode(features, generator.predict(states[:, -1])) if k >= rollout_from else None
         if k >= -1:
             yield states[:, -1], frame
-        if frame is None and not generator.is_static:
-            next_input = _synthetic_frame(generator, images, motion, k)
-        else:
-            next_input = generator.downscale(images if frame is None else frame)
-        states, predictor_state = generator.predictor.encode(next_input[:, None], predictor_state)
+        encoded = _synthetic_frame(generator, x_base, motion, k) if frame is None else generator.downscale(frame)
+        states, predictor_state = generator.predictor.encode(encoded[:, None], predictor_state)
 
 
 def catmull_rom(points: Sequence[Tensor], fraction: float) -> Tensor:

@@ -196,12 +196,11 @@ def check_processes(config: Config, world: World) -> None:
     update would depend on other processes' images.
     """
     world.check_batch_size(config.training.batch_size)
-    for key, value, use in (("sharing", "shared", "per_sample"), ("input_video", "other", "own")):
-        if world.size > 1 and getattr(config.weight_predictor, key) == value:
-            raise UserError(
-                f"weight_predictor.{key} is {value}, which takes other images of the batch, and no single one of "
-                f"{world.size} processes sees them all; use {use}, or one process"
-            )
+    if world.size > 1 and config.weight_predictor.sharing == "shared":
+        raise UserError(
+            "weight_predictor.sharing is shared, which takes other images of the batch, and no single one of "
+            f"{world.size} processes sees them all; use per_sample, or one process"
+        )
 
 
 def check_images(saved: dict[str, Any], images: TrainingImages, run: RunDirectory, accept_changes: bool) -> None:

@@ -441,8 +441,7 @@ class EagerSteps:
             # Only these: the critic's weights get no gradient here. Zero where the loss doesn't reach (a λ is 0).
             gradients = torch.autograd.grad(loss.total, weights, allow_unused=True, materialize_grads=True)
         metrics = {f"generator/{name}": value for name, value in loss._asdict().items()}
-        saturated = output.update.saturated(state.generator.head.bound).values()
-        metrics["update/saturated_fraction"] = torch.cat([*saturated], dim=1).float().mean()
+        metrics["update/saturated_fraction"] = output.update.saturated_fraction(state.generator.head.bound)
         return self._pass("generator", metrics, gradients)
 
 

@@ -8,7 +8,7 @@ image, while θ itself is trained as usual.
 
 `UpdateSpec` lists the tensors that Δ is made of. A head turns the predicted code into an update in units of each
 tensor's root mean square, and keeps it within ± α, so that no prediction can ruin the decoder. An update of low rank
-stays in its two factors: `generator.decode_factored` decodes with them, and no image's weights are written out.
+stays in its two factors: `generator.decode_updated` decodes with them, and no image's weights are written out.
 
 To add a head, write a class like `FullHead` and enter it in `HEADS`, and its name in the setting's choices.
 """
@@ -108,8 +108,7 @@ def build_update_spec(vae: nn.Module, patterns: list[str]) -> UpdateSpec:
     the same Δ.
 
     Raises UserError: a pattern that matches nothing (with the nearest name), that matches only the encoder (an update
-    there cannot change an image), that adds nothing to the patterns before it, or that names a frozen or non-float
-    tensor.
+    there cannot change an image), or that adds nothing to the patterns before it.
     """
     parameters = {name: tensor for name, tensor in vae.named_parameters() if name.startswith("decoder.")}
     encoder_names = [name for name, _ in vae.named_parameters() if not name.startswith("decoder.")]
@@ -129,15 +128,6 @@ def build_update_spec(vae: nn.Module, patterns: list[str]) -> UpdateSpec:
             raise UserError(
                 f"weight_predictor.layers: '{pattern}' repeats tensors that the patterns before it name; remove it"
             )
-        for name in matches:
-            if not parameters[name].requires_grad:
-                raise UserError(
-                    f"weight_predictor.layers: '{pattern}' names {name}, which is frozen; choose a trained tensor"
-                )
-            if not parameters[name].is_floating_point():
-                raise UserError(
-                    f"weight_predictor.layers: '{pattern}' names {name}, which holds no real numbers; remove it"
-                )
         chosen.update(matches)
 
     tensors: list[UpdatedTensor] = []
@@ -191,10 +181,6 @@ class DenseUpdate(NamedTuple):
         """Itself, as for `FactoredUpdate`."""
         return self
 
-    def rows(self, index: list[int]) -> "DenseUpdate":
-        """The updates of some images."""
-        return self._replace(numbers=self.numbers[index])
-
     @property
     def weights(self) -> Mapping[str, Tensor]:
         """Name within the decoder -> θ + Δ (B, *shape)."""
@@ -205,10 +191,9 @@ class DenseUpdate(NamedTuple):
         """mean (Δ / rms θ)², a scalar."""
         return self.numbers.square().mean()
 
-    def saturated(self, bound: float) -> dict[str, Tensor]:
-        """Which predicted numbers of each tensor have nearly reached their bound: its name -> bool (B, numbers)."""
-        at_bound = self.spec.split(self.numbers.abs() > SATURATION_THRESHOLD * bound)
-        return {tensor.name: at_bound[tensor.decoder_name].flatten(1) for tensor in self.spec.tensors}
+    def saturated_fraction(self, bound: float) -> Tensor:
+        """The fraction of the predicted numbers that have nearly reached their bound, a scalar."""
+        return (self.numbers.abs() > SATURATION_THRESHOLD * bound).float().mean()
 
 
 class FactoredUpdate(NamedTuple):
@@ -223,10 +208,6 @@ class FactoredUpdate(NamedTuple):
     prepared: Prepared
     weights: Mapping[str, Tensor | Factors]
     """Name within the decoder -> the factors of Δ; of a bias θ + Δ (B, size)."""
-
-    def rows(self, index: list[int]) -> "FactoredUpdate":
-        """The updates of some images."""
-        return self.head.update_of(self.numbers[index], self.prepared)
 
     def dense(self) -> DenseUpdate:
         """The same updates with every weight written out."""
@@ -256,11 +237,11 @@ class FactoredUpdate(NamedTuple):
         total = (torch.cat(all_a, dim=1) * torch.cat(all_v, dim=1)).sum()
         return total / (len(self.numbers) * self.head.spec.total_size)
 
-    def saturated(self, bound: float) -> dict[str, Tensor]:
-        """As `DenseUpdate.saturated`, of A's numbers and of the biases': bool (B, numbers)."""
+    def saturated_fraction(self, bound: float) -> Tensor:
+        """As `DenseUpdate.saturated_fraction`, of A's numbers and of the biases'."""
         at_bound = self.head.split(self.numbers.abs() > SATURATION_THRESHOLD).values()
-        parts = (part[0] if isinstance(part, tuple) else part for part in at_bound)
-        return {tensor.name: part.flatten(1) for tensor, part in zip(self.head.spec.tensors, parts, strict=True)}
+        predicted = [part[0].flatten(1) if isinstance(part, tuple) else part for part in at_bound]
+        return torch.cat(predicted, dim=1).float().mean()
 
     def _relative(self) -> dict[str, Tensor | Factors]:
         """Name within the decoder -> Δ / rms θ of each tensor."""
@@ -312,10 +293,6 @@ class UpdateHead(nn.Module):
         """Codes (B, update_size), and what `prepare` gave -> the updates of B images."""
         raise NotImplementedError
 
-    def predict(self, code: Tensor, theta: Mapping[str, Tensor], prepared: Prepared | None) -> Update:
-        """`forward`, after `prepare` where that was not done before."""
-        return self(code, prepared or self.prepare(theta))
-
 
 class FullHead(UpdateHead):
     """One predicted number per updated weight: Δ / rms θ = α tanh(code / α). The source's vector of weight updates."""
@@ -339,7 +316,6 @@ class LowRankHead(UpdateHead):
 
     limits: Tensor
     slopes: Tensor
-    zeros: Tensor
 
     def __init__(self, spec: UpdateSpec, bound: float, rank: int) -> None:
         super().__init__(spec, bound, rank)
@@ -379,15 +355,11 @@ class LowRankHead(UpdateHead):
 
     def forward(self, code: Tensor, prepared: Prepared) -> FactoredUpdate:
         assert prepared.start is not None
-        return self.update_of(torch.tanh(torch.addcmul(prepared.start, code, self.slopes)), prepared)
-
-    def update_of(self, numbers: Tensor, prepared: Prepared) -> FactoredUpdate:
-        """The updates whose factors over their bounds are `numbers` (B, update_size)."""
         assert prepared.base is not None
         assert prepared.units is not None
-        return FactoredUpdate(
-            self, numbers, prepared, self.split(torch.addcmul(prepared.base, numbers, prepared.units))
-        )
+        numbers = torch.tanh(torch.addcmul(prepared.start, code, self.slopes))
+        weights = self.split(torch.addcmul(prepared.base, numbers, prepared.units))
+        return FactoredUpdate(self, numbers, prepared, weights)
 
     def split(self, numbers: Tensor) -> dict[str, Tensor | Factors]:
         """Cuts (B, update_size) into views, A and V or a bias's numbers, by the tensors' names within the decoder."""

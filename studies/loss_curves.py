@@ -5,12 +5,30 @@ python -m studies.loss_curves runs/a runs/b runs/c --out curves.png    several i
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 from configuration import UserError
-from run_directory import plot_losses, read_metrics
+from run_directory import Records, plot_losses
 from util import CommandParser, run_command, shown_path
+
+
+def read_metrics(run: str | Path) -> Records:
+    """The records of a run's metrics.jsonl; none before its first output.log_every steps.
+    Raises `UserError` where there is no such file, or it is damaged.
+    """
+    path = Path(run) / "metrics.jsonl"
+    try:
+        whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")  # a line after it is being written
+        records = [json.loads(line) for line in whole.splitlines()]
+    except OSError as error:
+        raise UserError(f"{shown_path(path)}: {error.strerror}; give a run's folder, such as runs/quick") from None
+    except ValueError:
+        raise UserError(f"{shown_path(path)} is damaged: not every line of it is JSON") from None
+    if not all(isinstance(record, dict) and isinstance(record.get("step"), int) for record in records):
+        raise UserError(f"{shown_path(path)}: not the metrics of a run, whose every line has a step")
+    return records
 
 
 def compare(options: argparse.Namespace) -> str:

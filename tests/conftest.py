@@ -422,11 +422,7 @@ def run_iterations(runner: EagerSteps, count: int) -> dict[str, torch.Tensor]:
 
 # ------------------------------------------------------------------------------------------------------- generators
 
-ARMS = {
-    "off": ["weight_predictor.update=off"], "constant": ["weight_predictor.update=constant"],
-    "other": ["weight_predictor.input_video=other"], "static": ["weight_predictor.input_video=static"],
-    "frozen": ["weight_predictor.train_gru=false"],
-}  # fmt: skip
+ARMS = {kind: [f"weight_predictor.update={kind}"] for kind in ("off", "constant")}
 """The controls of the method: name -> overrides."""
 
 

@@ -17,7 +17,6 @@ LONG = "n" * 300  # names have 255 bytes at most
 MISTAKES = [  # (command and its run or checkpoint, arguments, what the line holds)
     ("training", "training.stpes=3", "unknown setting 'training.stpes'; did you mean 'training.steps'?"),
     ("training", "--acept-changes", "unknown argument '--acept-changes', did you mean --accept-changes?"),
-    ("training", "discriminator.channels=[4,8]", "unknown section 'discriminator'; it is called 'critic' now"),
     ("training", "weight_predictor.update_size=7", "or auto"),
     ("training", "weight_predictor.layers=[decoder.stge1.*]", "decoder.stage1"),
     ("training", "data.root=nowhere", "nowhere does not exist (looked for jpg"),

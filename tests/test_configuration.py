@@ -106,23 +106,12 @@ def test_what_a_resumed_run_makes_of_each_setting() -> None:
         "free": "data.root data.on_broken data.memory_gb data.workers training.steps training.epochs "
         "training.max_minutes runtime.* output.*",
         "architecture": "image.* vae.* critic.* video.height video.width weight_predictor.update "
-        "weight_predictor.train_gru weight_predictor.layers weight_predictor.update_size weight_predictor.head "
-        "weight_predictor.rank weight_predictor.hidden_size weight_predictor.num_layers",
+        "weight_predictor.layers weight_predictor.update_size weight_predictor.head weight_predictor.rank "
+        "weight_predictor.hidden_size weight_predictor.num_layers",
     }
     for name in (f"{section}.{key}" for section, key in KEYS):
         effects = [effect for effect, names in listed.items() if any(fnmatch(name, one) for one in names.split())]
         assert [configuration.resume_effect(name)] == (effects or ["learning"]), name
-
-
-@pytest.mark.parametrize(("old", "new"), configuration.RENAMED.items())
-def test_an_old_name_gets_one_line_that_names_the_new_one(old: str, new: str, write) -> None:
-    section, _, key = old.partition(".")
-    given = f"{old}=1" if key else f"{old}.x=1", f"{section}: {{{key or 'x'}: 1}}"
-    for error in (message(None, given[0]), message(write(given[1]))):
-        assert f"'{old}'; it is called '{new}' now" in error
-    assert new in SECTIONS or tuple(new.split(".")) in KEYS
-    assert old not in SECTIONS
-    assert (section, key) not in KEYS
 
 
 WRONG = {

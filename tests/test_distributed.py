@@ -217,8 +217,7 @@ def test_dry_run_describes_the_processes_once(launch: Launch, tmp_path: Path, im
 
 @pytest.mark.parametrize(("arguments", "others", "message"), [
     (["training.batch_size=5"], None, "training.batch_size is 5, which 2 processes cannot split evenly; use 4, or"),
-    (["weight_predictor.sharing=shared"], None, "weight_predictor.sharing is shared"),
-    (["weight_predictor.input_video=other"], None, "input_video is other, which takes other images of the batch"),
+    (["weight_predictor.sharing=shared"], None, "sharing is shared, which takes other images of the batch"),
     (["training.stepz=5"], None, "unknown setting 'training.stepz'"),
     ([], ["training.lr_vae=0.1"], "process 1 has 0.1 for training.lr_vae, but process 0 has 0.0005"),
     (["data.root={broken}", "data.memory_gb=0", "data.workers=0"], None, "broken image"),

@@ -1,4 +1,4 @@
-"""The generators, the update's statistics, the real images to compare with; evaluate.py as a command."""
+"""The generators, the real images to compare with; evaluate.py as a command."""
 
 import json
 import math
@@ -17,7 +17,6 @@ from checkpoints import load_checkpoint
 from image_data import open_images
 from quality import as_bytes, evaluation_seeds
 from sampling import Sampler, load_sampler
-from weight_updates import DenseUpdate, FactoredUpdate
 
 
 @pytest.fixture(scope="module")
@@ -48,58 +47,17 @@ def test_the_generators(sampler: Sampler) -> None:
     inputs = sampler.inputs(list(seeds))
     output = generator(inputs.z, inputs.motion)
     update = output.update.dense()
-    own, mean = update.numbers, update.numbers.mean(0)
-    (batch,) = evaluate.decode_generators(sampler, seeds, mean)
+    ((batch, _),) = evaluate.decode_generators(sampler, seeds)
     decoded = {name: x.int() for name, x in batch.items()}
     for k in range(3):  # one at a time, as a reference
-        updates = {"base": 0 * mean, "updated": own[k], "mean_update": mean, "other_update": own[k - 1]}
-        for name, numbers in updates.items():
+        for name, numbers in {"base": 0 * update.numbers[k], "updated": update.numbers[k]}.items():
             x = generator.decode(output.features[k : k + 1], update._replace(numbers=numbers[None]))
             assert (decoded[name][k] - as_bytes(x[0]).int()).abs().max() <= 1, name
-    assert (decoded["other_update"] - decoded["updated"]).abs().max() > 3
+    assert (decoded["updated"] - decoded["base"]).abs().max() > 3
     # The path is closed: the end of the video is its first frame again.
     first = generator.synthesizer(output.x_base, inputs.motion, full_size=True)[:, 0]
     assert (decoded["moved"] - as_bytes(first).int()).abs().max() <= 1
     assert (decoded["moved"] - decoded["base"]).abs().max() > 3
-
-
-def test_statistics_are_of_all_updates_but_one_at_a_time_is_written_out(sampler: Sampler, monkeypatch) -> None:
-    generator, seeds = sampler.generator, evaluation_seeds(5)
-    inputs, others = (sampler.inputs([seed + shift for seed in seeds]) for shift in (0, evaluate.OTHER_MOTIONS))
-    x_base = generator.decode_base(generator.features(inputs.z))
-    states = [generator.encode_video(x_base, motion)[1][:, -1] for motion in (inputs.motion, others.motion)]
-    first, second = (generator.predict(state).dense().numbers.double() for state in states)
-    total, variance = (first**2 + second**2) / 2, (first.var(0) + second.var(0)) / 2
-    between = ((first - first.mean(0)) * (second - second.mean(0))).sum(0) / 4
-    flags = generator.predict(states[0]).saturated(generator.head.bound)
-    written_out, dense = [], FactoredUpdate.dense
-    monkeypatch.setattr(FactoredUpdate, "dense", lambda self: written_out.append(len(self.numbers)) or dense(self))
-    parts, mean_update = evaluate.update_statistics(sampler, seeds)
-    assert [*evaluate.decode_generators(sampler, seeds, mean_update)]
-    assert set(written_out) == {1}
-    assert torch.allclose(mean_update, torch.cat([first, second]).mean(0).float(), atol=1e-7)
-    assert [part.weights for part in parts] == [*(tensor.size for tensor in generator.spec.tensors), len(mean_update)]
-    assert [sum(part[4:]) for part in parts] == pytest.approx(len(parts) * [1])
-    assert parts[0].saturated_fraction == pytest.approx(flags[parts[0].name].double().mean().item())
-    for part, piece in ((parts[0], slice(parts[0].weights)), (parts[-1], slice(None))):
-        square, image, both = (x[..., piece].mean().item() for x in (total, between, variance))
-        assert [part[2] ** 2, *part[5:]] == pytest.approx([square, image / square, (both - image) / square])
-
-
-def test_what_depends_on_motion_alone_is_not_taken_to_depend_on_images(sampler: Sampler, monkeypatch) -> None:
-    generator, size = sampler.generator, sampler.generator.spec.total_size
-    one_path = torch.arange(size) % 8
-    monkeypatch.setattr(generator, "encode_video", lambda _, motion: (None, motion.phases.flatten(1)[:, None], None))
-
-    def fractions(first: int, scale: int) -> torch.Tensor:
-        update = lambda phases: scale * (2 * math.pi * phases).cos()[:, one_path]  # noqa: E731
-        prepared = generator.head.prepare(dict(generator.vae.decoder.named_parameters()))
-        monkeypatch.setattr(generator, "predict", lambda x: DenseUpdate(generator.spec, update(x), prepared))
-        return torch.tensor(evaluate.update_statistics(sampler, evaluation_seeds(4, first))[0][-1][4:])
-
-    mean = torch.stack([fractions(4 * k, 1) for k in range(25)]).mean(0)  # single estimates of few images vary
-    assert mean.tolist() == pytest.approx([0.0, 0.0, 1.0], abs=0.1)
-    assert fractions(0, 0).isnan().all()
 
 
 def test_a_relative_folder_of_images_is_found_from_elsewhere(tmp_path: Path, image_folder: Path, monkeypatch, capsys):
@@ -184,19 +142,19 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert words in text
     assert "FID" not in text  # a distance of other features isn't
     lines = text.splitlines()
-    for first, columns, rows in (("| decoded with", 7, 6), ("| updated tensor", 7, 7)):
-        (row,) = (index for index, line in enumerate(lines) if line.startswith(first))
-        table = lines[row : lines.index("", row)]
-        assert [line.count("|") for line in table] == (2 + rows) * [columns + 1]
+    (row,) = (index for index, line in enumerate(lines) if line.startswith("| decoded with"))
+    assert [line.count("|") for line in lines[row : lines.index("", row)]] == 6 * [8]
+    assert any(line.startswith("Δ / rms θ: ") for line in lines)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     figures = json.loads((tmp_path / "a.json").read_text())
-    assert list(figures["generators"]) == ["base", "updated", "mean_update", "other_update"]
+    assert list(figures["generators"]) == ["base", "updated"]
     for row in (figures["moved"], *figures["generators"].values()):
         assert row.pop("frechet") is None  # JSON has no NaN
         assert {"kid", "kid_std", "precision", "recall", "critic_gap"} <= set(row)
         assert all(math.isfinite(value) for value in row.values())
     assert 0 <= figures["probability_ece"] <= 1
-    assert figures["update"]["all"]["saturated_fraction"] == figures["update_saturated_fraction"]
+    assert figures["update_relative_size"] > 0
+    assert 0 <= figures["update_saturated_fraction"] <= 1
 
 
 def test_what_cannot_be_written_costs_no_other_result(run: Path, tmp_path: Path, capsys, monkeypatch) -> None:

@@ -58,11 +58,10 @@ FIRST_CHANGED = {
         "loss.rollout_frames=3", "loss.rollout_fraction=1", "loss.adversarial_frame=random",
     ],
     "gradients": [
-        "weight_predictor.input_video=other", "weight_predictor.train_gru=false", "weight_predictor.bound=2",
-        "video.frames=4", "video.shift=0.2", "video.zoom=0.2", "video.rotation=20", "video.brightness=0.4",
-        "video.contrast=0.3", "video.noise=0.05", "video.detach=false", "loss.lambda_gp=5", "loss.epsilon_drift=0.01",
-        "loss.lambda_adv=2", "loss.lambda_base=2", "loss.lambda_vae=0.2", "loss.beta=2", "loss.lambda_update=2",
-        "loss.lambda_video=2", "training.diffaugment=[color]", "runtime.precision=bf16",
+        "weight_predictor.bound=2", "video.frames=4", "video.shift=0.2", "video.zoom=0.2", "video.rotation=20",
+        "video.brightness=0.4", "video.contrast=0.3", "video.noise=0.05", "video.detach=false", "loss.lambda_gp=5",
+        "loss.epsilon_drift=0.01", "loss.lambda_adv=2", "loss.lambda_base=2", "loss.lambda_vae=0.2", "loss.beta=2",
+        "loss.lambda_update=2", "loss.lambda_video=2", "training.diffaugment=[color]", "runtime.precision=bf16",
     ],
     "learned": [
         "training.lr_vae=0.001", "training.lr_predictor=0.001", "training.lr_critic=0.001",

@@ -114,12 +114,6 @@ def test_the_first_period_is_what_training_decodes(sampler: Sampler) -> None:
     assert video.diff(dim=1).abs().mean(dim=(2, 3, 4)).min() > 1e-4  # it moves to the end
 
 
-def test_a_video_without_warm_up_is_refused(sampler: Sampler) -> None:
-    inputs = sampler.inputs([0])
-    with pytest.raises(ValueError, match="warm_up must be 1 or more, but is 0"):
-        next(weight_driven_frames(sampler.generator, inputs.z, inputs.motion, 1, warm_up=0))
-
-
 def test_a_rollout_encodes_its_own_frames(sampler: Sampler) -> None:
     inputs, generator = sampler.inputs(range(2)), sampler.generator
     driven, rollout = (frames_of(sampler.weight_driven(inputs, 12, rollout_after=k)) for k in (None, 5))
