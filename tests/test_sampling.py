@@ -13,7 +13,7 @@ from PIL import Image
 
 import sampling
 from checkpoints import load_checkpoint
-from sampling import Sampler, catmull_rom, latent_path, load_sampler, load_sampler_with_content, weight_driven_frames
+from sampling import Sampler, catmull_rom, latent_path, load_sampler, load_sampler_with_content
 from video_synth import MOTIONS, Motion
 
 
