@@ -266,12 +266,8 @@ def weight_driven_frames(
         z, motion: (N, latent_dim), and of N videos.
         speed: predictions per frame.
         warm_up: frames encoded before the first one that is yielded, 1 or more; None: as many as in training.
-
-    Raises ValueError: `warm_up` below 1, with the first frame.
     """
     warm_up = generator.synthesizer.frames if warm_up is None else warm_up
-    if warm_up < 1:
-        raise ValueError(f"warm_up must be 1 or more, but is {warm_up}: a state predicts the frame after its own")
     features = generator.features(z)
     x_base = generator.decode_base(features)
     rollout_from = math.inf if rollout_after is None else speed * rollout_after

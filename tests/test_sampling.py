@@ -13,7 +13,7 @@ from PIL import Image
 
 import sampling
 from checkpoints import load_checkpoint
-from sampling import Sampler, catmull_rom, latent_path, load_sampler, load_sampler_with_content, weight_driven_frames
+from sampling import Sampler, catmull_rom, latent_path, load_sampler, load_sampler_with_content
 from video_synth import MOTIONS, Motion
 
 
@@ -112,12 +112,6 @@ def test_the_first_period_is_what_training_decodes(sampler: Sampler) -> None:
     assert torch.allclose(video[:, 0], output.x_fake, atol=1e-5)
     assert video.shape[1] == 3 * T
     assert video.diff(dim=1).abs().mean(dim=(2, 3, 4)).min() > 1e-4  # it moves to the end
-
-
-def test_a_video_without_warm_up_is_refused(sampler: Sampler) -> None:
-    inputs = sampler.inputs([0])
-    with pytest.raises(ValueError, match="warm_up must be 1 or more, but is 0"):
-        next(weight_driven_frames(sampler.generator, inputs.z, inputs.motion, 1, warm_up=0))
 
 
 def test_a_rollout_encodes_its_own_frames(sampler: Sampler) -> None:
