@@ -2,7 +2,6 @@
 
 python evaluate.py runs/quick                                   tables in Markdown; images: runs/quick/evaluation.png
 python evaluate.py runs/quick --json evaluation.json            the same numbers for programs
-python evaluate.py runs/quick --features inception              with the standard Inception: FID (a download)
 python evaluate.py runs/quick/checkpoints/best.pt --data photos --sheet photos.png
 
 Both generators decode the same fixed seeds, so that two runs are compared on the same latents and motions:
@@ -41,7 +40,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", metavar="FOLDER", help="real images to compare with (the run's own)")
     number = int_between("images", 10, 100_000)
     add("--images", type=number, default=1000, metavar="N", help="images decoded (1000)")
-    add("--features", default="efficientnet-lite0", metavar="NAME", help="%(default)s or inception")
     add("--json", metavar="FILE", help="also write the numbers as JSON")
     add("--sheet", metavar="FILE", help="images, a .png (evaluation.png in the run's folder)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:<number>")
@@ -238,7 +236,7 @@ def evaluate(
     calibration = quality.reliability(p_real, p_fake)
     figures = {
         "checkpoint": str(sampler.path), "step": sampler.step,
-        "features": features.name, "frechet_is_fid": features.is_inception,
+        "features": features.name,
         "images": images, "real_images": count, "held_out_images": len(real.held_out),
         "moved": rows.pop("moved"), "generators": rows, "held_out": real_row,
         "update_relative_size": math.sqrt(mean_square), "update_saturated_fraction": saturated_fraction,
@@ -257,7 +255,7 @@ def tables(figures: dict[str, Any]) -> Iterator[str]:
     formats = {"frechet": ".2f", "precision": ".3f", "recall": ".3f", "nearest_distance": ".2f", "critic_gap": ".2f"}
     yield f"# {figures['checkpoint']}, step {figures['step']:,}\n"
     yield f"{figures['images']:,} generated, {figures['real_images']:,} real images; features: {figures['features']}.\n"
-    yield _row("decoded with", "KID ± spread", "FID" if figures["frechet_is_fid"] else "Fréchet distance", "precision",
+    yield _row("decoded with", "KID ± spread", "Fréchet distance", "precision",
                "recall", f"to the nearest of the {column}", "critic's gap")  # fmt: skip
     yield 7 * "|---" + "|"
     rows = {LABELS[name]: row for name, row in (figures["generators"] | {"moved": figures["moved"]}).items()}
@@ -331,7 +329,7 @@ def work(options: argparse.Namespace) -> int:
     del saved["generator"], saved["generator_ema"]  # the sampler has the latter
     run = sampler.path.absolute().parent.parent
     sheet = options.sheet or str((run if RunDirectory.holds_run(run) else Path()) / "evaluation.png")
-    features = quality.load_features(options.features, device)
+    features = quality.load_features(device)
     evaluation = evaluate(sampler, saved, features, options.images, options.data)
     figures, written, failed = evaluation.figures, list[str](), list[str]()
     outputs = [

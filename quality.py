@@ -1,9 +1,9 @@
 """How near generated images are to real ones: distances between image features, the critic's scores, its calibration.
 
-    features = load_features("efficientnet-lite0", device)
+    features = load_features(device)
     real = image_features(features, images)                  (N, D); images or an iterator of batches
     mean, spread = kernel_distance(real, fake)               KID
-    frechet_distance(real, fake)                             FID, if the features are the standard Inception's
+    frechet_distance(real, fake)                             as FID, of other features
     precision_recall(real, fake)                             plausible images, covered real ones
 
 Compare distances of the same features and similar numbers of images only: the Fréchet distance falls as they grow
@@ -13,8 +13,6 @@ Images are decoded from seeds of their own: training's random numbers are never 
 """
 
 import math
-import socket
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import pairwise
@@ -45,7 +43,6 @@ class ImageFeatures(nn.Module):
 
     name: str  # in full, for tables
     num_features: int
-    is_inception = False  # True for the features that "FID" and "KID" mean in papers
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -86,48 +83,16 @@ class EfficientNetLiteFeatures(ImageFeatures):
         return self.network.extract_features((resized - 127) / 128).mean(dim=(2, 3))  # scaled as in its training
 
 
-class InceptionFeatures(ImageFeatures):
-    """The 2,048 pooled features of TensorFlow's Inception of 2015, which papers mean by FID; downloaded once."""
-
-    is_inception = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-        timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(30)  # seconds: a machine without a network must not wait for ever
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-        except (OSError, RuntimeError) as error:  # no network, no such address, a file with another hash
-            reason = " ".join(str(error).split())[:100]
-            raise UserError(
-                f"features inception: the network's weights cannot be downloaded ({reason}); "
-                "use efficientnet-lite0, which needs no download"
-            ) from None
-        finally:
-            socket.setdefaulttimeout(timeout)
-        self.num_features = 2048
-        self.name = "Inception v3 (ImageNet, TensorFlow 2015), 299 px input"
-
-    def of_pixels(self, pixels: Tensor) -> Tensor:
-        return self.network(pixels.to(torch.uint8))[0]
-
-
-def load_features(name: str = "efficientnet-lite0", device: torch.device | str = "cpu") -> ImageFeatures:
-    """The features called `name`, ready on the device. The caller's random state stays as it is. Raises UserError for
-    an unknown name, a missing package, or weights that cannot be downloaded.
+def load_features(device: torch.device | str = "cpu") -> ImageFeatures:
+    """EfficientNet-Lite0's features, ready on the device. The caller's random state stays as it is. Raises UserError:
+    a package is missing.
     """
-    networks = {"efficientnet-lite0": EfficientNetLiteFeatures, "inception": InceptionFeatures}
-    if name not in networks:
-        raise UserError(f"features '{name}' are unknown; choose one of {', '.join(networks)}")
     try:
         with torch.random.fork_rng(devices=[]):  # the network is initialised with random weights first
-            network = networks[name]()
+            network = EfficientNetLiteFeatures()
     except ImportError as error:
         package = str(error.name).partition(".")[0].replace("_", "-")
-        raise UserError(f"features {name} need the package {package}; pip install -r requirements.txt") from None
+        raise UserError(f"image features need the package {package}; pip install -r requirements.txt") from None
     return channels_last_on(device, network.eval().requires_grad_(False))
 
 
@@ -165,8 +130,8 @@ def kernel_distance(
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """‖μ₁ - μ₂‖² + tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½) of two sets of features (Heusel et al. 2017, eq. 6).
 
-    https://arxiv.org/abs/1706.08500. "FID" on Inception features only. Fewer images give larger values: compare equal
-    numbers, and with fewer images than features (1,280, 2,048) trust the kernel distance more.
+    https://arxiv.org/abs/1706.08500. "FID" means that of Inception's features, which these are not. Fewer images give
+    larger values: compare equal numbers, and with fewer images than features (1,280) trust the kernel distance more.
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
@@ -319,7 +284,7 @@ class QualityCheck:
                 f"output.evaluate_every needs 4 images to train on, but data.root has {images.count}{held_out}; "
                 "add images, or set output.evaluate_every=null"
             )
-        self.features = load_features("efficientnet-lite0", images.device)
+        self.features = load_features(images.device)
         self.real = as_bytes(images.fixed_sample(min(self.count, images.count)))
         self.held_out = images.held_out(self.count) if images.held_out_count else None
 

@@ -167,7 +167,7 @@ class Study:
         self.base = load_config(options.config, common)
         self.device = choose_device(self.base.runtime.device)
         prepare_device(self.device)
-        self.features = load_features("efficientnet-lite0", self.device)
+        self.features = load_features(self.device)
         self.real: Tensor | None = None
         self.measures: dict[tuple[str, int], dict[str, Any]] = {}
         self.failed: list[str] = []

