@@ -67,7 +67,6 @@ MISTAKES = [  # (command and its run or checkpoint, arguments, what the line hol
     ("evaluate missing", "", "missing: no such run or checkpoint"),
     ("evaluate", "--sheet x.jpg", "--sheet x.jpg: images are written as .png"),
     ("evaluate", "--best --image 10", "unknown argument '--image', did you mean --images?"),
-    ("evaluate", "--features vgg", "features 'vgg' are unknown"),
     ("evaluate", "--images 3", "--images must be a whole number, 10 to 100,000"),
     ("evaluate", "--sheet /proc/none/a.png", "cannot write /proc/none/a.png: "),
     ("evaluate", "--json .", ". is a folder: name a file to write"),
