@@ -72,8 +72,8 @@ class NoiseSampler:
         batch, base = config.training.batch_size, base_fake_count(config)
         self.random = torch.Generator(device)
         self.latent = (batch, config.vae.latent_dim)
-        image, has_gru = config.image, config.weight_predictor.update == "predicted"
-        shape, synthesizer = (image.channels, image.size, image.size), build_synthesizer(config)
+        image, synthesizer = config.image, build_synthesizer(config)
+        shape, has_gru = (image.channels, image.size, image.size), config.weight_predictor.update == "predicted"
         self.motion_shapes = {n: synthesizer.motion_shapes(n, shape, has_gru) for n in (batch - base, batch)}
 
     # Numbers of a kind are sampled together: a GPU takes as long for few as for many. Their order is part of what a
@@ -91,8 +91,7 @@ class NoiseSampler:
             torch.rand, (batch,), *[(batch, AUGMENTATION_NUMBERS)] * 2, phases_shape, amplitudes_shape
         )
         motion = Motion(*(numbers[updated] for numbers in (phases, amplitudes, *noise)))
-        frame = self._adversarial_frame(batch - base)
-        frame = None if frame is None else frame[updated]
+        frame = self._adversarial_frame(batch - base, updated)
         return CriticNoise(z[rows], motion, frame, epsilon[rows], augment_real[rows], augment_fake[rows])
 
     def generator(self, step: int) -> GeneratorNoise:
@@ -105,9 +104,9 @@ class NoiseSampler:
             torch.rand, (2, batch, AUGMENTATION_NUMBERS), phases_shape, amplitudes_shape
         )
         motion = Motion(*(numbers[rows] for numbers in (phases, amplitudes, *noise)))
-        frame = self._adversarial_frame(batch)
+        frame = self._adversarial_frame(batch, rows)
         video_times = self._integers(loss.rollout_frames + 1, batch, loss.video_frames)
-        frame, augment = None if frame is None else frame[rows], augment[:, rows].flatten(0, 1)
+        augment = augment[:, rows].flatten(0, 1)
         rollout_count = len(range(round(loss.rollout_fraction * batch))[rows])
         return GeneratorNoise(z[rows], motion, frame, posterior[rows], rollout_count, video_times[rows], augment)
 
@@ -125,9 +124,9 @@ class NoiseSampler:
         numbers = torch.randint(end, shape, device=self.device, generator=self.random)
         return numbers[:1].expand_as(numbers) if self.config.weight_predictor.sharing == "shared" else numbers
 
-    def _adversarial_frame(self, count: int) -> Tensor | None:
+    def _adversarial_frame(self, count: int, rows: slice) -> Tensor | None:
         is_random = self.config.loss.adversarial_frame == "random"
-        return self._integers(self.config.video.frames, count) if is_random else None
+        return self._integers(self.config.video.frames, count)[rows] if is_random else None
 
 
 def base_fake_count(config: Config) -> int:
@@ -392,10 +391,8 @@ class EagerSteps:
         """Metrics that aren't means over images, so that several processes' are of what they have averaged."""
         found = {} if name == "critic" else {"update/relative_size": metrics["generator/update"].sqrt()}
         for network, values in self.state.by_network(name, gradients).items():
-            norm = (
-                get_total_norm(values) if values else torch.zeros((), device=self.state.device)
-            )  # without a predictor
-            found[f"gradient_norm/{network}"] = norm
+            norm = get_total_norm(values) if values else torch.zeros((), device=self.state.device)
+            found[f"gradient_norm/{network}"] = norm  # 0 without a predictor
         return found
 
     def _products(self, tf32: bool) -> AbstractContextManager[None]:

@@ -160,13 +160,9 @@ class Prepared(NamedTuple):
     """Name within the decoder -> weights."""
     scales: Tensor
     """rms θ of each tensor: (tensors,)."""
-    # Of low rank, for each number of the code, (update_size,):
-    start: Tensor | None = None
-    """v₀, and 0 for others."""
-    units: Tensor | None = None
-    """Its bound; of V and of biases times rms θ."""
-    base: Tensor | None = None
-    """θ of biases, and 0 for others."""
+    code: tuple[Tensor, ...] = ()
+    """Of low rank, for each number of the code: where it starts, v₀ or 0; its bound, of V and biases times rms θ; what
+    it is added to, a bias or 0. (update_size,) each."""
 
 
 class DenseUpdate(NamedTuple):
@@ -222,19 +218,16 @@ class FactoredUpdate(NamedTuple):
 
     def mean_square(self) -> Tensor:
         """mean (Δ / rms θ)², a scalar, from the factors alone: ‖A V‖² = Σ (AᵀA) ∘ (V Vᵀ)."""
-        relative, all_a, all_v, biases = self._relative(), [], [], []
-        for tensor in self.head.spec.tensors:
-            part = relative[tensor.decoder_name]
+        left, right, biases = [], [], []
+        for tensor, part in zip(self.head.spec.tensors, self._relative().values(), strict=True):
             if isinstance(part, tuple):
                 a, v = part[0], _output_channels_first(part[1], tensor)
-                all_a.append((a.mT @ a).flatten(1))
-                all_v.append((v @ v.mT).flatten(1))
+                left.append((a.mT @ a).flatten(1))
+                right.append((v @ v.mT).flatten(1))
             else:
                 biases.append(part)
-        if biases:
-            all_a.append(torch.cat(biases, dim=1))
-            all_v.append(all_a[-1])
-        total = (torch.cat(all_a, dim=1) * torch.cat(all_v, dim=1)).sum()
+        same = [torch.cat(biases, dim=1)] if biases else []
+        total = (torch.cat(left + same, dim=1) * torch.cat(right + same, dim=1)).sum()
         return total / (len(self.numbers) * self.head.spec.total_size)
 
     def saturated_fraction(self, bound: float) -> Tensor:
@@ -257,12 +250,7 @@ Update = DenseUpdate | FactoredUpdate
 
 
 def bounded_update(u: Tensor, bound: float) -> Tensor:
-    """Δ / rms θ = α · tanh(u / α): equal to u while that is small, and never beyond ±α.
-
-    Args:
-        u: (..., total_size), in units of each tensor's RMS.
-        bound: α > 0.
-    """
+    """Δ / rms θ = α · tanh(u / α): equal to u while that is small, and never beyond ±α. `u`: (..., total_size)."""
     return bound * torch.tanh(u / bound)
 
 
@@ -351,15 +339,12 @@ class LowRankHead(UpdateHead):
                 start.append(next(start_factors))
                 factors.append(scale.expand(len(start[-1])))
                 base.append(zero.expand(next(sizes)))
-        return Prepared(theta, scales, torch.cat(start), self.limits * torch.cat(factors), torch.cat(base))
+        return Prepared(theta, scales, (torch.cat(start), self.limits * torch.cat(factors), torch.cat(base)))
 
     def forward(self, code: Tensor, prepared: Prepared) -> FactoredUpdate:
-        assert prepared.start is not None
-        assert prepared.base is not None
-        assert prepared.units is not None
-        numbers = torch.tanh(torch.addcmul(prepared.start, code, self.slopes))
-        weights = self.split(torch.addcmul(prepared.base, numbers, prepared.units))
-        return FactoredUpdate(self, numbers, prepared, weights)
+        start, units, base = prepared.code
+        numbers = torch.tanh(torch.addcmul(start, code, self.slopes))
+        return FactoredUpdate(self, numbers, prepared, self.split(torch.addcmul(base, numbers, units)))
 
     def split(self, numbers: Tensor) -> dict[str, Tensor | Factors]:
         """Cuts (B, update_size) into views, A and V or a bias's numbers, by the tensors' names within the decoder."""

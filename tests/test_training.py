@@ -120,8 +120,8 @@ def test_every_batch_reaches_the_critic_once_and_the_last_one_the_vae(
 
     def recorded(name: str) -> Callable:
         function = getattr(training_step, name)
-        return lambda generator, critic, x_real, noise, config: (
-            seen[name].append(x_real) or latents.append(noise.z) or function(generator, critic, x_real, noise, config)
+        return lambda generator, critic, x_real, noise, *rest: (
+            seen[name].append(x_real) or latents.append(noise.z) or function(generator, critic, x_real, noise, *rest)
         )
 
     for name in seen:
