@@ -201,13 +201,17 @@ class Generator(nn.Module):
 
         Args:
             frozen: keep gradients from θ, which the head `per_channel` scales.
-            prepared: of another update of the same θ, which saves time.
+            prepared: from `prepare`, for who predicts several times.
         """
         code = self.predictor.to_update(states)
         code = code.to(torch.promote_types(code.dtype, torch.float32))  # bf16 under autocast; fp64 in tests
         if self.shared:
             code = code.mean(dim=0, keepdim=True)
-        return self.head(code, prepared or self.head.prepare(self._weights(self.vae.decoder, frozen)))
+        return self.head(code, prepared or self.prepare(frozen))
+
+    def prepare(self, frozen: bool = False) -> Prepared:
+        """What all updates of the present θ share. `frozen`: as for `predict`."""
+        return self.head.prepare(self._weights(self.vae.decoder, frozen))
 
     def decode(self, features: Tensor, update: Update, frozen: bool = False) -> Tensor:
         """`features` (B, ...) and updates of B images, or one for all -> x_fake (B, C, H, W), decoded with θ + Δ.

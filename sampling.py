@@ -14,7 +14,7 @@ import math
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -273,7 +273,12 @@ def weight_driven_frames(
     features = generator.features(z)
     x_base = generator.decode_base(features)
     rollout_from = math.inf if rollout_after is None else speed * rollout_after
-    predictions = _predictions(generator, features, x_base, motion, warm_up, rollout_from)
+    prepared = generator.prepare()
+
+    def decode(state: Tensor) -> Tensor:
+        return generator.decode(features, generator.predict(state, prepared=prepared))
+
+    predictions = _predictions(generator, decode, x_base, motion, warm_up, rollout_from)
     latest: deque[tuple[Tensor, Tensor | None]] = deque(maxlen=4)  # predictions up to number `newest`
     newest = -2
     for t in range(frames):
@@ -285,19 +290,20 @@ def weight_driven_frames(
             state, frame = catmull_rom([state for state, _ in latest], fraction), None
         else:
             state, frame = latest[int(number) - newest - 1]
-        yield generator.decode(features, generator.predict(state)) if frame is None else frame
+        yield decode(state) if frame is None else frame
 
 
 def _predictions(
-    generator: Generator, features: Tensor, x_base: Tensor, motion: Motion, warm_up: int, rollout_from: float
-) -> Iterator[tuple[Tensor, Tensor | None]]:
+    generator: Generator, decode: Callable[[Tensor], Tensor], x_base: Tensor, motion: Motion, warm_up: int,
+    rollout_from: float,
+) -> Iterator[tuple[Tensor, Tensor | None]]:  # fmt: skip
     """Yields, without end, the GRU's states (N, hidden_size) that predict the frames -1, 0, 1, ...
 
     From frame `rollout_from` on the decoded frame (N, C, H, W) comes with the state, before it None.
     """
     states, predictor_state = generator.predictor.encode(generator.downscale(x_base)[:, None])
     for k in itertools.count(-warm_up):
-        frame = generator.decode(features, generator.predict(states[:, -1])) if k >= rollout_from else None
+        frame = decode(states[:, -1]) if k >= rollout_from else None
         if k >= -1:
             yield states[:, -1], frame
         encoded = _synthetic_frame(generator, x_base, motion, k) if frame is None else generator.downscale(frame)
