@@ -15,12 +15,11 @@ keep a whole animation in memory.
 | none | a folder of numbered PNG files | exact |
 """
 
-import logging
 import math
 import os
 import textwrap
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -171,19 +170,6 @@ def save_image(path: str | Path, image: Image.Image | Pixels) -> None:
     image = image if isinstance(image, Image.Image) else Image.fromarray(to_pixels(image))
     with atomic_write(path) as part, os_errors_as_user_errors(path):
         image.save(part, format="PNG")
-
-
-def save_figure(path: str | Path, draw: Callable[[], Any], dpi: int) -> None:
-    """Writes the matplotlib Figure that `draw` makes as a PNG, whole or not at all.
-
-    A user's own style, such as fonts that are missing, doesn't reach it. Raises `UserError` where it cannot be written.
-    """
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # what it says of a user's matplotlibrc doesn't matter here
-    import matplotlib
-
-    with matplotlib.rc_context(), os_errors_as_user_errors(path), atomic_write(path) as part:
-        matplotlib.rcdefaults()
-        draw().savefig(part, dpi=dpi, format="png")
 
 
 class _Format(NamedTuple):

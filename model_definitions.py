@@ -5,6 +5,8 @@
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -14,12 +16,8 @@ from torch.nn import functional
 
 LEAKY_SLOPE = 0.2
 STAGE_PADDING = 1
-
-NORM_EPSILON = 1e-3
-"""Added to the first frame's variance: a blank image has none."""
-
-INPUT_GAIN = 0.5
-"""Standard deviation of what the first frame sends to the GRU's gates at the start."""
+NORM_EPSILON = 1e-3  # added to the first frame's variance: a blank image has none
+INPUT_GAIN = 0.5  # standard deviation of what the first frame sends to the GRU's gates at the start
 
 
 class VAE(nn.Module):
@@ -36,7 +34,7 @@ class VAE(nn.Module):
     """
 
     def __init__(self, image_size: int = 128, image_channels: int = 3, latent_dim: int = 128,
-                 channels: tuple[int, ...] | list[int] = (32, 64, 128, 256)) -> None:  # fmt: skip
+                 channels: Sequence[int] = (32, 64, 128, 256)) -> None:  # fmt: skip
         super().__init__()
         self.image_shape = (image_channels, image_size, image_size)
         self.latent_dim = latent_dim
@@ -44,12 +42,7 @@ class VAE(nn.Module):
         smallest = _smallest_side(image_size, channels)
         features = channels[-1] * smallest**2
 
-        self.encoder = nn.Sequential(
-            OrderedDict(  #                                                            (B, C, H, W)
-                (f"stage{number}", _conv_stage(narrow, wide, nn.ReLU()))  #            (B, wide, H / 2^n, W / 2^n)
-                for number, (narrow, wide) in enumerate(pairwise(widths), start=1)
-            )
-        )
+        self.encoder = _build_stages(widths, nn.ReLU)  #                               (B, C, H, W)
         self.to_mu = nn.Linear(features, latent_dim)
         self.to_logvar = nn.Linear(features, latent_dim)
 
@@ -96,12 +89,9 @@ class VAE(nn.Module):
 class PredictorState(NamedTuple):
     """What the predictor keeps of the frames that it has encoded."""
 
-    hidden: Tensor
-    """(num_layers, B, hidden_size), of the GRU."""
-    scale: Tensor
-    """(B, 1, 1), 1 / standard deviation of the first frame's values."""
-    offset: Tensor
-    """(B, 1, 1), -mean / standard deviation of the first frame's values."""
+    hidden: Tensor  # (num_layers, B, hidden_size), of the GRU
+    scale: Tensor  # (B, 1, 1), 1 / standard deviation of the first frame's values
+    offset: Tensor  # (B, 1, 1), -mean / standard deviation of the first frame's values
 
 
 class FirstFrameNorm(nn.Module):
@@ -199,17 +189,10 @@ class Discriminator(nn.Module):
         image_size, image_channels, channels: as for the `VAE`.
     """
 
-    def __init__(
-        self, image_size: int = 128, image_channels: int = 3, channels: tuple[int, ...] | list[int] = (32, 64, 128, 256)
-    ) -> None:
+    def __init__(self, image_size: int = 128, image_channels: int = 3,
+                 channels: Sequence[int] = (32, 64, 128, 256)) -> None:  # fmt: skip
         super().__init__()
-        widths = [image_channels, *channels]
-        self.stages = nn.Sequential(
-            OrderedDict(
-                (f"stage{number}", _conv_stage(narrow, wide, nn.LeakyReLU(LEAKY_SLOPE)))
-                for number, (narrow, wide) in enumerate(pairwise(widths), start=1)
-            )
-        )
+        self.stages = _build_stages([image_channels, *channels], partial(nn.LeakyReLU, LEAKY_SLOPE))
         self.to_score = nn.Linear(channels[-1] * _smallest_side(image_size, channels) ** 2, 1)
         _initialise(self)
         self.calibration = ScoreCalibration()
@@ -237,7 +220,10 @@ class Discriminator(nn.Module):
         gradient = self.to_score.weight.view(1, *h.shape[1:]).expand_as(h)
         for conv, (features, index, pooled) in zip(reversed(convolutions), reversed(places), strict=True):
             gradient = torch.ops.aten.leaky_relu_backward(gradient, pooled, LEAKY_SLOPE, False)
-            gradient = _unpool(gradient, features, index)
+            # The transpose of max_pool2d: each value goes to the pixel that it came from. The operation that autograd
+            # uses, since every runner has a fast version of it: `max_unpool2d` has none compiled.
+            gradient = torch.ops.aten.max_pool2d_with_indices_backward(
+                gradient, features, [2, 2], [2, 2], [0, 0], [1, 1], False, index)  # fmt: skip
             gradient = functional.conv_transpose2d(gradient, conv.weight, padding=STAGE_PADDING)
         return 2 * gradient  # of _centred
 
@@ -311,22 +297,18 @@ def conv_stages(network: nn.Sequential) -> list[ConvStage]:
     return [stage for stage in network if isinstance(stage, ConvStage)]
 
 
-def _conv_stage(narrow: int, wide: int, activation: nn.Module) -> ConvStage:
-    """(B, narrow, H, W) -> (B, wide, H / 2, W / 2).
+def _build_stages(widths: Sequence[int], activation: Callable[[], nn.Module]) -> nn.Sequential:
+    """`stage1`, `stage2`, ..., each (B, narrow, H, W) -> (B, wide, H / 2, W / 2).
 
     The activation stands behind the pooling: it keeps the order of numbers, so the result is the same as the other way
     round, for a quarter of the work.
     """
-    conv = nn.Conv2d(narrow, wide, 3, padding=STAGE_PADDING)
-    return ConvStage(OrderedDict(conv=conv, pool=nn.MaxPool2d(2), activation=activation))
-
-
-def _unpool(pooled: Tensor, x: Tensor, index: Tensor) -> Tensor:
-    """The transpose of `max_pool2d(x, 2)`: each value goes to the pixel that it came from, zeros elsewhere.
-
-    The operation that autograd uses, since every runner has a fast version of it: `max_unpool2d` has none compiled.
-    """
-    return torch.ops.aten.max_pool2d_with_indices_backward(pooled, x, [2, 2], [2, 2], [0, 0], [1, 1], False, index)
+    stages = nn.Sequential()
+    for number, (narrow, wide) in enumerate(pairwise(widths), start=1):
+        conv = nn.Conv2d(narrow, wide, 3, padding=STAGE_PADDING)
+        stage = ConvStage(OrderedDict(conv=conv, pool=nn.MaxPool2d(2), activation=activation()))
+        stages.add_module(f"stage{number}", stage)
+    return stages
 
 
 def _centred(x: Tensor) -> Tensor:
@@ -334,7 +316,7 @@ def _centred(x: Tensor) -> Tensor:
     return 2 * x - 1
 
 
-def _smallest_side(image_size: int, channels: tuple[int, ...] | list[int]) -> int:
+def _smallest_side(image_size: int, channels: Sequence[int]) -> int:
     """Side of the image after all stages. Raises ValueError: sides that the stages cannot halve evenly."""
     side, rest = divmod(image_size, 2 ** len(channels))
     if rest or not side:

@@ -14,6 +14,7 @@ import errno
 import gc
 import itertools
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -22,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 from checkpoints import Checkpoints, check_settings, differences
 from configuration import Config, UserError, config_to_yaml
-from media import Pixels, labelled_frames, labelled_grid, save_figure, save_image, write_video
+from media import Pixels, labelled_frames, labelled_grid, save_image, write_video
 from util import atomic_write, one_line, os_errors_as_user_errors
 
 
@@ -145,26 +146,15 @@ class RunDirectory:
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Appends one line to metrics.jsonl, whole and flushed, and the same numbers to TensorBoard."""
-
-        def to_tensorboard() -> None:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, step)
-
         self._attempt("metrics.jsonl", lambda: self._metrics.append(json.dumps({"step": step, **metrics})))
-        if self._tensorboard:
-            self._attempt("tensorboard/", to_tensorboard)
+        self._to_tensorboard(lambda writer: [writer.add_scalar(name, x, step) for name, x in metrics.items()])
 
     def save_samples(self, step: int, columns: Mapping[str, Pixels]) -> Path:
         """Saves labelled columns of images, as `labelled_grid` takes them, as samples/step_<step>.png."""
         path = self.path / "samples" / f"step_{step:06d}.png"
         grid = labelled_grid(columns)
-
-        def to_tensorboard() -> None:
-            self._tensorboard.add_image("samples", np.asarray(grid), step, dataformats="HWC")
-
         self._attempt("samples/", lambda: save_image(path, grid))
-        if self._tensorboard:
-            self._attempt("tensorboard/", to_tensorboard)
+        self._to_tensorboard(lambda writer: writer.add_image("samples", np.asarray(grid), step, dataformats="HWC"))
         return path
 
     def save_clip(self, step: int, columns: Mapping[str, Pixels]) -> Path:
@@ -181,8 +171,7 @@ class RunDirectory:
     def sync_logs(self) -> None:
         """Makes the logs of all steps until now last: they have to be there before the checkpoint of this step is."""
         self._attempt("metrics.jsonl", self._metrics.sync)
-        if self._tensorboard:
-            self._attempt("tensorboard/", self._tensorboard.flush)
+        self._to_tensorboard(lambda writer: writer.flush())
 
     def list_skipped(self, skipped: list[tuple[Path, str]]) -> None:
         """Adds broken images to skipped.txt that aren't in it yet: path, tab, reason."""
@@ -222,13 +211,12 @@ class RunDirectory:
         self._thread.shutdown()
         for error in filter(None, (task.exception() for task in self._tasks)):  # of a run that another error ends
             self._warn(one_line(error))
-        if self._tensorboard:
-            self._attempt("tensorboard/", self._tensorboard.close)
+        self._to_tensorboard(lambda writer: writer.close())
         threading.excepthook = threading.__excepthook__
         if self._lock:
             self._lock.close()
 
-    def _attempt(self, what: str, write: Callable[[], None]) -> None:
+    def _attempt(self, what: str, write: Callable[[], object]) -> None:
         """Calls `write`; warns once when `what` cannot be written, and once when it can again. Training goes on."""
         try:
             if not self.exists:  # writing would begin half a run in its place
@@ -247,6 +235,10 @@ class RunDirectory:
             if what in self._failing:
                 self._failing.remove(what)
                 self._warn(f"{self.path / what} can be written again")
+
+    def _to_tensorboard(self, write: Callable[[Any], object]) -> None:
+        if self._tensorboard:
+            self._attempt("tensorboard/", lambda: write(self._tensorboard))
 
     def _warn(self, text: str) -> None:
         tqdm.write(f"warning: {text}", file=sys.stderr)  # above a progress bar, if there is one
@@ -270,12 +262,9 @@ class RunDirectory:
     def _record_session(self, step: int) -> None:
         """Adds this process to environment.json: a run may have been stopped and resumed, elsewhere even."""
         path = self.path / "environment.json"
-        sessions = []
-        if step:
-            try:
-                sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"]
-            except (OSError, ValueError, KeyError):
-                sessions = []  # lost or damaged: it only informs people
+        sessions: list[dict[str, Any]] = []
+        with suppress(OSError, ValueError, KeyError):  # lost or damaged: it only informs people
+            sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"] if step else []
         sessions.append({"from_step": step, **_environment()})
         with atomic_write(path) as part:
             part.write_text(json.dumps({"sessions": sessions}, indent=2) + "\n", encoding="utf-8")
@@ -356,12 +345,10 @@ def _environment() -> dict[str, Any]:
     """What a reader needs to repeat the run: versions, device, code revision, command, time."""
     from importlib.metadata import PackageNotFoundError, version
 
-    versions = {}
-    for package in ("torch", "torchvision", "numpy", "pillow", "av", "pyyaml"):
-        try:
+    versions = dict.fromkeys(("torch", "torchvision", "numpy", "pillow", "av", "pyyaml"), "not installed")
+    for package in versions:
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
     changed = (_git("status", "--porcelain") or "").splitlines()
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "python": platform.python_version(),
@@ -373,13 +360,10 @@ def _environment() -> dict[str, Any]:
 
 def _git(*arguments: str) -> str | None:
     """Output of a git command about this code, None where there is no git or no repository."""
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.rstrip("\n")
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.rstrip("\n")
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------- the plot
@@ -405,8 +389,13 @@ _PANELS = {
 
 
 def plot_losses(runs: dict[str, Records], path: Path) -> None:
-    """Writes `loss_figure` as a PNG."""
-    save_figure(path, lambda: loss_figure(runs), dpi=110)
+    """Writes `loss_figure` as a PNG, whole or not at all. Raises UserError where it cannot be written."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # what it says of a user's matplotlibrc doesn't matter here
+    import matplotlib
+
+    with matplotlib.rc_context(), os_errors_as_user_errors(path), atomic_write(path) as part:
+        matplotlib.rcdefaults()  # a user's own style, such as fonts that are missing, doesn't reach it
+        loss_figure(runs).savefig(part, dpi=110, format="png")
 
 
 def loss_figure(runs: dict[str, Records]) -> Any:

@@ -51,23 +51,17 @@ WARM_UP_FRAMES, WARM_UP_PERIODS = 128, 2
 class SampleInputs(NamedTuple):
     """The latents and motions of N images or videos."""
 
-    names: list[str]
-    """File names without suffix: `seed_000012`, or the name of the encoded image file."""
-    z: Tensor
-    """(N, latent_dim)."""
-    motion: Motion
-    """Of N synthetic videos."""
-    images: Tensor | None
-    """(N, C, H, W) in [0, 1], the images that z was encoded from; None where z was sampled."""
+    names: list[str]  # file names without suffix: `seed_000012`, or the name of the encoded image file
+    z: Tensor  # (N, latent_dim)
+    motion: Motion  # of N synthetic videos
+    images: Tensor | None  # (N, C, H, W) in [0, 1], the images that z was encoded from; None where z was sampled
 
 
 class SampledImages(NamedTuple):
     """Images (N, C, H, W) in [0, 1]."""
 
-    x_base: Tensor
-    """Decoded with θ."""
-    x_fake: Tensor
-    """Decoded with θ + Δ, where Δ is the update that the GRU predicts at the end of the synthetic video."""
+    x_base: Tensor  # decoded with θ
+    x_fake: Tensor  # decoded with θ + Δ, where Δ is the update that the GRU predicts at the end of the synthetic video
 
 
 class Sampler:

@@ -1,9 +1,10 @@
-"""Trains a VAE, a weight predictor (GRU) and a Wasserstein critic, in one loop.
+"""Trains a VAE decoder, the GRU that predicts updates to its weights, and a WGAN-GP critic, in one loop.
 
 python training.py                                      the default settings of config.yaml
 python training.py --config configs/quick.yaml          small images, a few minutes on a laptop
 python training.py data.root=my_images output.name=my-run training.steps=50000
-python training.py --dry-run                            check everything, show what would run, and stop
+python training.py image.size=64 training.epochs=100 --dry-run    check everything, show what would run, and stop
+python training.py --print-config > my.yaml             every setting with its meaning, to edit
 torchrun --nproc-per-node=8 training.py                 one process on each of 8 GPUs
 
 The same command again resumes a run that was stopped or killed.
@@ -24,16 +25,8 @@ from util import CommandParser, UserError, answer_early, print_line, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        setting_of=setting_of,
-        description="Train a VAE decoder, the GRU that predicts updates to its weights, and a WGAN-GP critic.",
-        epilog="examples:\n"
-        "  python training.py --config configs/quick.yaml\n"
-        "  python training.py data.root=my_images output.name=my-run\n"
-        "  python training.py image.size=64 training.epochs=100 --dry-run\n"
-        "  python training.py --print-config > my.yaml\n"
-        "  torchrun --nproc-per-node=8 training.py\n",
-    )
+    first, _, rest = (__doc__ or "").partition("\n\n")
+    parser = CommandParser(setting_of=setting_of, description=first, epilog=rest)
     default = Path(__file__).with_name("config.yaml")
     add = parser.add_argument
     add("--config", metavar="FILE", default=str(default), help="YAML file with settings (config.yaml)")

@@ -59,13 +59,9 @@ class Log:
         self.paused = 0.0  # seconds of this session
         self.is_terminal = sys.stderr.isatty() and world.is_main
         self.bar = tqdm(
-            total=steps,
-            initial=step,
-            unit="step",
-            disable=not self.is_terminal,
-            dynamic_ncols=True,
+            total=steps, initial=step, unit="step", disable=not self.is_terminal, dynamic_ncols=True,
             bar_format="{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
-        )
+        )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
         """The interval that has begun, so that the line it becomes is the same after a stop between its steps."""
@@ -190,9 +186,8 @@ class Log:
         if new and self.run:
             self.skipped_count = len(skipped)
             self.run.list_skipped(new)
-            self.line(
-                f"skipped {len(new)} broken images, {len(skipped)} in all; {self.path / 'skipped.txt'} lists them"
-            )
+            lists = f"{self.path / 'skipped.txt'} lists them"
+            self.line(f"skipped {len(new)} broken images, {len(skipped)} in all; {lists}")
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -419,7 +414,6 @@ def step_profiler(folder: Path, log: Callable[[str], None]) -> profile:
 
     The first three iterations are left out: they compile, record and reserve memory.
     """
-
     order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
 
     def report(profiler: profile) -> None:

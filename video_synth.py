@@ -31,12 +31,9 @@ PATH_WEIGHTS = (0.75, 0.25)  # of the first and second harmonic; they sum to 1, 
 class MotionKind(NamedTuple):
     """One kind of motion."""
 
-    strength: float
-    """How far it goes at most, unless the settings say otherwise; 0 switches it off."""
-    unit: str
-    """What the strength measures, for help texts."""
-    paths: int = 1
-    """How many closed paths it follows."""
+    strength: float  # how far it goes at most, unless the settings say otherwise; 0 switches it off
+    unit: str  # what the strength measures, for help texts
+    paths: int = 1  # how many closed paths it follows
     apply: Callable[[Tensor, Tensor], Tensor] | None = None
     """(video (B, K, C, H, W), strength · path (B, K, 1, 1, 1)) -> video; None: a part of `_warp`, or the noise."""
 
@@ -65,12 +62,9 @@ needs only this entry; a setting `video.<name>` for its strength is a field of `
 class Motion(NamedTuple):
     """The random numbers that determine the motion of a batch of videos; `sample_motion` makes them."""
 
-    phases: Tensor
-    """(B, paths, 2 harmonics), in turns: [0, 1)."""
-    amplitudes: Tensor
-    """(B, paths), in [0, 1]: the fraction of its strength that each path has."""
-    noise: Tensor
-    """(B, 2, C, height, width), standard normal; (B, 2, C, 0, 0) where noise is off."""
+    phases: Tensor  # (B, paths, 2 harmonics), in turns: [0, 1)
+    amplitudes: Tensor  # (B, paths), in [0, 1]: the fraction of its strength that each path has
+    noise: Tensor  # (B, 2, C, height, width), standard normal; (B, 2, C, 0, 0) where noise is off
 
 
 class VideoSynthesizer(nn.Module):
@@ -142,35 +136,30 @@ class VideoSynthesizer(nn.Module):
         """
         with torch.autocast(images.device.type, enabled=False):  # in bf16 places would be half a pixel off at 128 px
             images = images.to(torch.promote_types(images.dtype, torch.float32))
-            return self._synthesize(images, motion, times, full_size, noise)
+            strengths = self.strengths
+            aspect = images.shape[-2] / images.shape[-1]
+            height, width = images.shape[-2:] if full_size else self.video_size(images.shape)
+            if (height, width) != images.shape[-2:]:
+                images = functional.interpolate(images, size=(height, width), mode="area")
+            if times is None:
+                times = torch.arange(self.frames, device=images.device).expand(len(images), -1)
+            orders = torch.arange(1, 1 + len(PATH_WEIGHTS), device=images.device)
+            angles = self._angle(times)[:, :, None, None] * orders + 2 * math.pi * motion.phases[:, None]
+            first, second = torch.sin(angles).unbind(dim=-1)  # (B, K, paths) each
+            path = torch.lerp(second, first, PATH_WEIGHTS[0]) * motion.amplitudes[:, None]
+            paths = path.unbind(dim=-1)  # each (B, K)
 
-    def _synthesize(
-        self, images: Tensor, motion: Motion, times: Tensor | None, full_size: bool, noise: bool | None
-    ) -> Tensor:
-        strengths = self.strengths
-        aspect = images.shape[-2] / images.shape[-1]
-        height, width = images.shape[-2:] if full_size else self.video_size(images.shape)
-        if (height, width) != images.shape[-2:]:
-            images = functional.interpolate(images, size=(height, width), mode="area")
-        if times is None:
-            times = torch.arange(self.frames, device=images.device).expand(len(images), -1)
-        orders = torch.arange(1, 1 + len(PATH_WEIGHTS), device=images.device)
-        angles = self._angle(times)[:, :, None, None] * orders + 2 * math.pi * motion.phases[:, None]
-        first, second = torch.sin(angles).unbind(dim=-1)  # (B, K, paths) each
-        path = torch.lerp(second, first, PATH_WEIGHTS[0]) * motion.amplitudes[:, None]
-        paths = path.unbind(dim=-1)  # each (B, K)
-
-        if strengths["shift"] or strengths["zoom"] or strengths["rotation"]:
-            video = _warp(images, paths, strengths, aspect)
-        else:
-            video = images[:, None].expand(-1, times.shape[1], -1, -1, -1)  # exact copies, and no memory for them
-        for name, path in zip(self.paths, paths, strict=True):
-            apply = MOTIONS[name].apply
-            if apply and strengths[name]:
-                video = apply(video, (strengths[name] * path)[..., None, None, None])
-        if strengths["noise"] and (not full_size if noise is None else noise):
-            video = video + self.noise(motion, times, video.shape[-2:])
-        return video.clamp(0, 1)
+            if strengths["shift"] or strengths["zoom"] or strengths["rotation"]:
+                video = _warp(images, paths, strengths, aspect)
+            else:
+                video = images[:, None].expand(-1, times.shape[1], -1, -1, -1)  # exact copies, and no memory for them
+            for name, path in zip(self.paths, paths, strict=True):
+                apply = MOTIONS[name].apply
+                if apply and strengths[name]:
+                    video = apply(video, (strengths[name] * path)[..., None, None, None])
+            if strengths["noise"] and (not full_size if noise is None else noise):
+                video = video + self.noise(motion, times, video.shape[-2:])
+            return video.clamp(0, 1)
 
     def noise(self, motion: Motion, times: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
         """What the noise adds at `times` (B, K): (B, K, C, *size), or zeros of a shape that broadcasts to it."""

@@ -28,16 +28,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from util import (
-    CommandParser,
-    atomic_write,
-    choose_device,
-    describe_device,
-    int_between,
-    prepare_device,
-    print_line,
-    run_command,
-)
+from util import CommandParser, atomic_write, int_between, print_line, run_command
 
 # isort: split
 import torch
@@ -52,6 +43,7 @@ from step_runners import build_steps, choose_step
 from studies.textbook import Textbook
 from training import build_networks, iteration
 from training_step import NoiseSampler, TrainingState
+from util import choose_device, describe_device, prepare_device
 
 ROOT = Path(__file__).parent.parent
 DEFAULTS = ["runtime.device=cpu", "runtime.step=eager"]
@@ -306,7 +298,6 @@ def ablate(arguments: list[str]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns the exit status."""
     return run_command(lambda: ablate(sys.argv[1:] if arguments is None else arguments))
 
 

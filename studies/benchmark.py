@@ -26,15 +26,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from util import (
-    CommandParser,
-    atomic_write,
-    choose_device,
-    int_between,
-    os_errors_as_user_errors,
-    print_line,
-    run_command,
-)
+from util import CommandParser, atomic_write, int_between, print_line, run_command
 
 # isort: split
 import torch
@@ -42,6 +34,7 @@ import torch
 from configuration import UserError, load_config
 from image_data import open_images
 from step_runners import has_bf16, has_compiler
+from util import choose_device, os_errors_as_user_errors
 
 ROOT = Path(__file__).parent.parent
 
@@ -114,10 +107,8 @@ class Worker:
         )  # fmt: skip
 
     def ask(self, word: str = "") -> dict[str, Any]:
-        """Sends a word (none: waits for the first answer) and returns the answer.
-
-        Raises:
-            UserError: the variant failed; its last line says why.
+        """Sends a word (none: waits for the first answer) and returns the answer. Raises UserError: the variant failed;
+        its last line says why.
         """
         try:
             if word:

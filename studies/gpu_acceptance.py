@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import repeat
+from itertools import product, repeat
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +51,18 @@ CHECKED = [
     ["weight_predictor.update=off"], ["weight_predictor.update=constant"], ["video.detach=false"],
 ]  # fmt: skip
 """Settings under which the host must wait for nothing."""
-TIMED: dict[str, tuple[str, list[str], dict[str, bool]]] = {
-    "cuda_graph": ("cuda_graph", [], {}), "eager": ("eager", [], {}), "tf32": ("cuda_graph", [TF32], {}),
-    "bf16": ("cuda_graph", [BF16], {}), "NCHW": ("cuda_graph", [], {"nchw": True}),
-    "cuDNN tries": ("cuda_graph", [], {"tries": True}), "tf32, NCHW": ("cuda_graph", [TF32], {"nchw": True}),
-    "tf32, cuDNN tries": ("cuda_graph", [TF32], {"tries": True}), "textbook": ("textbook", [], {}),
-    "textbook, images given": ("textbook", [], {"given": True}), "source sizes": ("cuda_graph", SOURCE, {}),
-    "source sizes, textbook": ("textbook", SOURCE, {}), "batch 64": ("cuda_graph", [BATCH], {}),
-    "source sizes, textbook, images given": ("textbook", SOURCE, {"given": True}),
-    "batch 64, tf32": ("cuda_graph", [BATCH, TF32], {}), "batch 64, textbook": ("textbook", [BATCH], {"given": True}),
-    "no update": ("cuda_graph", ["weight_predictor.update=off"], {}), "256 px": ("cuda_graph", ["image.size=256"], {}),
+TIMED: dict[str, tuple[str, list[str], str]] = {
+    "cuda_graph": ("cuda_graph", [], ""), "eager": ("eager", [], ""), "tf32": ("cuda_graph", [TF32], ""),
+    "bf16": ("cuda_graph", [BF16], ""), "NCHW": ("cuda_graph", [], "nchw"),
+    "cuDNN tries": ("cuda_graph", [], "tries"), "tf32, NCHW": ("cuda_graph", [TF32], "nchw"),
+    "tf32, cuDNN tries": ("cuda_graph", [TF32], "tries"), "textbook": ("textbook", [], ""),
+    "textbook, images given": ("textbook", [], "given"), "source sizes": ("cuda_graph", SOURCE, ""),
+    "source sizes, textbook": ("textbook", SOURCE, ""), "batch 64": ("cuda_graph", [BATCH], ""),
+    "source sizes, textbook, images given": ("textbook", SOURCE, "given"),
+    "batch 64, tf32": ("cuda_graph", [BATCH, TF32], ""), "batch 64, textbook": ("textbook", [BATCH], "given"),
+    "no update": ("cuda_graph", ["weight_predictor.update=off"], ""), "256 px": ("cuda_graph", ["image.size=256"], ""),
 }  # fmt: skip
-"""Name -> runner, settings, and what else is switched."""
+"""Name -> runner, settings, and what else is switched: NCHW, cuDNN's trying, images given instead of read."""
 failures: list[str] = []
 
 
@@ -107,10 +107,8 @@ def run_tool(*command: str, **found: Any) -> None:
 
 def facts() -> None:
     """Which machine and software this is."""
-    about: Any = torch.cuda.get_device_properties(0) if HAS_GPU else None
-    note(
-        torch=torch.__version__, cuda=torch.version.cuda, python=sys.version.split()[0], cores=os.cpu_count(), gpu=about
-    )
+    about = {"cores": os.cpu_count(), "gpu": torch.cuda.get_device_properties(0) if HAS_GPU else None}
+    note(torch=torch.__version__, cuda=torch.version.cuda, python=sys.version.split()[0], **about)
     with suppress(OSError, subprocess.SubprocessError):
         asked = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,power.draw,temperature.gpu", "--format=csv"]
         note(nvidia_smi=subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout)
@@ -119,7 +117,7 @@ def facts() -> None:
 def right() -> None:
     """The host waits for nothing; the gradients of every runner and precision against float64's."""
     runners = ("eager", "cuda_graph") if HAS_GPU else ("eager",)
-    for more, runner in ((more, runner) for more in CHECKED for runner in runners):
+    for more, runner in product(CHECKED, runners):
         with attempt(f"{runner} {more}"):
             variant = variant_of(runner, *SMALL, *more)
             for step in range(1, 5):
@@ -132,10 +130,7 @@ def right() -> None:
             assert all(value.isfinite() for value in metrics.values())
             note(waits_for_nothing=HAS_GPU, runner=runner, settings=more)
     exact = [variant_of("reference").gradients(number) for number in (1, 2, 3)]
-    for runner, kind in (
-        ("textbook", "fp32"),
-        *((runner, kind) for runner in runners for kind in ("fp32", "tf32", "bf16")),
-    ):
+    for runner, kind in [("textbook", "fp32"), *product(runners, ("fp32", "tf32", "bf16"))]:
         with attempt(f"gradients of {runner} {kind}"):
             variant, errors = variant_of(runner, f"runtime.precision={kind}"), dict[str, list[float]]()
             for number, vectors in enumerate(exact, start=1):
@@ -170,31 +165,30 @@ def resume() -> None:
                         process.send_signal(signal.SIGKILL)
         run_tool(*command, run=name)
         saved = load_checkpoint(WORK / name / "checkpoints" / "latest.pt")
-        vectors.append(
-            torch.cat([value.flatten() for part in ("generator", "critic") for value in saved[part].values()])
-        )
+        weights = [value.flatten() for part in ("generator", "critic") for value in saved[part].values()]
+        vectors.append(torch.cat(weights))
         note(run=name, relative_distance_from_alone=float((vectors[-1] - vectors[0]).norm() / vectors[0].norm()))
 
 
-def timing(timed: dict[str, tuple[str, list[str], dict[str, bool]]] = TIMED) -> None:
+def timing(timed: dict[str, tuple[str, list[str], str]] = TIMED) -> None:
     """Milliseconds of an iteration, and memory."""
     for name, (runner, more, switched) in timed.items():
         if HAS_GPU or runner not in ("cuda_graph", "compiled"):
             with attempt(name):
-                time_variant(name, runner, more, **switched)
+                time_variant(name, runner, more, switched)
 
 
-def time_variant(
-    name: str, runner: str, more: list[str], nchw: bool = False, tries: bool = False, given: bool = False
-) -> None:
-    torch.backends.cudnn.benchmark = tries
-    training_step.channels_last_on = (lambda device, network: network.to(device)) if nchw else channels_last_on
+def time_variant(name: str, runner: str, more: list[str], switched: str) -> None:
+    torch.backends.cudnn.benchmark = switched == "tries"
+    training_step.channels_last_on = channels_last_on
+    if switched == "nchw":
+        training_step.channels_last_on = lambda device, network: network.to(device)
     if HAS_GPU:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     started, count = time.perf_counter(), 2 if IS_SMALL else 10
     variant, times = variant_of(runner, *more), list[float]()
-    batches = repeat(variant.inputs(1)[0]) if given else variant.batches()
+    batches = repeat(variant.inputs(1)[0]) if switched == "given" else variant.batches()
     answer = variant.iteration(batches, 1)
     ready = time.perf_counter() - started
     while len(times) < 3 or (sum(times) * count < 2 and len(times) < 9):
@@ -206,7 +200,7 @@ def time_variant(
 
 def compiled() -> None:
     """The compiled passes, which on a GPU lie in a CUDA graph."""
-    timing({"compiled": ("compiled", [], {}), "compiled, bf16": ("compiled", [BF16], {})})
+    timing({"compiled": ("compiled", [], ""), "compiled, bf16": ("compiled", [BF16], "")})
 
 
 def train() -> None:
@@ -237,9 +231,7 @@ def rollouts() -> None:
             assert last.isfinite().all()  # waits for the device
             seconds = time.perf_counter() - started
         note(videos=count, frames=frames, frames_per_second=count * frames / seconds)
-    run_tool(
-        "generate.py", run, "--video", "weights", "--rollout", "--frames", "100", "--out", str(OUT / "rollout.mp4")
-    )
+    run_tool("generate.py", run, "--rollout", "--frames", "100", "--out", str(OUT / "rollout.mp4"))
     run_tool("evaluate.py", run, "--images", "40" if IS_SMALL else "1000", "--sheet", str(WORK / "evaluation.png"))
 
 

@@ -32,10 +32,8 @@ def read_metrics(run: str | Path) -> Records:
 
 
 def compare(options: argparse.Namespace) -> str:
-    """Plots the runs that the options name; returns a line about it.
-
-    Raises:
-        UserError: a run without metrics yet, the same run twice, or a file that can't be written.
+    """Plots the runs that the options name; returns a line about it. Raises UserError: a run without metrics yet, the
+    same run twice, or a file that can't be written.
     """
     if Path(options.out).suffix.lower() != ".png":
         raise UserError(f"--out must be a .png, but is {options.out}")

@@ -170,12 +170,8 @@ def _frame_statistics(frame: Tensor, before: Tensor | None) -> Tensor:
 def markdown(figures: dict[str, Any]) -> str:
     """The figures as Markdown tables."""
     title = "{checkpoint}, step {step:,}: {videos} held-out videos, {image_size} px, {period} frames a period"
-    lines = [
-        title.format(**figures),
-        "",
-        "| motion | still image, dB | weight-driven, dB | gain, dB | motion shown | in step |",
-        "|---|---|---|---|---|---|",
-    ]
+    header = "| motion | still image, dB | weight-driven, dB | gain, dB | motion shown | in step |"
+    lines = [title.format(**figures), "", header, "|---|---|---|---|---|---|"]
     for name, row in figures["motion"].items():
         moves = "– | –" if math.isnan(row["motion"]) else f"{row['motion']:.0%} | {row['agreement']:.2f}"
         lines.append(f"| {name} | {row['still_db']:.1f} | {row['driven_db']:.1f} | {row['gain_db']:+.1f} | {moves} |")
