@@ -148,7 +148,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{state['format']}, here {CHECKPOINT_FORMAT}); {'update this one' if newer else 'read it with that one'}"
         )
     del state["format"]
-    if not _is_whole(path):
+    content = memoryview(Path(path).read_bytes())
+    digest = hashlib.sha256(content[:-66])
+    digest.update(b"\0\0")  # the comment's length as torch wrote it
+    if content[-66:] != _comment(digest):
         raise DamagedCheckpointError(f"{path}: damaged, its content is not what was written (SHA-256 differs)")
     return state
 
@@ -182,13 +185,6 @@ class _HashedFile:
 def _comment(digest: Any) -> bytes:
     """The end of the file: the length of the archive's comment, instead of torch's length 0, and the comment."""
     return b"\x40\0" + digest.hexdigest().encode()
-
-
-def _is_whole(path: str | Path) -> bool:
-    content = memoryview(Path(path).read_bytes())
-    digest = hashlib.sha256(content[:-66])
-    digest.update(b"\0\0")
-    return content[-66:] == _comment(digest)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -227,9 +223,8 @@ def check_settings(changed: dict[str, str], run: str, accept_changes: bool) -> N
     for key, text in changed.items():
         by_effect[resume_effect(key)].append(text)
     if shapes := by_effect["architecture"]:
-        raise UserError(
-            f"cannot resume {run}: {', '.join(shapes)}: the saved weights don't fit other networks; {new_run}"
-        )
+        what = f"{', '.join(shapes)}: the saved weights don't fit other networks"
+        raise UserError(f"cannot resume {run}: {what}; {new_run}")
     if (learning := by_effect["learning"]) and not accept_changes:
         raise UserError(
             f"cannot resume {run}: {', '.join(learning)}: this changes what is learned; {new_run}, "

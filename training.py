@@ -188,7 +188,12 @@ def check_processes(config: Config, world: World) -> None:
     """Refuses what several processes cannot do together. Raises UserError: the batch cannot be divided evenly, or an
     update would depend on other processes' images.
     """
-    world.check_batch_size(config.training.batch_size)
+    batch_size = config.training.batch_size
+    if batch_size % world.size:
+        raise UserError(
+            f"training.batch_size is {batch_size}, which {world.size} processes cannot split evenly; "
+            f"use {max(1, batch_size // world.size) * world.size}, or another number of processes"
+        )
     if world.size > 1 and config.weight_predictor.sharing == "shared":
         raise UserError(
             "weight_predictor.sharing is shared, which takes other images of the batch, and no single one of "

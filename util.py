@@ -253,14 +253,12 @@ def choose_device(name: str) -> torch.device:
             )
         return torch.device("cuda", launcher_number("LOCAL_RANK", 0))
     if name.startswith("cuda:") and processes > 1:
-        raise UserError(
-            f"runtime.device is {name}, one GPU for {processes} processes; use auto or cuda: each takes its own"
-        )
-    try:
+        fix = "use auto or cuda: each takes its own"
+        raise UserError(f"runtime.device is {name}, one GPU for {processes} processes; {fix}")
+    device = None
+    with suppress(RuntimeError):
         device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"runtime.device must be auto, cpu, cuda or cuda:<number>, but is '{name}'") from None
-    if device.type not in ("cpu", "cuda"):
+    if device is None or device.type not in ("cpu", "cuda"):
         raise UserError(f"runtime.device must be auto, cpu, cuda or cuda:<number>, but is '{name}'")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = f"{torch.cuda.device_count()} GPU(s)" if torch.cuda.is_available() else "no CUDA GPU"
@@ -405,9 +403,8 @@ def _check_target(target: Path, path: str | os.PathLike[str], folder: bool) -> N
     if folder and os.path.exists(target) and not os.path.isdir(target):
         raise UserError(f"{path} is a file, not a folder that frames can be written to")
     if not folder and os.path.exists(target) and not os.path.isfile(target):
-        raise UserError(
-            f"{path} is {'a folder' if os.path.isdir(target) else 'not a plain file'}: name a file to write"
-        )
+        what = "a folder" if os.path.isdir(target) else "not a plain file"
+        raise UserError(f"{path} is {what}: name a file to write")
     nearest = next(parent for parent in target.parents if os.path.exists(parent))
     if not os.path.isdir(nearest):
         raise UserError(f"cannot write {path}: {nearest} is a file, not a folder")

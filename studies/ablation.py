@@ -48,8 +48,7 @@ from util import choose_device, describe_device, prepare_device
 ROOT = Path(__file__).parent.parent
 DEFAULTS = ["runtime.device=cpu", "runtime.step=eager"]
 """Of all arms; settings of the command line win."""
-FIXED = ("training.seed", "training.steps", "training.epochs", "training.max_minutes", "output.root",
-         "output.name")  # fmt: skip
+FIXED = ("training.seed", "training.steps", "training.epochs", "training.max_minutes", "output.root", "output.name")
 """Settings that the ablation itself chooses."""
 UNCOMPARED = (*FIXED, "data.root", "data.memory_gb", "data.workers", "runtime.timeout_minutes", "output.*")
 """Settings that may differ within one folder: they change no result. (Names of images are compared instead.)"""

@@ -78,7 +78,7 @@ class Colours(ImageFeatures):
     name, num_features = "colours", 48
 
     def __init__(self, *_: object) -> None:
-        super().__init__()
+        torch.nn.Module.__init__(self)  # not the network's weights
         self.scale = torch.nn.Parameter(torch.tensor(1 / 255))
         self.seen = 0
 
