@@ -129,6 +129,13 @@ def right() -> None:
                     torch.cuda.set_sync_debug_mode("default")
             assert all(value.isfinite() for value in metrics.values())
             note(waits_for_nothing=HAS_GPU, runner=runner, settings=more)
+    if HAS_GPU:
+        with attempt("a recording that fails"):
+            variant, said = variant_of("cuda_graph", *SMALL), list[str]()
+            steps, run = variant.steps, variant.steps.critic_pass
+            steps.required, steps.log = False, said.append
+            steps.critic_pass = lambda x_real, noise: (x_real.sum().item(), run(x_real, noise))[1]
+            note(a_failed_recording_says=said, then=variant.iteration(variant.batches(), 1, 3))
     exact = [variant_of("reference").gradients(number) for number in (1, 2, 3)]
     for runner, kind in [("textbook", "fp32"), *product(runners, ("fp32", "tf32", "bf16"))]:
         with attempt(f"gradients of {runner} {kind}"):
