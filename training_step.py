@@ -382,6 +382,9 @@ class EagerSteps:
         return metrics | self.state.apply_gradients(name, gradients, metrics)
 
     def _pass(self, name: str, metrics: dict[str, Tensor], gradients: Sequence[Tensor]) -> Pass:
+        """The gradients laid out as their weights: here a copy is part of a recorded pass."""
+        weights = [w for network in self.state.by_network(name, gradients) for w in self.state.parameters[network]]
+        gradients = [_laid_out_like(weight, gradient) for weight, gradient in zip(weights, gradients, strict=True)]
         metrics = {key: value.detach() for key, value in metrics.items()}
         if self.world.size == 1:
             metrics |= self._batch_metrics(name, gradients, metrics)

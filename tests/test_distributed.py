@@ -48,6 +48,16 @@ MEASURED = ["output.evaluate_every=1", "output.evaluate_images=11", "data.holdou
 """And the quality of 11 images, which no two processes split evenly."""
 
 
+def test_averages_lie_in_memory_as_their_gradients_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or each would be laid out anew for Adam. Two processes with the same gradients."""
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda bucket: bucket.mul_(2))
+    gradients = [torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last), torch.randn(1).expand(5)]
+    averages, metrics = World(size=2).average("critic", gradients, {"loss": torch.tensor(3.0)})
+    assert all(torch.equal(mean, gradient) for mean, gradient in zip(averages, gradients, strict=True))
+    assert [mean.stride() for mean in averages] == [gradients[0].stride(), (1,)]
+    assert metrics == {"loss": 3}
+
+
 # ------------------------------------------------------------------------------------------------- equal to one process
 
 

@@ -126,6 +126,7 @@ def test_a_damaged_config_yaml_is_refused_or_means_what_yaml_says(read, changes)
         text = text[:place] + token + text[place + length :]
     if isinstance(config := read(text), str):
         return
+    text = text.removeprefix("\ufeff")  # of the file, not of its text, whose own YAML leaves out
     meant, expected = yaml.load(text, Reference) or {}, config_to_dict(Config())
     for section, values in meant.items():
         expected[section].update(values or {})

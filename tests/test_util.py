@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from configuration import UserError
-from util import CommandParser, absolute, atomic_write, expanded, os_errors_as_user_errors, run_command
+from util import (
+    CommandParser,
+    absolute,
+    atomic_write,
+    describe_device,
+    expanded,
+    os_errors_as_user_errors,
+    run_command,
+)  # fmt: skip
 
 ENDS = [  # (what the work of a command returns or raises, exit status, standard output, the line of an error)
     ("wrote x.png", 0, "wrote x.png\n", ""),
@@ -148,3 +156,21 @@ def test_errors_of_writing_name_the_file_and_other_errors_pass(error: Exception)
         raise error
     with pytest.raises(KeyError), os_errors_as_user_errors("a", ValueError):
         raise KeyError("a")
+
+
+@pytest.mark.parametrize(("asked", "visible", "words"), [
+    ("auto", None, "\nWARNING: PyTorch cannot use this machine's GPU: "), ("cpu", None, ""),
+    ("auto", "", "; CUDA_VISIBLE_DEVICES hides the GPU"),
+])  # fmt: skip
+def test_the_log_tells_why_auto_took_no_gpu(asked: str, visible: str | None, words: str, monkeypatch) -> None:
+    """Where a driver is installed."""
+    monkeypatch.setattr(os.path, "exists", lambda path: path == "/proc/driver/nvidia/version")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    line = describe_device(torch.device("cpu"), asked)
+    _, threads, rest = line.partition(f"device: CPU, {torch.get_num_threads()} threads")
+    assert threads
+    assert rest.startswith(words)
+    assert bool(rest) == bool(words)
