@@ -207,7 +207,7 @@ class Generator(nn.Module):
         code = code.to(torch.promote_types(code.dtype, torch.float32))  # bf16 under autocast; fp64 in tests
         if self.shared:
             code = code.mean(dim=0, keepdim=True)
-        return self.head(code, prepared or self.prepare(frozen))
+        return self.head(code, self.prepare(frozen) if prepared is None else prepared)
 
     def prepare(self, frozen: bool = False) -> Prepared:
         """What all updates of the present θ share. `frozen`: as for `predict`."""

@@ -48,7 +48,7 @@ def critic_loss(critic: Callable[[Tensor], Tensor], x_real: Tensor, x_fake: Tens
     # Without BatchNorm a score depends on its own image alone, so both halves go through in one pass.
     score_real, score_fake = at_least_fp32(critic(torch.cat([x_real, x_fake]))).chunk(2)
     wasserstein = score_fake.mean() - score_real.mean()
-    with penalty_context or nullcontext():
+    with nullcontext() if penalty_context is None else penalty_context:  # torch 2.11 compiles no `or` here
         penalty = gradient_penalty(critic, x_real, x_fake, epsilon)
     drift, weighted_penalty = score_real.square().mean(), weights.lambda_gp * penalty
     rest = wasserstein + weights.epsilon_drift * drift
