@@ -140,8 +140,7 @@ def _reason(path: str | Path, error: Exception) -> str:
 
 
 def _paste_fitted(canvas: Image.Image, image: Image.Image, fit: str) -> None:
-    limit = Image.MAX_IMAGE_PIXELS  # None: no limit
-    if limit is not None and image.width * image.height > limit:  # Pillow itself refuses from twice that size on
+    if image.width * image.height > (limit := Image.MAX_IMAGE_PIXELS or math.inf):  # Pillow refuses twice as many
         raise UserError(f"its {image.width} × {image.height} pixels exceed the limit of {limit} pixels")
     size, measure = canvas.width, min if fit == "crop" else max
     # JPEG decodes to 1/2, 1/4 or 1/8 several times faster; twice the final size leaves the rest to the better filter.
@@ -151,6 +150,8 @@ def _paste_fitted(canvas: Image.Image, image: Image.Image, fit: str) -> None:
     if isinstance(image, ImageFile) and image.tile and image.tile[0][3] == "RGB;16B" and "transparency" in image.info:
         image.info["transparency"] = tuple(level >> 8 for level in image.info["transparency"])
     image.load()
+    if image.mode == "1" and image.info.get("transparency") == 1:  # white, in Pillow 11
+        image.info["transparency"] = 255
     with suppress(Exception):  # broken EXIF is none
         ImageOps.exif_transpose(image, in_place=True)
     kind = "CMYK" if image.mode == "CMYK" else "L" if image.mode in ("1", "L", "LA") or image.mode[0] in "FI" else "RGB"
@@ -355,8 +356,7 @@ class TrainingImages:
         """int64 (2, count): the order of the images in this epoch, and 1 for each that is mirrored, else 0."""
         # A generator of its own for each epoch: nothing else shifts the order, and every epoch is equally near.
         generator = np.random.default_rng([self.seed, epoch])
-        order = generator.permutation(self.count)
-        return torch.from_numpy(np.stack([order, generator.integers(0, 2, self.count)]))
+        return torch.from_numpy(np.stack([generator.permutation(self.count), generator.integers(0, 2, self.count)]))
 
     def _batch_indices(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Indices and flip mask, both int64 (B,), of this process's shard of batches `first`, `first` + 1, ...
