@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import product, repeat
@@ -234,7 +235,7 @@ def rollouts() -> None:
         inputs = sampler.inputs(range(count))
         for length in (20, frames):  # the first to warm up
             started = time.perf_counter()
-            *_, last = sampler.weight_driven(inputs, length, rollout_after=8)
+            last = deque(sampler.weight_driven(inputs, length, rollout_after=8), maxlen=1)[0]
             assert last.isfinite().all()  # waits for the device
             seconds = time.perf_counter() - started
         note(videos=count, frames=frames, frames_per_second=count * frames / seconds)
