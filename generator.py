@@ -292,13 +292,13 @@ def decode_updated(decoder: nn.Sequential, features: Tensor, update: Update, the
         theta: name of a parameter of `decoder` -> weights.
     """
     if len(update.numbers) < len(features) or (len(features) == 1 and isinstance(update, DenseUpdate)):
-        updated = {name: own[0] for name, own in update.dense().weights.items()}  # one for all: an ordinary pass
+        updated = {name: weight[0] for name, weight in update.dense().weights.items()}  # one for all: an ordinary pass
         return functional_call(decoder, {**theta, **updated}, (features,), strict=True)
-    h = features
+    h, own = features, update.weights
     for name, layer in decoder.named_children():
         if isinstance(layer, nn.Linear | nn.ConvTranspose2d):
             weight, bias = (theta[f"{name}.{kind}"] for kind in ("weight", "bias"))
-            own_weight, own_bias = (update.weights.get(f"{name}.{kind}") for kind in ("weight", "bias"))
+            own_weight, own_bias = (own.get(f"{name}.{kind}") for kind in ("weight", "bias"))
             assert not isinstance(own_bias, tuple)  # only weights have factors
             decode = _linear if isinstance(layer, nn.Linear) else partial(_transposed_convolution, layer)
             h = decode(h, weight, bias if own_bias is None else own_bias, own_weight)
