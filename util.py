@@ -263,7 +263,7 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = f"{torch.cuda.device_count()} GPU(s)" if torch.cuda.is_available() else "no CUDA GPU"
         raise UserError(f"runtime.device is {name}, but PyTorch sees {found} here; use auto or cpu")
-    return device
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device  # set_device needs the number
 
 
 def launcher_number(name: str, default: int) -> int:
@@ -279,7 +279,8 @@ def prepare_device(device: torch.device) -> None:
     if device.type == "cuda":
         import torch
 
-        torch.cuda.set_device(device)
+        if device.index is not None:  # else it is the current one
+            torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # on by default
         torch.backends.cuda.matmul.allow_tf32 = False
     else:

@@ -13,9 +13,11 @@ from util import (
     CommandParser,
     absolute,
     atomic_write,
+    choose_device,
     describe_device,
     expanded,
     os_errors_as_user_errors,
+    prepare_device,
     run_command,
 )  # fmt: skip
 
@@ -174,3 +176,15 @@ def test_the_log_tells_why_auto_took_no_gpu(asked: str, visible: str | None, wor
     assert threads
     assert rest.startswith(words)
     assert bool(rest) == bool(words)
+
+
+@pytest.mark.parametrize(("name", "number"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_a_gpu_is_made_the_current_one_by_its_number(name: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's `set_device` refuses one without a number; of a device that a caller gives so, it is left as it is."""
+    made_current: list[int] = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", made_current.append, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    prepare_device(choose_device(name))
+    prepare_device(torch.device("cuda"))
+    assert made_current == [number]
