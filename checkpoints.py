@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from configuration import Config, UserError, config_from_dict, config_to_dict, resume_effect
 from util import atomic_write, os_errors_as_user_errors
 
-CHECKPOINT_FORMAT = 4
+CHECKPOINT_FORMAT = 5
 
 
 class Checkpoints:
@@ -63,10 +63,10 @@ class Checkpoints:
                 old.unlink()
         return path
 
-    def newest(self) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
+    def newest(self, rename: bool = True) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
         """The newest whole checkpoint: its content (or None), its path, and a line for each damaged file skipped.
 
-        Damaged files are renamed to `*.damaged`, so that they are not counted among those kept, nor read again.
+        `rename` damaged files to `*.damaged`, so that they are not counted among those kept, nor read again.
 
         Raises UserError: there are checkpoints, but none is whole; or one is of another version.
         """
@@ -81,8 +81,9 @@ class Checkpoints:
                 return load_checkpoint(path), path, damaged
             except DamagedCheckpointError as error:
                 damaged.append(str(error))
-                with os_errors_as_user_errors(path):
-                    path.replace(path.with_name(path.name + ".damaged"))
+                if rename:
+                    with os_errors_as_user_errors(path):
+                        path.replace(path.with_name(path.name + ".damaged"))
         if damaged:
             raise UserError(
                 f"no checkpoint in {self.folder} is whole ({damaged[0]}); restore one from a backup, "
@@ -200,23 +201,33 @@ def _sync_folder(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------- settings of a resumed run
 
 
+def setting_texts(config: Config) -> dict[str, str]:
+    """`section.key` -> its value as a settings file has it, in the order of config.yaml."""
+    words = {"None": "null", "True": "true", "False": "false"}
+    sections = config_to_dict(config).items()
+    return {f"{part}.{key}": words.get(str(x), str(x)) for part, keys in sections for key, x in keys.items()}
+
+
 def differences(saved: dict[str, Any], config: Config, source: str) -> dict[str, str]:
     """The settings that differ between a checkpoint's `config` and today's, in the order of config.yaml: `section.key`
     -> `section.key before -> now`. Raises UserError: the saved settings are not settings of this version.
     """
-    before, now = config_to_dict(config_from_dict(saved["config"], source)), config_to_dict(config)
-    changed: dict[str, str] = {}
-    for section, settings in now.items():
-        for key, value in settings.items():
-            if value != before[section][key]:
-                old, new = ("null" if one is None else str(one) for one in (before[section][key], value))
-                changed[f"{section}.{key}"] = f"{section}.{key} {old} -> {new}"
-    return changed
+    before, now = setting_texts(config_from_dict(saved["config"], source)), setting_texts(config)
+    return {name: f"{name} {before[name]} -> {value}" for name, value in now.items() if value != before[name]}
 
 
-def check_settings(changed: dict[str, str], run: str, accept_changes: bool) -> None:
+def at_fractions(config: Config) -> list[str]:
+    """The settings that say what happens at a fraction of the run: another length moves it."""
+    sections, settings = config_to_dict(config).items(), config.weight_predictor
+    names = [f"{part}.{key}" for part, keys in sections for key, value in keys.items() if isinstance(value, dict)]
+    begins = ["weight_predictor.start"] * (settings.start > 0) + ["weight_predictor.alone"] * (settings.alone < 1)
+    return names + begins
+
+
+def check_settings(changed: dict[str, str], config: Config, run: str, accept_changes: bool) -> None:
     """Refuses settings under which the run would no longer be the one that was begun. Raises UserError: a change of the
-    networks' shapes; or, unless `accept_changes`, one that changes what is learned.
+    networks' shapes; or, unless `accept_changes`, one that changes what is learned, as does the length of a run if
+    anything happens at a fraction of it.
     """
     new_run = "put it back, or start a new run with another output.name"
     by_effect: dict[str, list[str]] = {"architecture": [], "learning": [], "free": []}
@@ -225,8 +236,12 @@ def check_settings(changed: dict[str, str], run: str, accept_changes: bool) -> N
     if shapes := by_effect["architecture"]:
         what = f"{', '.join(shapes)}: the saved weights don't fit other networks"
         raise UserError(f"cannot resume {run}: {what}; {new_run}")
+    moved, why = at_fractions(config), ""
+    if moved and (lengths := [changed[key] for key in ("training.steps", "training.epochs") if key in changed]):
+        by_effect["learning"] += lengths
+        why = f", since {', '.join(moved)} {'count' if len(moved) > 1 else 'counts'} in fractions of the run"
     if (learning := by_effect["learning"]) and not accept_changes:
         raise UserError(
-            f"cannot resume {run}: {', '.join(learning)}: this changes what is learned; {new_run}, "
+            f"cannot resume {run}: {', '.join(learning)}: this changes what is learned{why}; {new_run}, "
             "or go on with it on purpose with --accept-changes"
         )

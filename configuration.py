@@ -40,6 +40,10 @@ def setting(default: Any, range: str, help: str, on_resume: str = "learning") ->
     return field(**start, metadata={"range": range, "help": help, "on_resume": on_resume} | limits)
 
 
+Schedule = float | dict[float, float]
+"""A number, or numbers at fractions of the run: `{0: 0.25, 0.5: 0}` falls along a straight line to 0 at half time."""
+
+
 # What a resumed run makes of a new value: all are fine, or none fits the saved networks. Others need a confirmation.
 free = partial(setting, on_resume="free")
 network = partial(setting, on_resume="architecture")
@@ -77,13 +81,14 @@ class WeightPredictorConfig:
     update: str = network("predicted", "predicted | constant | off", "by the GRU; one learned vector for all; none")
     layers: list[str] = network(["decoder.*"], "", "decoder tensors to update, as shell patterns (stage1 is last)")
     update_size: Any = network("auto", "", "WEIGHT_UPDATE_SIZE, numbers per update: auto, or a number that is checked")
-    head: str = network("low_rank", "full | low_rank | per_channel",
-        "all weights, two thin factors, one per channel")
+    head: str = network("low_rank", "full | low_rank | per_channel", "all weights, two thin factors, one per channel")
     rank: int = network(4, "1 to 1024", "of the factors, for head low_rank")
     hidden_size: int = network(128, "1 to 65536", "of the GRU")
     num_layers: int = network(2, "1 to 16", "of the GRU")
     bound: float = setting(3.0, "more than 0, at most 100", "α: largest update of a weight, over its tensor's RMS")
     sharing: str = setting("per_sample", "per_sample | shared", "an update for each image, or the batch's mean for all")
+    start: float = setting(0.0, "0 to 0.99", "fraction of the run before the first update; until then it is off")
+    alone: float = setting(1.0, "0 to 1", "fraction of the run after which it alone learns; θ rests at its average")
 
 @dataclass
 class VideoConfig:
@@ -105,7 +110,8 @@ class LossConfig:
     base_fake_fraction: float = setting(0.5, "0 to 1", "fraction of base images, decode(z; θ), in the critic's fakes")
     lambda_adv: float = setting(1.0, "0 or more", "λ_adv, weight of the critic's score of decode(z; θ + Δ)")
     lambda_base: float = setting(1.0, "0 or more", "λ_base, weight of the critic's score of base images")
-    lambda_vae: float = setting(0.1, "0 or more", "weight of the VAE's own loss on real images, reconstruction + β KL")
+    lambda_vae: Schedule = setting(0.1, "0 or more", "weight of reconstruction + β KL; at 0 the encoder learns alone")
+    vae_fraction: float = setting(1.0, "more than 0, at most 1", "fraction of the real images that it is taken of")
     beta: float = setting(1.0, "0 or more", "β, weight of KL beside the summed squared error of reconstruction")
     lambda_update: float = setting(1.0, "0 or more", "λ_Δ, weight of the update's mean square relative size")
     lambda_video: float = setting(1.0, "0 or more", "λ_video, weight of mean_t ‖decode(z; θ + Δ_t) - video_t‖²; 0: off")
@@ -117,19 +123,18 @@ class LossConfig:
 
 @dataclass
 class TrainingConfig:
+    init_from: str | None = setting(None, "", "run or checkpoint with whose weights a new run begins, where they fit")
     steps: int | None = free(30_000, "1 to 2^62", "iterations of n_critic critic and one generator step; null: epochs")
     epochs: float | None = free(None, "more than 0, at most 2^30", "passes over the images, instead of steps")
     max_minutes: float | None = free(None, "more than 0", "minutes until it saves and stops; the same command resumes")
     batch_size: int = setting(16, "1 to 65536", "images per critic step and per generator step")
     n_critic: int = setting(5, "1 to 100", "critic steps per generator step")
-    lr_vae: float = setting(5e-4, "more than 0, at most 1", "Adam's learning rate of the VAE, θ")
-    lr_predictor: float = setting(5e-4, "more than 0, at most 1", "of the weight predictor and its update head")
-    lr_critic: float = setting(3e-4, "more than 0, at most 1", "of the critic")
+    lr_vae: Schedule = setting(5e-4, "more than 0, at most 1", "Adam's learning rate of the VAE, θ")
+    lr_predictor: Schedule = setting(5e-4, "more than 0, at most 1", "of the weight predictor and its update head")
+    lr_critic: Schedule = setting(3e-4, "more than 0, at most 1", "of the critic")
     adam_betas: list[float] = setting([0.0, 0.9], "0 to 0.99999", "Adam's two decay rates, for the VAE and the critic")
     adam_betas_predictor: list[float] = setting([0.9, 0.99], "0 to 0.99999", "likewise for the weight predictor")
-    clip_vae: float | None = setting(None, "more than 0", "scale longer gradients of the VAE to this norm; null: off")
-    clip_predictor: float | None = setting(None, "more than 0", "likewise of the weight predictor and its update head")
-    clip_critic: float | None = setting(None, "more than 0", "likewise of the critic")
+    clip: float | None = setting(None, "more than 0", "scale longer gradients of a network to this norm; null: off")
     ema_decay: float = setting(0.999, "0 to 0.99999", "decay per step of the averaged networks that decode samples")
     diffaugment: list[str] = setting([], "color | translation | cutout", "random changes to real and generated images")
     seed: int = setting(0, "0 to 2^62", "of everything random")
@@ -209,13 +214,12 @@ def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -
 
     `training.steps` and `training.epochs` exclude each other: a layer that sets one drops an earlier layer's other.
 
-    Raises UserError: a file that is missing or no YAML mapping, a wrong key or value, settings that contradict each
-    other.
+    Raises UserError: a file that is missing or no YAML mapping, a wrong key or value, contradictory settings.
     """
     layers = [] if file is None else [(str(file), _read_yaml(Path(file)))]
     command_line: dict[str, dict[str, Any]] = {}
-    for section, key, value in map(_read_override, overrides):
-        command_line.setdefault(section, {})[key] = value  # of several the last wins, as in other commands
+    for section, key, value in map(_read_override, overrides):  # of several the last wins, as in other commands
+        command_line.setdefault(section, {})[key] = value
     return _merge([*layers, ("command line", command_line)])
 
 
@@ -301,9 +305,13 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Lists on the line of their key, as in config.yaml; texts that `_Loader` would take for something else quoted."""
+    """Lists and schedules on the line of their key; texts that `_Loader` would take for something else quoted."""
 
     yaml_implicit_resolvers = yaml.SafeDumper.yaml_implicit_resolvers | _Loader.yaml_implicit_resolvers
+
+    def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
+        is_schedule = any(isinstance(key, float) for key in mapping)
+        return super().represent_mapping(tag, mapping, is_schedule or flow_style)
 
 
 _Dumper.add_representer(list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, True))
@@ -386,15 +394,20 @@ def _checked(setting: Field, value: Any) -> Any:
     """`value` in the type and range of a setting; ValueError names what it must be, the caller adds key and value."""
     kind: Any = setting.type
     limits, items, verb = setting.metadata, [value], "must be"
-    if isinstance(kind, types.UnionType):  # `int | None`
-        if value is None:
-            return None
-        kind = typing.get_args(kind)[0]
-    if is_list := typing.get_origin(kind) is list:
+    is_schedule, is_list = kind == Schedule and isinstance(value, dict), typing.get_origin(kind) is list
+    if is_schedule:
+        if not value or not all(type(key) in (int, float) and 0 <= key <= 1 for key in value):
+            raise ValueError("must be a number, or numbers at fractions of the run such as {0: 0.25, 0.5: 0}")
+        items, verb = list(value.values()), "must hold"
+    if is_list:
         if not isinstance(value, list):
             example = setting.default_factory() or list(limits["choices"])  # type: ignore[misc, operator]
             raise ValueError(f"must be a list such as {_shown(example)}")
-        kind, items, verb = typing.get_args(kind)[0], value, "must hold"
+        items, verb = value, "must hold"
+    if isinstance(kind, types.UnionType) or is_list:  # `int | None`, a `Schedule`, `list[int]`
+        if value is None and types.NoneType in typing.get_args(kind):
+            return None
+        kind = typing.get_args(kind)[0]
     if "off" in limits.get("choices", ()):  # to YAML 1.1 that word is a boolean
         items = ["off" if item is False else item for item in items]
     nouns = {bool: "true or false", int: "a whole number", float: "a number", str: "a text, in quotes", Any: "a value"}
@@ -409,6 +422,8 @@ def _checked(setting: Field, value: Any) -> Any:
         if not right:
             raise ValueError(f"{verb} {text}")
     items = [kind(item) if kind in (int, float) else item for item in items]
+    if is_schedule:
+        return dict(sorted(zip(map(float, value), items, strict=True)))
     return items if is_list else items[0]
 
 

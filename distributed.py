@@ -63,15 +63,10 @@ class World:
     def average(
         self, network: str, gradients: Sequence[Tensor], metrics: dict[str, Tensor]
     ) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
-        """Means over all processes, in one all-reduce.
+        """Means over all processes, in one all-reduce: gradients, laid out alike in memory, and metrics (scalars) of
+        this process's shard -> those of the whole batch.
 
-        Args:
-            network: whose step this is; names the bucket.
-            gradients: of this process's shard of the batch; the averages are laid out alike in memory.
-            metrics: scalars, means over the shard.
-
-        Returns:
-            The gradients and metrics of the whole batch. Gradients are valid until the next call for the same network.
+        `network`, whose step this is, names the bucket: gradients are valid until the next call for the same one.
         """
         if self.size == 1:
             return gradients, metrics
@@ -150,9 +145,8 @@ class World:
         for rank, other in enumerate(others, 1):
             for name, value in other.items():
                 if value != first[name]:
-                    raise UserError(
-                        f"process {rank} has {value} for {name}, but process 0 has {first[name]}; make them the same"
-                    )
+                    differs = f"process {rank} has {value} for {name}, but process 0 has {first[name]}"
+                    raise UserError(f"{differs}; make them the same")
 
     def check_networks_equal(self, tensors: dict[str, Tensor], step: int) -> None:
         """Checks that networks are equal on all processes, by the sums of their bits. Waits for the device. Raises
@@ -334,9 +328,7 @@ class ProcessWatch:
 
     def report(self, message: str, status: int, silent: bool = False) -> int:
         """Prints why this process ends (not if `silent`), unless another one has failed before, and ends the others.
-
-        Returns:
-            The exit status: `status`, or that of the process that failed first.
+        Returns the exit status: `status`, or that of the process that failed first.
         """
         message = " ".join(message.split())
         own = {"rank": self.rank, "host": socket.gethostname(), "message": message, "status": status}

@@ -16,7 +16,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -59,7 +58,6 @@ from generator import build_critic, stable_seed
 from image_data import open_images
 from media import labelled_grid, save_image, scale_for, tile_images
 from quality import ImageFeatures, as_bytes, as_floats, evaluation_seeds, image_features, scores, seed_batches
-from run_directory import RunDirectory
 from sampling import BATCH, Sampler, load_sampler_with_content
 from util import atomic_write, command_device, one_line, os_errors_as_user_errors, shown_path
 
@@ -254,13 +252,13 @@ def tables(figures: dict[str, Any]) -> Iterator[str]:
     formats = {"frechet": ".2f", "precision": ".3f", "recall": ".3f", "nearest_distance": ".2f", "critic_gap": ".2f"}
     yield f"# {figures['checkpoint']}, step {figures['step']:,}\n"
     yield f"{figures['images']:,} generated, {figures['real_images']:,} real images; features: {figures['features']}.\n"
-    yield _row("decoded with", "KID ± spread", "Fréchet distance", "precision",
-               "recall", f"to the nearest of the {column}", "critic's gap")  # fmt: skip
-    yield 7 * "|---" + "|"
+    measures = f"KID ± spread | Fréchet distance | precision | recall | to the nearest of the {column} | critic's gap"
+    yield f"| decoded with | {measures} |\n{7 * '|---'}|"
     rows = {LABELS[name]: row for name, row in (figures["generators"] | {"moved": figures["moved"]}).items()}
     for label, row in (rows | {"held-out real images": figures["held_out"]}).items():
         kid = f"{row['kid']:.4f} ± {row['kid_std']:.4f}" if "kid" in row else "–"
-        yield _row(label, kid, *(f"{row[key]:{form}}" if key in row else "–" for key, form in formats.items()))
+        cells = [f"{row[key]:{form}}" if key in row else "–" for key, form in formats.items()]
+        yield f"| {' | '.join([label, kid, *cells])} |"
     strangers = "those are not the training images, so it does not tell whether the run copies"
     copied = "far below the held-out row's, images are copied" if among == TRAINING_IMAGES else strangers
     yield (
@@ -279,10 +277,6 @@ def tables(figures: dict[str, Any]) -> Iterator[str]:
         "fresh images of θ + Δ."
     )
     yield from (f"- {note}" for note in figures["notes"])
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def draw_sheet(evaluation: Evaluation) -> np.ndarray:
@@ -317,16 +311,12 @@ def work(options: argparse.Namespace) -> int:
     if options.sheet and Path(options.sheet).suffix.lower() != ".png":
         raise UserError(f"--sheet {options.sheet}: images are written as .png; change the file's ending")
     for path in filter(None, (options.json, options.sheet)):
-        with os_errors_as_user_errors(path):
-            nearest = next(parent for parent in Path(os.path.realpath(path)).parents if os.path.exists(parent))
-            tempfile.TemporaryFile(dir=nearest).close()
-            if os.path.isdir(path):
-                raise UserError(f"{path} is a folder: name a file to write")
-    device = command_device(options.device)
-    sampler, saved = load_sampler_with_content(options.run, device, options.best)
+        with suppress(InterruptedError), atomic_write(path):  # can it be written? Before minutes of work
+            raise InterruptedError
+    sampler, saved = load_sampler_with_content(options.run, device := command_device(options.device), options.best)
     del saved["generator"], saved["generator_ema"]  # the sampler has the latter
     run = sampler.path.absolute().parent.parent
-    sheet = options.sheet or str((run if RunDirectory.holds_run(run) else Path()) / "evaluation.png")
+    sheet = options.sheet or str((run if os.path.exists(run / "run.lock") else Path()) / "evaluation.png")
     features = quality.load_features(device)
     evaluation = evaluate(sampler, saved, features, options.images, options.data)
     figures, written, failed = evaluation.figures, list[str](), list[str]()

@@ -1,6 +1,7 @@
 """Makes images and videos from a run or a checkpoint. The checkpoint alone is enough to rebuild the networks.
 
-python generate.py runs/quick --out images.png                                 a grid of images
+python generate.py --out images.png                                            a grid of images, of the model included
+python generate.py runs/quick --out images.png                                 of a run
 python generate.py runs/quick/checkpoints/best.pt --out folder --images 1000   a folder of them, from a checkpoint
 python generate.py runs/quick --out update.png --show triples --seeds 0-4,17   base, updated, difference
 python generate.py runs/quick --out clip.mp4 --motion zoom=0.3 --loop          images that move, by moving weights
@@ -29,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # under PYTHONSAFEPATH too
 from configuration import VideoConfig
 from util import CommandParser, UserError, answer_early, int_between, print_line, run_command
 
-# Default numbers of images, of rows with `--show triples`, of frames, and of a latent walk's keyframes.
-IMAGES, TRIPLES = 16, 8
-PERIODS, ROLLOUT_FRAMES, KEYFRAMES, FRAMES_PER_KEYFRAME = 4, 200, 5, 16
+# Default numbers of images, of rows with `--show triples`, of periods or frames, and of a latent walk's keyframes.
+IMAGES, TRIPLES, PERIODS, ROLLOUT_FRAMES, KEYFRAMES = 16, 8, 4, 200, 5
+FPS, PERIOD_SECONDS = 24.0, 4 / 3  # no single frame is seen, and the motion looks calm
 VIDEO_ENDINGS = (".mp4", ".webp", ".gif")
 
 # ------------------------------------------------------------------------------------------------------------- options
@@ -68,7 +69,8 @@ def build_parser() -> ArgumentParser:
     first, _, rest = (__doc__ or "").partition("\n\n")
     parser = CommandParser(description=first, epilog=rest)
     add = parser.add_argument
-    add("source", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest checkpoint), or a .pt file")
+    add("source", metavar="RUN_OR_CHECKPOINT", nargs="?", default=Path(__file__).parent / "data/pretrained/emoji_64.pt",
+        help="a run's folder (its newest checkpoint), or a .pt file; without it, the model included")  # fmt: skip
     add("--out", required=True, metavar="FILE", help="images: .png, or a name without ending for a folder of them; "
         "videos: .mp4, .webp, .gif, .png (APNG), or a name without ending for a folder of frames")  # fmt: skip
     add("--best", action="store_true", help="of a run, take its best checkpoint instead of the newest")
@@ -86,23 +88,24 @@ def build_parser() -> ArgumentParser:
     add("--seed", type=int_between("seed", 0, 2**53), metavar="S", help="the first image's seed; the others follow (0)")
     add("--seeds", type=read_seeds, metavar="LIST", help="seeds such as 0-63,100")
     add("--image", metavar="PATH", help="an image file, or a folder of them, to encode instead of sampling latents")
-    add("--show", choices=("updated", "base", "triples"),
-        help="images with the predicted update (the default), without it, or both and their difference, labelled (the "
+    add("--show", choices=("base", "updated", "triples"),
+        help="images without the predicted update (the default), with it, or both and their difference, labelled (the "
         "default with --image)")  # fmt: skip
     add("--motion", metavar="LIST",
         help="strengths such as shift=0.2,zoom=0.1,speed=2 instead of the run's own; kinds not named don't move; "
-        "speed=0.5 alone keeps them. Kinds: shift, zoom, rotation, brightness, contrast, noise")  # fmt: skip
+        f"speed=0.5 alone keeps them; at speed 1 a period of the motion takes {PERIOD_SECONDS:.2g} s. Kinds: shift, "
+        "zoom, rotation, brightness, contrast, noise")  # fmt: skip
 
     add = parser.add_argument_group("how it is shown").add_argument
     add("--grid", type=read_grid, metavar="RxC", help="rows and columns; 4x4 also means 16 images")
-    add("--scale", type=int_between("scale", 1, 64), metavar="K", help="show each pixel as K x K (chosen by size)")
+    add("--scale", type=int_between("scale", 1, 64), metavar="K",
+        help="show each pixel as K x K (1 in folders of images; else small ones are enlarged to be seen)")  # fmt: skip
     add("--compare", action="store_true", help="videos: labelled columns, the still image and all that moves")
 
     add = parser.add_argument_group("videos").add_argument
     add("--frames", type=int_between("frames", 1, 10_000_000), metavar="N",
-        help=f"how many ({PERIODS} periods of the motion; rollout {ROLLOUT_FRAMES}; latent {FRAMES_PER_KEYFRAME} per "
-        "keyframe)")  # fmt: skip
-    add("--fps", type=frame_rate, metavar="F", help="frames a second (the run's output.fps; latent 16)")
+        help=f"how many ({PERIODS} periods; rollout {ROLLOUT_FRAMES}; latent a second per keyframe)")  # fmt: skip
+    add("--fps", type=frame_rate, metavar="F", help=f"frames a second ({FPS:g})")
     add("--loop", action="store_true",
         help="weights, synthetic: whole periods, so that the last frame leads to the first")  # fmt: skip
     add("--rollout", action="store_true",
@@ -124,11 +127,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from media import find_images, labelled_grid, open_video, scale_for, tile_images
-from sampling import BATCH, SampledImages, SampleInputs, Sampler, load_sampler
+from sampling import BATCH, SampleInputs, Sampler, load_sampler
 from util import atomic_write, command_device, os_errors_as_user_errors, shown_path
 from video_synth import MOTIONS
 
-Sample = tuple[SampleInputs, SampledImages]  # of one image
+Sample = tuple[str, dict[str, Tensor]]  # a name, and the image as `x_base`, `x_fake` and perhaps `input`: (1, C, H, W)
 PROGRESS = {"disable": None, "dynamic_ncols": True}  # None: no bar where standard error is no terminal
 
 _COMMON, _MOVING = {"seed", "seeds", "grid", "scale", "motion"}, {"frames", "fps", "loop", "compare"}
@@ -154,8 +157,7 @@ def generate(options: Namespace) -> str:
             raise UserError(f"--{name.replace('_', '-')} means nothing for {made}; it is for {', '.join(users)}")
     if options.seed is not None and options.seeds is not None:
         raise UserError("--seed and --seeds both choose the images: give one of them")
-    device = command_device(options.device)
-    sampler = load_sampler(options.source, device, options.best)
+    sampler = load_sampler(options.source, command_device(options.device), options.best)
     if options.motion is not None:
         sampler.set_motion(*read_motion(options.motion, sampler.generator.synthesizer.strengths))
     return make_images(options, sampler) if kind == "images" else make_video(options, sampler, kind)
@@ -175,10 +177,9 @@ def read_motion(text: str, own: dict[str, float]) -> tuple[dict[str, float], flo
             hint = f"did you mean '{close[0]}'?" if close else f"kinds are {', '.join(values)}"
             raise UserError(f"--motion: unknown kind '{name}'; {hint}")
         limit = limits.get(name, {"range": "0 or more"})  # a motion may have no setting
-        try:
+        values[name] = math.nan
+        with suppress(ValueError):
             values[name] = float(value)
-        except ValueError:
-            values[name] = math.nan
         if not limit.get("low", 0.0) <= values[name] <= limit.get("high", math.inf):
             raise UserError(f"--motion: {name} must be a number, {limit['range']}, but is '{value}'")
     speed = values.pop("speed")
@@ -193,28 +194,25 @@ def make_images(options: Namespace, sampler: Sampler) -> str:
     if not as_folder and Path(options.out).suffix.lower() != ".png":
         others = ", ".join(VIDEO_ENDINGS)
         raise UserError(f"{options.out}: images go into a .png or a folder (no ending), videos also into {others}")
-    show = options.show or ("triples" if options.image else "updated")  # own images are best seen beside the results
+    show = options.show or ("triples" if options.image else "base")  # own images are best seen beside the results
     if options.grid and (as_folder or show == "triples"):
         raise UserError("--grid means nothing for a folder or for --show triples, which has rows of its own")
     seeds, files = choose_seeds(options, False, TRIPLES if show == "triples" and not as_folder else IMAGES)
     grid = choose_grid(options.grid, len(seeds))
     samples = tqdm(sample_images(sampler, seeds, files), total=len(seeds), unit=" images", **PROGRESS)
     count = pluralize(len(seeds), "image")
-    if as_folder:
-        used: set[str] = set()
-        with atomic_write(options.out, folder=True) as folder, os_errors_as_user_errors(options.out):
-            for sample in samples:
-                (stem,) = sample[0].names
-                names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-                name = next(name for name in names if name.lower() not in used)  # some disks know no capitals
-                used.add(name.lower())
-                compose(show, [sample], (1, 1), options.scale).save(folder / f"{name}.png")
-        return f"wrote {options.out}: {count} of {describe_source(sampler, seeds, files)}"
-    with atomic_write(options.out) as part, os_errors_as_user_errors(options.out):
-        image = compose(show, list(samples), grid, options.scale)
-        image.save(part, format="PNG")
-    source = describe_source(sampler, seeds, files)
-    return f"wrote {options.out}: {count}, {image.width} x {image.height} pixels, of {source}"
+    used, own_size = set[str](), None if show == "triples" else 1  # FID of enlarged images would be another number
+    with atomic_write(options.out, folder=as_folder) as part, os_errors_as_user_errors(options.out):
+        if not as_folder:
+            image = compose(show, list(samples), grid, options.scale)
+            image.save(part, format="PNG")
+            count += f", {image.width} x {image.height} pixels,"
+        for sample in samples if as_folder else ():
+            names = itertools.chain([sample[0]], (f"{sample[0]}-{number}" for number in itertools.count(2)))
+            name = next(name for name in names if name.lower() not in used)  # some disks know no capitals
+            used.add(name.lower())
+            compose(show, [sample], (1, 1), options.scale or own_size).save(part / f"{name}.png")
+    return f"wrote {options.out}: {count} of {describe_source(sampler, seeds, files)}"
 
 
 def sample_images(sampler: Sampler, seeds: list[int], files: list[str] | None) -> Iterator[Sample]:
@@ -222,27 +220,23 @@ def sample_images(sampler: Sampler, seeds: list[int], files: list[str] | None) -
     for first in range(0, len(seeds), BATCH):
         batch = slice(first, first + BATCH)
         inputs = sampler.inputs(seeds[batch], files and files[batch])
-        x_base, x_fake = (x.cpu() for x in sampler.decode(inputs))
-        for index in range(len(x_base)):
-            one = slice(index, index + 1)
-            own_image = None if inputs.images is None else inputs.images[one].cpu()
+        images = sampler.decode(inputs)._asdict() | ({} if inputs.images is None else {"input": inputs.images})
+        for index, name in enumerate(inputs.names):
             # Cloned: a view would keep the whole batch in memory.
-            images = SampledImages(x_base[one].clone(), x_fake[one].clone())
-            yield inputs._replace(names=inputs.names[one], images=own_image), images
+            yield name, {label: x[index : index + 1].clone().cpu() for label, x in images.items()}
 
 
 def compose(show: str, samples: list[Sample], grid: tuple[int, int], scale: int | None) -> Image.Image:
     """What goes into one file: a grid, or labelled rows of triples."""
-    x_base, x_fake = (torch.cat(parts) for parts in zip(*(images for _, images in samples), strict=True))
+    all_images = {label: torch.cat([images[label] for _, images in samples]) for label in samples[0][1]}
+    x_base, x_fake = all_images["x_base"], all_images["x_fake"]
     if show != "triples":
         shown = x_base if show == "base" else x_fake
         return Image.fromarray(tile_images(shown, *grid, scale or default_scale(shown, grid, 1024)))
     difference = x_fake - x_base
     factor = amplification(difference)
-    columns = {"base image": x_base}
-    encoded = [inputs.images for inputs, _ in samples if inputs.images is not None]  # all of them or none
-    if encoded:
-        columns = {"input": torch.cat(encoded), "reconstruction": x_base}
+    is_own = "input" in all_images
+    columns = {"input": all_images["input"], "reconstruction": x_base} if is_own else {"base image": x_base}
     label = "difference" if factor == 1 else f"difference x {factor}"
     columns |= {"updated": x_fake, label: (0.5 + factor * difference).clamp(0, 1)}
     return labelled_grid(columns, scale=scale)
@@ -259,6 +253,9 @@ def amplification(difference: Tensor) -> int:
 
 
 def make_video(options: Namespace, sampler: Sampler, kind: str) -> str:
+    fps = options.fps or FPS
+    # At speed 1: more frames than the GRU predicts are decoded with weights between two predictions, also in a rollout.
+    sampler.speed *= min(1.0, sampler.generator.synthesizer.frames / (PERIOD_SECONDS * fps))
     rollout_after = options.rollout_after or (max(1, round(sampler.period)) if options.rollout else None)
     if rollout_after and options.loop:
         raise UserError("--loop: a rollout never comes back to its first frame; leave out one of them")
@@ -267,14 +264,12 @@ def make_video(options: Namespace, sampler: Sampler, kind: str) -> str:
     if len(seeds) > BATCH:
         raise UserError(f"{len(seeds)} videos at once are too many, {BATCH} are the most: give a smaller --grid")
     keyframes = options.keyframes or KEYFRAMES
-    default = keyframes * FRAMES_PER_KEYFRAME if kind == "latent" else ROLLOUT_FRAMES if rollout_after else None
-    count = options.frames or default or max(1, round(PERIODS * sampler.period))
+    default = keyframes * fps if kind == "latent" else ROLLOUT_FRAMES if rollout_after else PERIODS * sampler.period
+    count = options.frames or max(1, round(default))
     if options.loop and kind != "latent":  # a walk through latent space is closed anyway
-        before, periods = sampler.speed, sampler.set_whole_periods(count)
-        if not math.isclose(before, sampler.speed):
-            change = f"speed {sampler.speed:.4g} instead of {before:.4g}"
-            print_line(f"{change}, so that {count} frames are {periods} whole periods")
-    fps = options.fps or (16.0 if kind == "latent" else sampler.config.output.fps)
+        before, periods = sampler.period / fps, pluralize(sampler.set_whole_periods(count), "whole period")
+        if not math.isclose(before, after := sampler.period / fps):
+            print_line(f"a period takes {after:.3g} s instead of {before:.3g}, so that {count} frames are {periods}")
 
     if kind == "latent":
         walk = sampler.latent_walk(seeds, count, keyframes)
@@ -321,24 +316,18 @@ def choose_seeds(options: Namespace, is_video: bool, default: int) -> tuple[list
             raise UserError(f"--image {shown_path(path)}: no such file or folder")
         files = find_images(path, "--image")[0] if os.path.isdir(path) else [str(path)]
     count = options.images or (math.prod(options.grid) if options.grid and not options.seeds else None)
-    if options.seeds:
-        if options.images not in (None, len(options.seeds)):
-            raise UserError(f"--images {options.images}, but --seeds names {len(options.seeds)}: give one of them")
-        seeds = options.seeds
-    else:
-        if files and (not count or (not options.images and count > len(files) > 1)):
-            count = min(len(files), IMAGES) if is_video else len(files)
-        first = options.seed or 0
-        seeds = list(range(first, first + (count or default)))
-    if files and len(files) == 1:
-        files = files * len(seeds)
-    elif files and len(files) > len(seeds):
-        print_line(f"the first {len(seeds)} of {len(files)} images")
-        files = files[: len(seeds)]
-    elif files and len(files) < len(seeds):
+    if options.seeds and options.images not in (None, len(options.seeds)):
+        raise UserError(f"--images {options.images}, but --seeds names {len(options.seeds)}: give one of them")
+    if files and (not count or (not options.images and count > len(files) > 1)):
+        count = min(len(files), IMAGES) if is_video else len(files)
+    first = options.seed or 0
+    seeds = options.seeds or list(range(first, first + (count or default)))
+    if files and 1 < len(files) < len(seeds):
         held = f"--image {shown_path(options.image)} holds {len(files)} images"
         raise UserError(f"{held}, but {len(seeds)} were asked for")
-    return seeds, files
+    if files and len(files) > len(seeds):
+        print_line(f"the first {len(seeds)} of {len(files)} images")
+    return seeds, files and (files * len(seeds) if len(files) == 1 else files[: len(seeds)])
 
 
 def choose_grid(grid: tuple[int, int] | None, count: int) -> tuple[int, int]:
@@ -357,12 +346,9 @@ def default_scale(images: Tensor, grid: tuple[int, int], side: int) -> int:
 
 
 def describe_source(sampler: Sampler, seeds: list[int], files: list[str] | None) -> str:
-    if len(seeds) == 1:
-        source = f"seed {seeds[0]}"
-    elif seeds[-1] - seeds[0] == len(seeds) - 1:
-        source = f"seeds {seeds[0]}-{seeds[-1]}"
-    else:
-        source = f"{len(seeds)} seeds"
+    in_order = seeds[-1] - seeds[0] == len(seeds) - 1
+    source = f"seeds {seeds[0]}-{seeds[-1]}" if in_order else f"{len(seeds)} seeds"
+    source = f"seed {seeds[0]}" if len(seeds) == 1 else source
     if files:
         source = f"{pluralize(len(set(files)), 'image')} ({source})"
     return f"{source}, {shown_path(sampler.path)} (step {sampler.step:,})"

@@ -37,20 +37,13 @@ VIDEO_SIZE = 64
 class GeneratorOutput(NamedTuple):
     """What one pass through the generator makes."""
 
-    features: Tensor
-    """(B, ...), z after the decoder layers before the first updated one."""
-    x_base: Tensor
-    """(B, C, H, W) in [0, 1], decoded with θ."""
-    video: Tensor
-    """(B, T, C, height, width) in [0, 1], the synthetic video that the GRU encoded; without a GRU x_base, T times."""
-    states: Tensor
-    """(B, T, hidden_size), the GRU's hidden state at each frame; (B, T, 0) without a GRU."""
-    predictor_state: PredictorState | None
-    """What the predictor keeps of the video; None without a GRU."""
-    update: Update
-    """Δ of B images; of one where it is shared, constant or off (zeros)."""
-    x_fake: Tensor
-    """(B, C, H, W) in [0, 1], decoded with θ + Δ; x_base itself where the update is off."""
+    features: Tensor  # (B, ...), z after the decoder layers before the first updated one
+    x_base: Tensor  # (B, C, H, W) in [0, 1], decoded with θ
+    video: Tensor  # (B, T, C, height, width) in [0, 1], that the GRU encoded; without a GRU x_base, T times
+    states: Tensor  # (B, T, hidden_size), the GRU's hidden state at each frame; (B, T, 0) without a GRU
+    predictor_state: PredictorState | None  # what the predictor keeps of the video; None without a GRU
+    update: Update  # Δ of B images; of one where it is shared, constant or off (zeros)
+    x_fake: Tensor  # (B, C, H, W) in [0, 1], decoded with θ + Δ; x_base itself where the update is off
 
 
 class Generator(nn.Module):
@@ -85,19 +78,24 @@ class Generator(nn.Module):
         order = list(vae.decoder._modules)
         self._split = min(order.index(name) for name in updated_layers)
 
-    def forward(self, z: Tensor, motion: Motion, frame: Tensor | None = None) -> GeneratorOutput:
+    def forward(
+        self, z: Tensor, motion: Motion, frame: Tensor | None = None, predictor_alone: bool = False
+    ) -> GeneratorOutput:
         """One pass: base image, its video, the update predicted at `frame`, and the image decoded with it.
 
         Args:
             z: (B, latent_dim) from N(0, I).
             motion: of the synthetic video, from `sample_motion`.
             frame: (B,) number of the GRU's state that predicts the update of x_fake; None takes the last.
+            predictor_alone: keep gradients from θ, and decode no x_fake: it is x_base.
         """
         features = self.features(z)
         x_base = self.decode_base(features)
+        if predictor_alone:
+            features, x_base = features.detach(), x_base.detach()
         video, states, predictor_state = self.encode_video(x_base, motion)
-        update = self.predict(states_at(states, frame))
-        x_fake = x_base if self.update_kind == "off" else self.decode(features, update)
+        update = self.predict(states_at(states, frame), frozen=predictor_alone)
+        x_fake = x_base if self.update_kind == "off" or predictor_alone else self.decode(features, update)
         return GeneratorOutput(features, x_base, video, states, predictor_state, update, x_fake)
 
     def fakes(self, z: Tensor, motion: Motion, frame: Tensor | None, n_base: int) -> Tensor:
@@ -127,15 +125,12 @@ class Generator(nn.Module):
         return self.vae.decoder[self._split :](features)
 
     def encode_video(self, x_base: Tensor, motion: Motion) -> tuple[Tensor, Tensor, PredictorState | None]:
-        """The GRU encodes the image itself and then its synthetic video, to compare motion with the still image.
+        """The GRU encodes the image itself, x_base (B, C, H, W), and then its synthetic video, to compare motion with
+        the still image.
 
-        Args:
-            x_base: (B, C, H, W).
-
-        Returns:
-            The video (B, T, C, height, width), the GRU's hidden states at its frames (B, T, hidden_size), and the
-            predictor's state. The hidden state at frame t predicts the update that decodes frame t + 1; the last one,
-            at T - 1, that of frame T, which equals frame 0.
+        Returns the video (B, T, C, height, width), the GRU's hidden states at its frames (B, T, hidden_size), and the
+        predictor's state. The hidden state at frame t predicts the update that decodes frame t + 1; the last one, at
+        T - 1, that of frame T, which equals frame 0.
         """
         images = x_base.detach() if self.detach_video else x_base
         if self.update_kind != "predicted":
@@ -151,13 +146,9 @@ class Generator(nn.Module):
 
         For the first `rollout_count` images these are decoded from its own predictions, instead of the synthetic
         video (scheduled sampling, Bengio et al. 2015, https://arxiv.org/abs/1506.03099): at generation there may be no
-        others.
+        others. `output` is `forward`'s for the same `motion`.
 
-        Args:
-            output: of `forward` for the same `motion`.
-
-        Returns:
-            State number k predicts the update that decodes frame T + k; the first is the one at the video's end.
+        State number k predicts the update that decodes frame T + k; the first is the one at the video's end.
         """
         if self.update_kind != "predicted" or not frames:
             return output.states[:, -1:].expand(-1, frames + 1, -1)
@@ -198,10 +189,8 @@ class Generator(nn.Module):
 
     def predict(self, states: Tensor, frozen: bool = False, prepared: Prepared | None = None) -> Update:
         """The GRU's hidden states (B, hidden_size) -> updates Δ of B images; a shared one is the batch's mean.
-
-        Args:
-            frozen: keep gradients from θ, which the head `per_channel` scales.
-            prepared: from `prepare`, for who predicts several times.
+        `frozen` keeps gradients from θ, which the head `per_channel` scales; who predicts several times may give what
+        is `prepared`.
         """
         code = self.predictor.to_update(states)
         code = code.to(torch.promote_types(code.dtype, torch.float32))  # bf16 under autocast; fp64 in tests
@@ -216,10 +205,8 @@ class Generator(nn.Module):
     def decode(self, features: Tensor, update: Update, frozen: bool = False) -> Tensor:
         """`features` (B, ...) and updates of B images, or one for all -> x_fake (B, C, H, W), decoded with θ + Δ.
 
-        An image depends on its own z and update alone, never on the rest of the batch.
-
-        Args:
-            frozen: keep gradients from θ: only Δ gets them.
+        An image depends on its own z and update alone, never on the rest of the batch. `frozen` keeps gradients from θ:
+        only Δ gets them.
         """
         layers = self.vae.decoder[self._split :]
         return decode_updated(layers, features, update, self._weights(layers, frozen))
@@ -261,13 +248,8 @@ def state_rows(state: PredictorState, rows: slice) -> PredictorState:
 
 
 def states_at(states: Tensor, times: Tensor | None) -> Tensor:
-    """Picks hidden states (B, T, hidden_size) at times of each image's own.
-
-    Args:
-        times: (B,) or (B, K) frame numbers; None takes the last frame's.
-
-    Returns:
-        (B, hidden_size) for (B,) or None, (B, K, hidden_size) for (B, K).
+    """Picks hidden states (B, T, hidden_size) at times of each image's own: frame numbers (B,), or None for the last,
+    -> (B, hidden_size); (B, K) -> (B, K, hidden_size).
     """
     if times is None:
         return states[:, -1]

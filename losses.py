@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from configuration import LossConfig
+from configuration import LossConfig, Schedule
 
 
 class CriticLoss(NamedTuple):
@@ -52,9 +53,8 @@ def critic_loss(critic: Callable[[Tensor], Tensor], x_real: Tensor, x_fake: Tens
         penalty = gradient_penalty(critic, x_real, x_fake, epsilon)
     drift, weighted_penalty = score_real.square().mean(), weights.lambda_gp * penalty
     rest = wasserstein + weights.epsilon_drift * drift
-    return CriticLoss(
-        rest + weighted_penalty, rest, weighted_penalty, wasserstein, penalty, drift, score_real, score_fake
-    )
+    total = rest + weighted_penalty
+    return CriticLoss(total, rest, weighted_penalty, wasserstein, penalty, drift, score_real, score_fake)
 
 
 def gradient_penalty(critic: Callable[[Tensor], Tensor], x_real: Tensor, x_fake: Tensor, epsilon: Tensor) -> Tensor:
@@ -62,11 +62,7 @@ def gradient_penalty(critic: Callable[[Tensor], Tensor], x_real: Tensor, x_fake:
 
     Gulrajani et al. 2017, algorithm 1. Our critic has an `input_gradient` that needs no double backward. For any
     other it is taken with `torch.func.grad`, which `torch.compile` can follow (unlike `torch.autograd.grad` with
-    `create_graph=True`). An ordinary `.backward()` goes through both.
-
-    Args:
-        x_real, x_fake: (B, C, H, W).
-        epsilon: (B,) in [0, 1].
+    `create_graph=True`). An ordinary `.backward()` goes through both. Images are (B, C, H, W), `epsilon` (B,).
     """
     with torch.autocast(x_real.device.type, enabled=False):
         epsilon = at_least_fp32(epsilon).view(-1, 1, 1, 1)
@@ -93,7 +89,7 @@ class GeneratorLoss(NamedTuple):
 
 
 def generator_loss(*, score_fake: Tensor, score_base: Tensor, reconstruction: Tensor, kl: Tensor, update: Tensor,
-                   video: Tensor, weights: LossConfig) -> GeneratorLoss:  # fmt: skip
+                   video: Tensor, lambda_vae: float | Tensor, weights: LossConfig) -> GeneratorLoss:  # fmt: skip
     """L = λ_adv · adversarial + λ_base · adversarial_base + λ_vae · (rec + β · KL) + λ_Δ · update + λ_video · video.
 
     The adversarial terms are -mean D(x_fake) and -mean D(x_base) (Gulrajani et al. 2017); together with the VAE's own
@@ -104,14 +100,15 @@ def generator_loss(*, score_fake: Tensor, score_base: Tensor, reconstruction: Te
         reconstruction, kl: from `vae_loss`.
         update: mean (Δ / rms θ)², the mean square size of the update relative to the weights it changes.
         video: from `video_loss`, or zero if λ_video is.
-        weights: the factors λ and β.
+        lambda_vae: its present value.
+        weights: the other factors λ, and β.
     """
     adversarial, adversarial_base = -at_least_fp32(score_fake).mean(), -at_least_fp32(score_base).mean()
     update = at_least_fp32(update)
     total = (
         weights.lambda_adv * adversarial
         + weights.lambda_base * adversarial_base
-        + weights.lambda_vae * (reconstruction + weights.beta * kl)
+        + lambda_vae * (reconstruction + weights.beta * kl)
         + weights.lambda_update * update
         + weights.lambda_video * video
     )
@@ -121,11 +118,8 @@ def generator_loss(*, score_fake: Tensor, score_base: Tensor, reconstruction: Te
 def vae_loss(x: Tensor, x_rec: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
     """Reconstruction ‖x - x_rec‖² and KL(N(mu, e^logvar) ‖ N(0, 1)), summed over values, means over the batch.
 
-    Kingma & Welling 2013, eq. 10, with a Gaussian decoder: KL = ½ Σ (mu² + e^logvar - 1 - logvar).
-
-    Args:
-        x, x_rec: (B, C, H, W).
-        mu, logvar: (B, latent_dim).
+    Kingma & Welling 2013, eq. 10, with a Gaussian decoder: KL = ½ Σ (mu² + e^logvar - 1 - logvar). Images are
+    (B, C, H, W), mu and logvar (B, latent_dim).
     """
     reconstruction = squared_distance(x, x_rec).mean()
     mu, logvar = at_least_fp32(mu), at_least_fp32(logvar)
@@ -140,9 +134,7 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
 
 def video_loss(frames: Tensor, video: Tensor) -> Tensor:
     """mean ‖decode(z; θ + Δ_t) - video_t‖² over images and frames: the weight-driven video follows the synthetic one.
-
-    Args:
-        frames, video: (B, K, C, H, W), the decoded frames and the synthetic video's frames at the same times.
+    Both (B, K, C, H, W), at the same times.
     """
     return squared_distance(frames.flatten(0, 1), video.flatten(0, 1)).mean()
 
@@ -168,12 +160,8 @@ def diffaugment(x: Tensor, kinds: Sequence[str], numbers: Tensor) -> Tensor:
     `color` is brightness ±0.25, saturation 0 to 2, contrast 0.5 to 1.5; `translation` is by up to 1/8 of the side, in
     whole pixels, grey moving in; `cutout` is a grey square of half the side. Grey is 0.5, the paper's 0 in [-1, 1].
 
-    Args:
-        x: (B, C, H, W) in [0, 1].
-        numbers: (B, `AUGMENTATION_NUMBERS`), uniform in [0, 1).
-
-    Returns:
-        (B, C, H, W); colours may leave [0, 1]. Without kinds it is `x` itself.
+    x (B, C, H, W) in [0, 1] and `numbers` (B, `AUGMENTATION_NUMBERS`), uniform in [0, 1) -> (B, C, H, W); colours may
+    leave [0, 1]. Without kinds it is `x` itself.
     """
     if "color" in kinds:
         x = _color(x, numbers[:, :3])
@@ -213,3 +201,17 @@ def _cutout(x: Tensor, numbers: Tensor) -> Tensor:
     near_x = (torch.arange(width, device=x.device) + 0.5 - centre_x).abs() < width / 4
     hole = (near_y[:, None, :, None] & near_x[:, None, None, :]).to(x.dtype)
     return x * (1 - hole) + 0.5 * hole
+
+
+# ----------------------------------------------------------------------------------------------------------- schedules
+
+
+def value_at(setting: Schedule, fraction: float) -> float:
+    """A setting's value at a fraction of the run, 0 to 1; before its first and after its last point it is constant."""
+    if not isinstance(setting, dict):
+        return setting
+    points = np.array(sorted(setting.items()))
+    return float(np.interp(fraction, points[:, 0], points[:, 1]))
+
+
+# ----------------------------------------------------------------------------------------------------- random numbers

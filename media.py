@@ -105,9 +105,6 @@ def labelled_grid(columns: Mapping[str, Pixels], *, scale: int | None = None) ->
     `columns` maps each label to a tensor (N, C, H, W) with values in [0, 1] (or an array of pixels, (N, H, W, 3)); N, H
     and W are the same in all, channels may differ. `scale` is how large each pixel is shown; None makes every image at
     least 128 px. Long labels wrap; Pillow's own font, used here, has Latin letters only. Returns an RGB image.
-
-    >>> labelled_grid({"real": torch.rand(2, 3, 32, 32), "generated": torch.rand(2, 3, 32, 32)}).mode
-    'RGB'
     """
     return Image.fromarray(next(labelled_frames({label: x[:, None] for label, x in columns.items()}, scale)))
 
@@ -115,8 +112,7 @@ def labelled_grid(columns: Mapping[str, Pixels], *, scale: int | None = None) ->
 def labelled_frames(columns: Mapping[str, Pixels], scale: int | None = None) -> Iterator[np.ndarray]:
     """The sheet of `labelled_grid` for every frame of videos, one at a time, ready for `write_video`.
 
-    `columns` maps each label to a tensor (N, T, C, H, W) with values in [0, 1] (or to pixels, (N, T, H, W, 3)), all of
-    one N, T, H and W. Yields T arrays (height, width, 3) uint8.
+    Its tensors are (N, T, C, H, W), or pixels (N, T, H, W, 3); yields T arrays (height, width, 3) uint8.
     """
     sizes = {(video.shape[1], *to_pixels(video[:, 0]).shape) for video in columns.values()}
     if len(sizes) != 1:
@@ -202,13 +198,9 @@ _COLOURS: dict[str, Any] = {"dst_colorspace": Colorspace.ITU709, "dst_color_rang
 def open_video(path: str | Path, *, fps: float) -> Iterator["VideoWriter"]:
     """Open a video for writing; the file appears when the block ends, and not at all if it ends in an exception.
 
-    path   ends in .mp4, .webp, .gif or .png (animated); without an ending it is a folder of numbered PNG frames.
-           A missing parent folder is made; an existing file is replaced; a folder that holds something is refused.
-    fps    frames per second (a folder of frames does not record it).
-
-    Memory does not grow with the number of frames, in any format. Raises `UserError`, of one line, before the first
-    frame where that is possible: an unknown ending, a frame rate the format cannot show, no frames at all, a frame of
-    another size than the first, an encoder that this PyAV lacks, a path that cannot be written, a full disk.
+    A missing parent folder is made, an existing file replaced, a folder that holds something refused. `fps` is frames
+    per second. Raises `UserError`, before the first frame where that is possible: an unknown ending, a frame rate the
+    format cannot show, no frames, frames of several sizes, an encoder that this PyAV lacks, no permission, a full disk.
     """
     as_folder = str(path).endswith(("/", os.sep)) or not Path(path).suffix
     path = Path(path)
@@ -228,9 +220,8 @@ def open_video(path: str | Path, *, fps: float) -> Iterator["VideoWriter"]:
 
 
 class VideoWriter:
-    """Takes the frames of one video; `open_video` makes it. `frames` counts those written.
-
-    The class itself writes a folder of PNG files, not synced one by one: the folder appears when all are there.
+    """Takes the frames of one video; `open_video` makes it. `frames` counts those written. The class itself writes a
+    folder of PNG files, not synced one by one: the folder appears when all are there.
     """
 
     def __init__(self, path: Path, part: Path, max_side: int = 2**31 - 1) -> None:
@@ -266,9 +257,7 @@ class VideoWriter:
 
 
 def write_video(path: str | Path, frames: Iterable[Pixels], *, fps: float) -> None:
-    """Write all frames: a tensor (T, C, H, W) in [0, 1], or anything that yields frames as `VideoWriter.write` takes
-    them, one at a time. The rest is as in `open_video`.
-    """
+    """Write all frames, as `VideoWriter.write` takes them, of a tensor (T, C, H, W) or iterable; see `open_video`."""
     with open_video(path, fps=fps) as video:
         for frame in frames:
             video.write(frame)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 LEAKY_SLOPE = 0.2
@@ -70,20 +71,21 @@ class VAE(nn.Module):
         """Latents (B, latent_dim), normally from N(0, I) -> images (B, C, H, W) in [0, 1]."""
         return self.decoder(z)
 
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, noise: Tensor | None = None, frozen_decoder: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstructs images through z = mu + e^(logvar / 2) · noise (Kingma & Welling 2013, section 2.4).
 
-        Args:
-            x: (B, C, H, W) in [0, 1].
-            noise: (B, latent_dim) standard normal; sampled here if None.
-
-        Returns:
-            x_rec (B, C, H, W) in [0, 1], mu and logvar (B, latent_dim).
+        Images (B, C, H, W) in [0, 1] -> x_rec alike, mu and logvar (B, latent_dim). `noise` is (B, latent_dim) standard
+        normal; sampled here if None. `frozen_decoder` keeps gradients from the decoder's weights: only the encoder gets
+        them.
         """
         mu, logvar = self.encode(x)
         if noise is None:
             noise = torch.randn_like(mu)
-        return self.decode(mu + (0.5 * logvar).exp() * noise), mu, logvar
+        z = mu + (0.5 * logvar).exp() * noise
+        weights = {name: w.detach() if frozen_decoder else w for name, w in self.decoder.named_parameters()}
+        return functional_call(self.decoder, weights, (z,), strict=True), mu, logvar
 
 
 class PredictorState(NamedTuple):
@@ -138,14 +140,9 @@ class WeightPredictorRNN(nn.Module):
         nn.init.normal_(self.gru.get_parameter("weight_ih_l0"), std=INPUT_GAIN / math.sqrt(input_size))
 
     def encode(self, video: Tensor, state: PredictorState | None = None) -> tuple[Tensor, PredictorState]:
-        """Runs the GRU over (more of) a video.
-
-        Args:
-            video: (B, T, C, height, width) in [0, 1].
-            state: after the frames before; None at the beginning, where frame 0 should be the image itself.
-
-        Returns:
-            The GRU's hidden states (B, T, hidden_size), one for each frame, and the state after the last.
+        """Runs the GRU over (more of) a video (B, T, C, height, width) in [0, 1]: its states (B, T, hidden_size), one
+        for each frame, and the state after the last. `state` is that after the frames before; None at the beginning,
+        where frame 0 should be the image itself.
         """
         # In fp32 whatever autocast says, which on CUDA would make it fp16, and copy the weights at every call.
         with torch.autocast(video.device.type, enabled=False):
@@ -183,10 +180,8 @@ class ConstantUpdate(nn.Module):
 class Discriminator(nn.Module):
     """Wasserstein critic with the encoder's stages and one unbounded score (Gulrajani et al. 2017, section 4).
 
-    No BatchNorm: it would mix the images of a batch, and the gradient penalty is a property of each one.
-
-    Args:
-        image_size, image_channels, channels: as for the `VAE`.
+    No BatchNorm: it would mix the images of a batch, and the gradient penalty is a property of each one. Its arguments
+    are those of the `VAE`.
     """
 
     def __init__(self, image_size: int = 128, image_channels: int = 3,

@@ -136,9 +136,8 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
     real, fake = _comparable(real, fake, at_least=k + 1)
-    prc = prc_features_to_metric(
-        fake, real, prc_neighborhood=k, prc_batch_size=10_000, save_cpu_ram=True, verbose=False
-    )
+    options = {"prc_neighborhood": k, "prc_batch_size": 10_000, "save_cpu_ram": True, "verbose": False}
+    prc = prc_features_to_metric(fake, real, **options)
     return prc[KEY_METRIC_PRECISION], prc[KEY_METRIC_RECALL]
 
 
@@ -213,9 +212,8 @@ def calibrate(state: Any, config: Config, real: Tensor, world: World = SINGLE_PR
     The scores of the last training steps would not do: they come from many critics, whose zero drifts, and from
     generators that were not averaged yet. After 400 steps they left a calibration error of 0.117; these, 0.034.
 
-    Args:
-        state: any object with `generator_ema` (a Generator), `critic` (a Discriminator) and `step`.
-        real: uint8 (N, C, H, W), best not trained on. Processes score a shard each, and all fit to the scores of all.
+    `real` are uint8 (N, C, H, W), best not trained on; `state` is as for `QualityCheck.measure`. Processes score a
+    shard each, and all fit to the scores of all.
     """
     critic, sampler = state.critic, Sampler(state.generator_ema, config, state.step, Path())
     fake = decode_shard(sampler, evaluation_seeds(len(real), 10**9), world)["updated"]
@@ -287,15 +285,12 @@ class QualityCheck:
     @torch.no_grad()
     def measure(self, state: Any) -> dict[str, float]:
         """Compares `output.evaluate_images` images of the averaged networks with as many real ones; for all processes.
+        `state` is any object with `generator_ema` (a Generator), `critic` (a Discriminator) and `step`.
 
-        Args:
-            state: any object with `generator_ema` (a Generator), `critic` (a Discriminator) and `step`.
-
-        Returns:
-            `quality/kid`, `quality/kid_std` of updated images, `quality/kid_base` of base ones; `quality/train_gap`,
-            and `quality/heldout_gap` where images are held out: the critic's mean score of real images that it was or
-            was not trained on, minus that of the same updated images. A held-out gap that falls behind shows that the
-            critic overfits its training images.
+        Returns `quality/kid`, `quality/kid_std` of updated images, `quality/kid_base` of base ones;
+        `quality/train_gap`, and `quality/heldout_gap` where images are held out: the critic's mean score of real images
+        that it was or was not trained on, minus that of the same updated images. A held-out gap that falls behind shows
+        that the critic overfits its training images.
         """
         world = self.world
         sampler = Sampler(state.generator_ema, self.config, state.step, self.config.output.folder)

@@ -40,8 +40,8 @@ from util import atomic_write, one_line, os_errors_as_user_errors
 class RunDirectory:
     """One run's folder. Made for a new run, or opened again by the same command to go on with it.
 
-    Creating the object checks, and locks a folder that exists; only `begin` writes. Of several processes only the first
-    one has it.
+    Creating the object checks, and locks a folder that exists; only `begin` writes, and in a `dry_run` nothing does. Of
+    several processes only the first one has it.
 
     Failed samples, clips, curves and logs are reported once and left out. A failed checkpoint ends the run in the end.
     One background thread writes what takes long (`later`), which is given copies, since training goes on in place.
@@ -49,42 +49,33 @@ class RunDirectory:
     Raises UserError: the folder holds something else, cannot be written, or another process is training in it.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, dry_run: bool = False) -> None:
         self.path = config.output.folder
-        self.config = config
+        self.config, self.dry_run = config, dry_run
         self.checkpoints = Checkpoints(self.path / "checkpoints", config.output.keep_checkpoints)
         self._lock: IO[str] | None = None
         self._metrics = _JsonLines(self.path / "metrics.jsonl")
         self._failing: set[str] = set()
         self._tensorboard: Any = None
         self._thread, self._tasks = ThreadPoolExecutor(1), list[Future[None]]()
-        self.check(config)
+        self._check()
         if self.exists:
             self._take_lock()
 
     @property
     def exists(self) -> bool:
         """Whether the folder holds a run already, if only one that was killed before its first checkpoint."""
-        return self.holds_run(self.path)
+        return os.path.exists(self.path / "run.lock")
 
-    @staticmethod
-    def holds_run(path: Path) -> bool:
-        """Whether a run was begun in this folder."""
-        return os.path.exists(path / "run.lock")
-
-    @staticmethod
-    def check(config: Config) -> None:
-        """Refuses a folder that holds something other than a run, and suggests a name that is free. Raises UserError:
-        the folder holds other things, its path is a file, or nothing may be written there.
-        """
-        path = config.output.folder
-        nearest = next(parent for parent in (path, *path.absolute().parents) if os.path.exists(parent))
+    def _check(self) -> None:
+        """Refuses a folder that holds something other than a run, or where nothing may be written. Raises UserError."""
+        nearest = next(parent for parent in (self.path, *self.path.absolute().parents) if os.path.exists(parent))
         if os.path.isdir(nearest) and not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"output.root: nothing may be written into {nearest}; choose another output.root")
-        if nearest == path and not RunDirectory.holds_run(path) and (not os.path.isdir(path) or any(path.iterdir())):
+        if nearest == self.path and not self.exists and (not os.path.isdir(nearest) or any(nearest.iterdir())):
             raise UserError(
-                f"output.name: {path} holds something else than a run, which is never overwritten; "
-                f"choose another name, for example output.name={free_name(path)}"
+                f"output.name: {nearest} holds something else than a run, which is never overwritten; "
+                f"choose another name, for example output.name={free_name(nearest)}"
             )
 
     def resume_point(self, accept_changes: bool) -> tuple[dict[str, Any] | None, list[str]]:
@@ -93,13 +84,14 @@ class RunDirectory:
         """
         if not self.exists:
             return None, []
-        saved, path, damaged = self.checkpoints.newest()
+        saved, path, damaged = self.checkpoints.newest(rename=not self.dry_run)
         notes = [f"warning: {line}; skipped" for line in damaged]
         if saved is None or path is None:
             return None, [*notes, f"{self.path} has no checkpoint yet: starting again from step 0"]
         changed = differences(saved, self.config, str(path))
-        check_settings(changed, str(self.path), accept_changes)
-        self.checkpoints.link(saved)  # in case the process was killed before it came to that
+        check_settings(changed, self.config, str(self.path), accept_changes)
+        if not self.dry_run:
+            self.checkpoints.link(saved)  # in case the process was killed before it came to that
         notes.append(f"resuming {self.path} after step {saved['step']:,} ({path.name})")
         return saved, [*notes, *(f"  changed setting: {change}" for change in changed.values())]
 
@@ -157,16 +149,15 @@ class RunDirectory:
         self._to_tensorboard(lambda writer: writer.add_image("samples", np.asarray(grid), step, dataformats="HWC"))
         return path
 
-    def save_clip(self, step: int, columns: Mapping[str, Pixels]) -> Path:
+    def save_clip(self, step: int, columns: Mapping[str, Pixels]) -> None:
         """Saves labelled columns of videos, as `labelled_frames` takes them, as clips/step_<step>.mp4 and .webp."""
-        path = self.path / "clips" / f"step_{step:06d}.mp4"
 
         def write() -> None:
             for ending in (".webp", ".mp4"):
-                write_video(path.with_suffix(ending), labelled_frames(columns), fps=self.config.output.fps)
+                path = self.path / "clips" / f"step_{step:06d}{ending}"
+                write_video(path, labelled_frames(columns), fps=self.config.output.fps)
 
         self._attempt("clips/", write)
-        return path
 
     def sync_logs(self) -> None:
         """Makes the logs of all steps until now last: they have to be there before the checkpoint of this step is."""
@@ -255,9 +246,10 @@ class RunDirectory:
                 f"output.name: {owner} is training in {self.path}; wait for it, stop it, "
                 f"or choose another name, for example output.name={free_name(self.path)}"
             )
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {platform.node()}")
-        self._lock.flush()
+        if not self.dry_run:
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {platform.node()}")
+            self._lock.flush()
 
     def _record_session(self, step: int) -> None:
         """Adds this process to environment.json: a run may have been stopped and resumed, elsewhere even."""
@@ -326,17 +318,12 @@ def _lock_file(file: IO[str]) -> bool:
     Not flock: data loading workers would inherit it, and outlive a killed main process by seconds.
     """
     try:
-        if os.name == "nt":
-            import msvcrt
+        import fcntl
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        else:
-            import fcntl
-
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
-    except OSError as error:  # a file system without locks
+    except (OSError, ImportError) as error:  # a file system, or Windows, without such locks
         print(f"warning: cannot lock {file.name} ({error}); don't start a second run there", file=sys.stderr)
     return True
 
@@ -416,9 +403,8 @@ def loss_figure(runs: dict[str, Records]) -> Any:
     for (title, names, logarithmic), axis in zip(panels, figure.subplots(2, columns).flat, strict=True):
         for number, records in enumerate(runs.values()):
             for name, linestyle in zip(names, ("-", "--", ":"), strict=False):
-                points = [(record["step"], record[name]) for record in records if name in record]
-                points = [(step, value) for step, value in points if value > 0 or not logarithmic]
-                if points:
+                known = [(record["step"], record[name]) for record in records if name in record]
+                if points := [point for point in known if point[1] > 0 or not logarithmic]:
                     label = name.rpartition("/")[2]
                     known = [line.get_label() for line in axis.lines]  # one entry a metric, whichever run is first
                     style: Any = {} if len(runs) == 1 else {"color": f"C{number}", "linestyle": linestyle}

@@ -19,15 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _HERE = str(Path(__file__).parent)
 for _name in ("checkpoints", "configuration", "generator", "image_data", "util", "video_synth", "weight_updates"):
     _file = getattr(sys.modules.get(_name), "__file__", None) or __file__
     if str(Path(_file).parent) != _HERE:
-        raise ImportError(
-            f"{_file} has the name of a module that {__name__} needs: rename it, or import this one first"
-        )
+        raise ImportError(f"{_file} has the name of a module that we need: rename it, or import {__name__} first")
 sys.path.insert(0, _HERE)  # while ours are imported: a script that imports sampling may have a util.py of its own
 
 from checkpoints import DamagedCheckpointError, load_checkpoint
@@ -35,7 +33,7 @@ from configuration import Config, UserError, config_from_dict, similar_path
 from generator import Generator, build_generator, stable_seed
 from image_data import decode_image
 from media import BrokenImageError
-from util import choose_device, prepare_device, shown_path
+from util import choose_device, expanded, prepare_device, shown_path
 from video_synth import Motion, VideoSynthesizer
 
 sys.path.remove(_HERE)
@@ -147,10 +145,8 @@ class Sampler:
         self, inputs: SampleInputs, frames: int, *, rollout_after: int | None = None, loop: bool = False
     ) -> Iterator[Tensor]:
         """Yields `frames` frames, each decoded with weights that the GRU predicts; see `weight_driven_frames`.
-
-        Args:
-            rollout_after: the frame from which on the GRU encodes its own decoded frames; None: never.
-            loop: the last frame leads to the first; call `set_whole_periods` before.
+        From frame `rollout_after` on (None: never) the GRU encodes its own decoded frames. In a `loop` the last frame
+        leads to the first; call `set_whole_periods` before.
         """
         warm_up = max(WARM_UP_FRAMES, WARM_UP_PERIODS * self.generator.synthesizer.frames) if loop else None
         return weight_driven_frames(
@@ -242,6 +238,34 @@ def find_checkpoint(source: str | Path, best: bool = False) -> Path:
     inside = sorted(source.glob("*/checkpoints/latest.pt"))
     hint = f"; did you mean {inside[0].parent.parent}?" if inside else "; a run saves one every output.checkpoint_every"
     raise UserError(f"{shown_path(source)} holds no checkpoint (looked for {path.relative_to(source)}){hint}")
+
+
+def take_weights(networks: dict[str, nn.Module], source: str | Path) -> str:
+    """Copies into `generator`, `generator_ema` and `critic` what fits, by name and shape, of a checkpoint's averaged
+    generator and of its critic. Returns a line that says what was taken and what not.
+
+    `networks` are any of these three; `source` is a run's folder, or a checkpoint file. Raises UserError: there is no
+    whole checkpoint, or nothing of it fits.
+    """
+    path = find_checkpoint(expanded(source, "training.init_from"))
+    saved = load_checkpoint(path)
+    averaged = saved["generator_ema"]
+    sources = {"generator": averaged, "generator_ema": averaged, "critic": saved.get("critic", {})}
+    sizes: dict[str, int] = {}
+    taken: set[str] = set()
+    for part, network in networks.items():
+        own = network.state_dict()
+        fitting = {name: x for name, x in sources[part].items() if name in own and own[name].shape == x.shape}
+        network.load_state_dict(fitting, strict=False)
+        if part != "generator_ema":  # has the generator's names
+            sizes |= {f"{part}.{name}": x.numel() for name, x in own.items()}
+            taken |= {f"{part}.{name}" for name in fitting}
+    if not any(".weight" in name for name in taken):  # biases of the last layer and the calibration always fit
+        raise UserError(f"training.init_from: no weight of {path} fits these networks; give them the sizes it has")
+    missed = [name for name in sizes if name not in taken]
+    shown = ", ".join(missed[:6]) + (f" and {len(missed) - 6} more" if len(missed) > 6 else "")
+    count = f"{sum(sizes[name] for name in taken):,} of {sum(sizes.values()):,}"
+    return f"began with weights of {path}: {count}" + (f"; new are {shown}" if missed else "")
 
 
 @torch.no_grad()

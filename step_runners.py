@@ -36,7 +36,7 @@ class PreparedSteps(EagerSteps):
     ) -> None:  # fmt: skip
         super().__init__(state, world, log)
         self.required = required
-        self._prepared: dict[str, Callable[[Tensor, Any], Pass]] = {}
+        self._prepared: dict[str, tuple[list[Any], Callable[[Tensor, Any], Pass]]] = {}
 
     @property
     def is_new(self) -> bool:  # type: ignore[override]
@@ -46,17 +46,21 @@ class PreparedSteps(EagerSteps):
         """As `EagerSteps.run_pass`. Gradients may be overwritten at the next call for either pass, metrics at the next
         one for the same. Raises UserError: the pass could not be prepared, and the user asked for this runner.
         """
-        if name not in self._prepared:
+        # A pass is prepared for shapes, and for what is None: both change when schedules reach 0 or updates start.
+        form = [leaf.shape if isinstance(leaf, Tensor) else leaf for leaf in tree_leaves(noise)]
+        if name not in self._prepared or self._prepared[name][0] != form:
+            self._prepared.pop(name, None)  # frees what was recorded before: the next recording takes its memory
             started = time.perf_counter()
             try:
-                self._prepared[name] = self.prepare(getattr(self, name), x_real, noise)
+                run = self.prepare(getattr(self, name), x_real, noise)
                 seconds = time.perf_counter() - started
                 self.log(f"{self.preparation} of the {name.replace('_', ' ')}: {seconds:.1f} s")
             except (UserError, torch.OutOfMemoryError, MemoryError):
                 raise
             except Exception as error:  # compilers and CUDA fail in many ways
-                self._prepared[name] = self._fall_back(name, error)
-        return self._prepared[name](x_real, noise)
+                run = self._fall_back(name, error)
+            self._prepared[name] = form, run
+        return self._prepared[name][1](x_real, noise)
 
     def release(self) -> None:
         self._prepared.clear()
@@ -167,9 +171,7 @@ def choose_step(config: Config, device: torch.device) -> tuple[str, str]:
     if precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
         line += "\nWARNING: this device has no TF32 (NVIDIA's from Ampere on have it): products are in fp32"
     if precision == "bf16" and not has_bf16(device):
-        line += (
-            "\nWARNING: this device has no bf16 arithmetic; runtime.precision=bf16 will be much slower than fp32 here"
-        )
+        line += "\nWARNING: this device has no bf16 arithmetic; runtime.precision=bf16 will be much slower than fp32"
     return kind, line
 
 

@@ -11,8 +11,11 @@ The same command again resumes a run that was stopped or killed.
 """
 
 import argparse
+import itertools
 import math
+import statistics
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -20,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # under PYTHONSAFEPATH too
 
-from configuration import Config, config_template, config_to_dict, config_to_yaml, load_config, setting_of
+from configuration import Config, config_template, load_config, setting_of
 from util import CommandParser, UserError, answer_early, print_line, run_command
 
 
@@ -30,7 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
     default = Path(__file__).with_name("config.yaml")
     add = parser.add_argument
     add("--config", metavar="FILE", default=str(default), help="YAML file with settings (config.yaml)")
-    add("--dry-run", action="store_true", help="check everything, print what would run, and stop")
+    add("--dry-run", action="store_true", help="check everything, try some steps, print what would run, and stop")
+    add("-v", "--verbose", action="store_true", help="--dry-run: also the settings that have their defaults")
     add("--print-config", action="store_true", help="print every setting with its default, meaning and range, and stop")
     add("--accept-changes", action="store_true", help="resume with settings that change what is learned")
     add("--profile", action="store_true", help="leave a torch.profiler trace of steps 4 and 5")
@@ -47,18 +51,20 @@ def read_options(arguments: list[str] | None = None) -> tuple[argparse.Namespace
 EARLY = answer_early(read_options) if __name__ == "__main__" else None
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from checkpoints import at_fractions, setting_texts
 from distributed import SINGLE_PROCESS, World, join_processes, report_error
 from generator import Generator, build_critic, build_head, build_predictor, build_synthesizer, build_vae
 from image_data import TrainingImages, open_images
 from model_definitions import Discriminator
 from quality import QualityCheck, calibrate, calibration_images
 from run_directory import RunDirectory, free_name
+from sampling import take_weights
 from step_runners import build_steps, choose_step
-from training_log import CheckpointManager, FixedSamples, Log, StopRequest, step_profiler
+from training_log import CheckpointManager, FixedSamples, Log, StopRequest, describe_time, step_profiler
 from training_step import EagerSteps, NoiseSampler, TrainingState
-from util import choose_device, describe_device, prepare_device
+from util import choose_device, describe_device, one_line, prepare_device
 
 
 def build_networks(config: Config) -> tuple[Generator, Discriminator]:
@@ -77,16 +83,19 @@ def build_networks(config: Config) -> tuple[Generator, Discriminator]:
 def iteration(runner: EagerSteps, noise: NoiseSampler, batches: Iterator[Tensor], step: int) -> dict[str, Tensor]:
     """n_critic critic steps and one step of the generator (Gulrajani et al. 2017, algorithm 1).
 
-    Args:
-        batches: real images, (B, C, H, W) in [0, 1]. The generator's step takes the last critic step's.
-        step: the iteration's number, from 1.
-
-    Returns:
-        Metrics of the last critic step and of the generator's, scalars on the device.
+    `step` is the iteration's number, from 1. Of the `batches`, real images (B, C, H, W) in [0, 1], the generator's step
+    takes the last critic step's. Returns the metrics of that one and of the generator's, scalars on the device. Where
+    the predictor learns alone, the critic takes no step.
     """
+    runner.state.set_rates(noise, step)
+    alone = noise.is_alone(step)
+    if alone and not runner.state.is_resting:
+        runner.state.rest_at_average()
+    critic_metrics: dict[str, Tensor] = {}
     for repeat in range(noise.config.training.n_critic):
         x_real = next(batches)
-        critic_metrics = runner.critic_step(x_real, noise.critic(step, repeat))
+        if not alone:
+            critic_metrics = runner.critic_step(x_real, noise.critic(step, repeat))
     return critic_metrics | runner.generator_step(x_real, noise.generator(step))
 
 
@@ -102,34 +111,33 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
         The exit status: 0, or 128 + the number of the signal that stopped it.
     """
     stop, output = StopRequest(config.training.max_minutes, world), config.output
-    check_processes(config, world)
     run = RunDirectory(config) if world.is_main else None
     saved, notes = run.resume_point(accept_changes) if run else (None, [])
-    device = choose_device(config.runtime.device)
-    prepare_device(device)
-    step_kind, step_line = choose_step(config, device)
-    state = TrainingState(*build_networks(config), config, device)
-    images = open_shard(config, device, world)
-    steps = total_steps(config, images.count)
+    state, images, steps, step_kind, step_line = prepare(config, world)
     # Reads images, so that a broken one is found before the run's folder is made.
     samples = FixedSamples(state, images, last_step=steps)
     if run and saved:
         check_images(saved, images, run, accept_changes)
         state.restore(saved)
+    elif run and config.training.init_from:
+        notes.append(take_weights(state.networks(), config.training.init_from))
     if world.size > 1:  # only the first process has read the checkpoint
         state.restore(world.broadcast(state.to_dict()))
     quality_check, calibration_set = QualityCheck(config, images, world), calibration_images(images)
     samples_missing = world.broadcast(bool(run and samples.missing(run, state.step)))
     if state.step >= steps and not samples_missing:
-        return report_finished(run, config, state.step) if run else 0
+        if run:
+            run.close()
+            print_line(describe_finished(config, state.step))
+        return 0
     if run:
         run.begin(state.step)
     log = Log(run, steps, config, images, state.step, world)
-    noise, runner = NoiseSampler(config, device, world), build_steps(step_kind, state, world, log.line)
-    for line in [*notes, *describe_run(config, state.generator, images, steps, device, world), step_line]:
+    noise, runner = NoiseSampler(config, state.device, world, steps), build_steps(step_kind, state, world, log.line)
+    for line in [*notes, *describe_run(state, images, steps, step_line, world), f"writing to {output.folder}/"]:
         log.line(line)
     log.report_skipped()
-    log.restore(world.broadcast(saved and saved["log"]), device)
+    log.restore(world.broadcast(saved and saved["log"]), state.device)
     batches = images.batches(first=state.step * config.training.n_critic)
     manager = CheckpointManager(run, config, images, saved) if run else None
     profiler = step_profiler(run.path, log.line) if run and profile else None
@@ -153,7 +161,7 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
             sample_due = ends or step % output.sample_every == 0
             checkpoint_due = ends or step % output.checkpoint_every == 0 or (check_due and quality_check.keeps_best)
             if last or step % output.log_every == 0:
-                log.write(step)  # here, and below where something is due, the host waits for the device; nowhere else
+                log.write(step)  # the host waits for the device here, at a stage's end and where something is due below
             if sample_due or checkpoint_due or check_due:
                 with log.pause():
                     log.check({"generator": state.generator, "critic": state.critic})
@@ -173,6 +181,17 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
 
 
 # ------------------------------------------------------------------------------------------------------ small helpers
+
+
+def prepare(config: Config, world: World) -> tuple[TrainingState, TrainingImages, int, str, str]:
+    """A new state, the images, the steps of the run, and what `choose_step` gives. Raises UserError."""
+    check_processes(config, world)
+    device = choose_device(config.runtime.device)
+    prepare_device(device)
+    step = choose_step(config, device)
+    state = TrainingState(*build_networks(config), config, device)
+    images = open_shard(config, device, world)
+    return state, images, total_steps(config, images.count), *step
 
 
 def total_steps(config: Config, image_count: int) -> int:
@@ -225,60 +244,75 @@ def open_shard(config: Config, device: torch.device, world: World) -> TrainingIm
         progress=world.is_main, shard=slice(world.rank, None, world.size),
     )  # fmt: skip
     may_differ = {"data.root", "output.root", "runtime.device"}  # names that each machine may have of its own
-    settings = {f"{part}.{key}": value for part, keys in config_to_dict(config).items() for key, value in keys.items()}
-    settings = {name: value for name, value in settings.items() if name not in may_differ}
+    settings = {name: value for name, value in setting_texts(config).items() if name not in may_differ}
     files = {"images in data.root": images.count, "names of images, by their SHA-256": images.fingerprint}
     world.check_equal(settings | files | {"torch": torch.__version__})
     return images
 
 
-def report_finished(run: RunDirectory, config: Config, step: int) -> int:
-    """Says that there is nothing left to do, and how to go on. Returns the exit status."""
-    training = config.training
+def describe_finished(config: Config, step: int) -> str:
+    """Says that there is nothing left to do, and how to go on."""
+    training, path = config.training, config.output.folder
     longer = f"training.epochs={2 * training.epochs:g}" if training.epochs else f"training.steps={2 * step}"
-    print(f"{run.path} is finished: {step:,} steps. To train it further, add for example {longer};")
-    print(f"to begin a new run, add output.name={free_name(run.path)}")
-    run.close()
-    return 0
+    longer += " --accept-changes" * bool(at_fractions(config))
+    further = f"{path} is finished: {step:,} steps. To train it further, add for example {longer};"
+    return f"{further}\nto begin a new run, add output.name={free_name(path)}"
 
 
-def describe_run(
-    config: Config, generator: Generator, images: TrainingImages, steps: int, device: torch.device, world: World
-) -> Iterator[str]:
-    """The lines with which a run begins."""
+def describe_run(state: TrainingState, images: TrainingImages, steps: int, kind: str, world: World) -> Iterator[str]:
+    """The lines with which a run begins; `kind` is the one by `choose_step`."""
     yield images.description
-    shard = config.training.batch_size // world.size
-    processes = f"; {world.size} processes, each with {shard} of a batch's images" if world.size > 1 else ""
-    yield describe_device(device, config.runtime.device) + processes
-    yield f"{describe_update(generator)}; {describe_length(config, steps, images)}"
-    yield f"writing to {config.output.folder}/"
-
-
-def describe_update(generator: Generator) -> str:
-    if generator.update_kind == "off":
-        return "no weight update, since weight_predictor.update is off"
+    config, generator, batch = state.config, state.generator, state.config.training.batch_size
+    shard = f"; {world.size} processes, each with {batch // world.size} of a batch's images" if world.size > 1 else ""
+    yield describe_device(state.device, config.runtime.device) + shard
     weights, tensors = generator.spec.total_size, len(generator.spec.tensors)
-    return f"WEIGHT_UPDATE_SIZE {generator.head.update_size:,} for {weights:,} weights in {tensors} tensors"
+    update = f"WEIGHT_UPDATE_SIZE {generator.head.update_size:,} for {weights:,} weights in {tensors} tensors"
+    off = "no weight update, since weight_predictor.update is off"
+    passes = steps * batch * config.training.n_critic / images.count
+    yield f"{off if generator.update_kind == 'off' else update}; {steps:,} steps = {passes:,.1f} passes over the images"
+    yield kind
+    size, keep = checkpoint_bytes(state), config.output.keep_checkpoints
+    one, kept = (f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB" for n in (size, keep * size))
+    yield f"disk: {one} a checkpoint, {kept} for the {keep} that are kept, and one more while it is written"
 
 
-def describe_length(config: Config, steps: int, images: TrainingImages) -> str:
-    epochs = steps * config.training.batch_size * config.training.n_critic / images.count
-    return f"{steps:,} steps = {epochs:,.1f} passes over the images"
+def checkpoint_bytes(state: TrainingState) -> int:
+    """What a checkpoint's tensors take, as `TrainingState.to_dict` has them: Adam's first moments only where β₁ > 0."""
+    groups = itertools.chain(*(optimizer.param_groups for optimizer in state.optimizers.values()))
+    moments = sum(weights.nbytes * (2 if group["betas"][0] else 1) for group in groups for weights in group["params"])
+    return moments + sum(x.nbytes for x in state.tensors().values())
+
+
+def estimate_time(runner: EagerSteps, noise: NoiseSampler, batches: Iterator[Tensor], done: int, steps: int) -> float:
+    """Seconds of the steps after step `done`, by some of each stage. Changes the networks."""
+    total, ends = 0.0, [min(steps, max(done, math.ceil(steps * min(1.0, end)))) for end in (noise.start, noise.alone)]
+    least = 1 if type(runner) is EagerSteps else 2  # others prepare in the first
+    for begin, end in itertools.pairwise([done, *ends, steps]):
+        step, count = end, end - begin
+        seconds: list[float] = []
+        while count > 0 and len(seconds) < 10 and (len(seconds) < least or sum(seconds) < 10):
+            started = time.perf_counter()
+            [*iteration(runner, noise, batches, step).values()][-1].item()  # waits for the device
+            seconds += runner.world.maximum([time.perf_counter() - started])  # all processes stop together
+        total += count * statistics.median(seconds[1:] or seconds) if seconds else 0.0
+    return total
 
 
 # ---------------------------------------------------------------------------------------------------------- commands
 
 
-def dry_run(config: Config, world: World = SINGLE_PROCESS) -> Iterator[str]:
-    """Checks everything, loads one batch, and describes what would run. Writes nothing."""
-    check_processes(config, world)
-    device = choose_device(config.runtime.device)
-    prepare_device(device)
-    generator, critic = build_networks(config)
-    images = open_shard(config, device, world)
-    batch = next(images.batches())
-    yield f"# settings\n{config_to_yaml(config)}"
-    yield f"# data\n{images.description}"
+def dry_run(config: Config, accept_changes: bool, verbose: bool, world: World) -> Iterator[str]:
+    """Checks everything, tries some steps, and describes what would run; if `verbose`, all settings. Writes nothing."""
+    state, images, steps, step_kind, step_line = prepare(config, world)
+    generator, critic, batch = state.generator, state.critic, next(images.batches())
+    description, *lines = describe_run(state, images, steps, step_line, world)
+    yield "# settings" + " that differ from the defaults" * (not verbose)
+    defaults, settings = setting_texts(Config()), setting_texts(config)
+    for name, value in settings.items():
+        if verbose or value != defaults[name]:
+            yield one_line(f"  {name}: {value}" + f"   (default {defaults[name]})" * (value != defaults[name]))
+    yield "  none: all are the defaults of config.yaml\n" if settings == defaults and not verbose else ""
+    yield f"# data\n{description}"
     for name, count in images.class_counts.items():
         yield f"  {name:<24} {count:>8,}"
     if images.crop_note:
@@ -287,27 +321,38 @@ def dry_run(config: Config, world: World = SINGLE_PROCESS) -> Iterator[str]:
     yield f"  first batch {tuple(batch.shape)}, values {low} to {high}, mean {mean}\n"
     yield "# networks                             parameters"
     vae = generator.vae
-    networks: dict[str, list[nn.Module]] = {
-        "VAE encoder": [vae.encoder, vae.to_mu, vae.to_logvar], "VAE decoder θ": [vae.decoder],
-        "WeightPredictorRNN and update head": [generator.predictor, generator.head],
-        "Discriminator (the critic)": [critic],
-    }  # fmt: skip
-    for name, modules in networks.items():
+    for name, *modules in (
+        ("VAE encoder", vae.encoder, vae.to_mu, vae.to_logvar), ("VAE decoder θ", vae.decoder),
+        ("WeightPredictorRNN and update head", generator.predictor, generator.head),
+        ("Discriminator (the critic)", critic),
+    ):  # fmt: skip
         yield f"  {name:<36} {sum(p.numel() for module in modules for p in module.parameters()):>12,}"
     yield "\n# updated tensors                      shape                  weights"
     for tensor in generator.spec.tensors:
         yield f"  {tensor.name:<36} {' x '.join(map(str, tensor.shape)):<20} {tensor.size:>9,}"
-    yield f"  head {config.weight_predictor.head}: {describe_update(generator)}\n"
-    steps = total_steps(config, images.count)
-    _, device_line, *_ = describe_run(config, generator, images, steps, device, world)
-    yield f"{device_line}; {describe_length(config, steps, images)}"
-    yield choose_step(config, device)[1]
+    yield "\n".join(["\n# the run", *lines])
+    done, verdict = 0, list[str]()
     try:
-        RunDirectory.check(config)
-        path = config.output.folder
-        yield f"a run would {'go on in' if RunDirectory.holds_run(path) else 'write to'} {path}/; nothing was written"
+        with RunDirectory(config, dry_run=True) if world.is_main else nullcontext() as run:
+            saved, verdict = run.resume_point(accept_changes) if run else (None, [])
+            if run and saved:
+                check_images(saved, images, run, accept_changes)
+                done = saved["step"]
+            elif run and config.training.init_from:
+                verdict.append(take_weights(state.networks(), config.training.init_from))
+        if run:
+            verb = "go on in" if run.exists else "write to"
+            verdict = [f"a run would {verb} {run.path}/; nothing was written", *verdict]
     except UserError as error:  # no reason to hide the rest
-        yield f"a run would be refused: {error}"
+        verdict = [f"a run would be refused: {error}"]
+    if (done := world.broadcast(done)) >= steps:
+        verdict = [describe_finished(config, done)]
+    else:
+        noise = NoiseSampler(config, state.device, world, steps)
+        runner = build_steps(step_kind, state, world, lambda _: None)
+        seconds = estimate_time(runner, noise, images.batches(), done, steps)
+        yield describe_time(seconds, steps - done, state.device)
+    yield from verdict
 
 
 def work(options: argparse.Namespace, config: Config) -> int:
@@ -316,7 +361,7 @@ def work(options: argparse.Namespace, config: Config) -> int:
         return 0
     with join_processes(config.runtime, choose_device(config.runtime.device)) as world:
         if options.dry_run:
-            for line in dry_run(config, world):
+            for line in dry_run(config, options.accept_changes, options.verbose, world):
                 if world.is_main:
                     print_line(line)
             return 0

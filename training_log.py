@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -27,6 +28,9 @@ from run_directory import RunDirectory
 from sampling import weight_driven_frames
 from training_step import TrainingState, stable_seed
 from util import discard_output
+
+SHOWN = {"gap": "critic/gap", "rec": "generator/reconstruction", "kl": "generator/kl", "video": "generator/video"}
+"""Beside the speed and the update's size; where the predictor learns alone, there is no critic's gap."""
 
 
 class Log:
@@ -57,6 +61,9 @@ class Log:
         self.step = self.since_step = step
         self.since_time = self.started = self.session_began = time.perf_counter()
         self.paused = 0.0  # seconds of this session
+        self.steps_before: int | None = step  # this session; None: how long it takes has been said
+        begins, has_updates = config.weight_predictor.start, config.weight_predictor.update != "off"
+        self.updates_from = math.ceil(begins * steps) + 1 if has_updates else 0  # their first step
         self.is_terminal = sys.stderr.isatty() and world.is_main
         self.bar = tqdm(
             total=steps, initial=step, unit="step", disable=not self.is_terminal, dynamic_ncols=True,
@@ -96,6 +103,7 @@ class Log:
         """Adds one step's scalars, without waiting for the device."""
         values = torch.stack([value.float() for value in metrics.values()])
         if self.sums is None or self.names != list(metrics):
+            self.write(self.step)  # what an interval has until a stage of the run ends
             self.names = list(metrics)
             self.since_step = step - 1
             self._begin_interval(torch.zeros_like(values))
@@ -104,6 +112,18 @@ class Log:
         self.good_steps += self.sums - self.sums == 0  # once NaN or infinite, a sum stays so
         self.step = step
         self.bar.update()
+        if self.steps_before is not None:
+            self._estimate_time(step - self.steps_before, self.steps - self.steps_before)
+
+    def _estimate_time(self, done: int, steps: int) -> None:
+        """Says how long this session's steps take, once the first 10 are done, or 20 s are over."""
+        if self.sums is None or (done < 10 and time.perf_counter() - self.session_began - self.paused < 20):
+            return
+        self.sums.sum().item()  # waits for the device
+        seconds = (time.perf_counter() - self.session_began - self.paused) / done * steps
+        later = f", longer from step {self.updates_from:,} on, where updates begin" * (self.updates_from > self.step)
+        self.line(describe_time(seconds, steps, self.sums.device, later))
+        self.steps_before = None
 
     def _begin_interval(self, sums: Tensor) -> None:
         self.sums = sums.clone()
@@ -164,9 +184,9 @@ class Log:
 
     def show(self, step: int, metrics: dict[str, float]) -> None:
         """The bar's tail, or a plain line where output goes to a file."""
-        parts = [f"{metrics['speed/images_per_second']:.0f} images/s", f"gap {metrics['critic/gap']:.2f}",
-                 f"rec {metrics['generator/reconstruction']:.1f}", f"kl {metrics['generator/kl']:.1f}",
-                 f"update {metrics['update/relative_size']:.1%}"]  # fmt: skip
+        parts = [f"{metrics['speed/images_per_second']:.0f} images/s"]
+        parts += [f"{label} {metrics[name]:.3g}" for label, name in SHOWN.items() if metrics.get(name)]
+        parts.append(f"update {metrics['update/relative_size']:.1%}")
         if "memory/peak_gb" in metrics:
             parts.append(f"{metrics['memory/peak_gb']:.1f} GB")
         if self.is_terminal:  # as much as fits beside the bar: its counts and times take 41 columns and more
@@ -186,8 +206,7 @@ class Log:
         if new and self.run:
             self.skipped_count = len(skipped)
             self.run.list_skipped(new)
-            lists = f"{self.path / 'skipped.txt'} lists them"
-            self.line(f"skipped {len(new)} broken images, {len(skipped)} in all; {lists}")
+            self.line(f"skipped {len(new)} broken images, {len(skipped)} in all; see {self.path / 'skipped.txt'}")
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -221,24 +240,26 @@ class Log:
         raise UserError(
             f"training stopped: {what}; "
             + (f"the last good checkpoint is {latest}" if os.path.exists(latest) else "no checkpoint was written yet")
-            + f"; it began in the {network}: try a smaller training.lr_{network}, or training.clip_{network}=10"
+            + f"; it began in the {network}: try a smaller training.lr_{network}, or training.clip=10"
             + (", and go on from there with --accept-changes" if os.path.exists(latest) else "")
         )
 
 
+def describe_time(seconds: float, steps: int, device: torch.device, more: str = "") -> str:
+    """Such as `about 1 h 50 min for 11,000 steps`; on a CPU a second line warns of more than two hours."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    text = f"{hours:,} h {minutes} min" if hours else f"{minutes} min" if seconds > 90 else f"{seconds:.0f} s"
+    text = f"about {text} for {steps:,} steps{more}"
+    if device.type == "cpu" and seconds > 2 * 60 * 60:
+        text += "\nWARNING: a CPU takes minutes for --config configs/quick.yaml (32 px), two hours for configs/64.yaml"
+    return text
+
+
 def _likely_network(what: str) -> str:
     """The network that the first bad numbers point at. A bad loss spoils several gradients, so losses count first."""
-    for signs, network in (
-        (("critic/", "score/", "the critic"), "critic"),
-        (("generator/reconstruction", "generator/kl"), "vae"),
-        (("generator/update", "generator/video", "update/"), "predictor"),
-        (("gradient_norm/critic",), "critic"),
-        (("gradient_norm/vae",), "vae"),
-        (("gradient_norm/predictor",), "predictor"),
-    ):
-        if any(sign in what for sign in signs):
-            return network
-    return "vae"
+    losses = {"critic/|score/|the critic": "critic", "/reconstruction|/kl": "vae", "update|video": "predictor"}
+    gradients = {f"gradient_norm/{network}": network for network in ("critic", "vae", "predictor")}
+    return next((network for signs, network in (losses | gradients).items() if re.search(signs, what)), "vae")
 
 
 class FixedSamples:
@@ -312,11 +333,10 @@ class CheckpointManager:
         cannot be written, and that was the last chance.
         """
         self._update_best(state.step, log)
-        content = state.to_dict() | {
+        content = snapshot(state.to_dict() | {
             "images_seen": state.step * log.images_per_step, "config": config_to_dict(self.config), "best": self.best,
             "update_spec": state.generator.spec.to_dict(), "images": self.images, "log": log.state(),
-        }  # fmt: skip
-        content = snapshot(content)
+        })  # fmt: skip
         self.run.sync_logs()
 
         def write() -> None:
@@ -410,10 +430,7 @@ class StopRequest:
 
 
 def step_profiler(folder: Path, log: Callable[[str], None]) -> profile:
-    """A torch profiler of iterations 4 and 5 of a session, for `step()` after each; leaves trace.json in `folder`.
-
-    The first three iterations are left out: they compile, record and reserve memory.
-    """
+    """Profiles iterations 4 and 5 of a session into trace.json; needs `step()` after each. The first three warm up."""
     order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
 
     def report(profiler: profile) -> None:

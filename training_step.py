@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -17,15 +18,13 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import losses
-from configuration import Config, TrainingConfig, UserError
+from configuration import Config, UserError
 from distributed import SINGLE_PROCESS, World
 from generator import Generator, GeneratorOutput, build_synthesizer, stable_seed
 from losses import AUGMENTATION_NUMBERS, CriticLoss, GeneratorLoss, diffaugment
 from model_definitions import Discriminator, WeightPredictorRNN
 from util import channels_last_on, products_in_tf32
 from video_synth import Motion
-
-# ----------------------------------------------------------------------------------------------------- random numbers
 
 
 class CriticNoise(NamedTuple):
@@ -34,6 +33,7 @@ class CriticNoise(NamedTuple):
     z: Tensor  #                (B, latent_dim)
     motion: Motion  #           of the B - n_base images that are updated; without noise where there is no GRU
     frame: Tensor | None  #     (B - n_base,) number of the GRU's state that predicts Δ; None: the last
+    base_images: int  #         of the whole batch
     epsilon: Tensor  #          (B,)
     augment_real: Tensor  #     (B, AUGMENTATION_NUMBERS)
     augment_fake: Tensor  #     (B, AUGMENTATION_NUMBERS)
@@ -48,12 +48,15 @@ class GeneratorNoise(NamedTuple):
     """The random numbers of one generator step."""
 
     z: Tensor  #                (B, latent_dim)
-    motion: Motion  #           without noise where there is no GRU
+    motion: Motion | None  #    without noise where there is no GRU; None: nothing is updated
     frame: Tensor | None  #     (B,)
-    posterior: Tensor  #        (B, latent_dim), the VAE's reparameterisation noise
+    posterior: Tensor  #        (V, latent_dim), reparameterisation noise of the V images that the VAE's loss takes
+    vae_share: float  #         what their mean counts; not 1 where processes have different numbers of them
+    lambda_vae: Tensor | float | None  # its weight now; None: 0, the encoder learns from it alone
     rollout_count: int  #       the first `rollout_count` images are rolled out on their own frames after the video
     video_times: Tensor  #      (B, K) frames that the video loss compares, counted from frame T on
     augment: Tensor  #          (2 B, AUGMENTATION_NUMBERS), for updated and base images
+    alone: bool  #              the predictor and the encoder learn, θ stands still, and nothing is scored
 
 
 class NoiseSampler:
@@ -64,51 +67,68 @@ class NoiseSampler:
     step doesn't depend on their number either.
     """
 
-    def __init__(self, config: Config, device: torch.device, world: World = SINGLE_PROCESS) -> None:
-        self.config = config
-        self.device = device
-        self.world = world
+    def __init__(self, config: Config, device: torch.device, world: World = SINGLE_PROCESS, steps: int = 0) -> None:
+        settings, image, batch = config.weight_predictor, config.image, config.training.batch_size
+        self.config, self.device, self.world = config, device, world
+        self.steps = steps or config.training.steps or 1  # of the whole run
+        self.start = math.inf if settings.update == "off" else settings.start  # nothing is updated before
+        self.alone = max(self.start, settings.alone)  # from there on nothing is scored
         self.rows = slice(world.rank, None, world.size)
-        batch, base = config.training.batch_size, base_fake_count(config)
-        self.random = torch.Generator(device)
-        self.latent = (batch, config.vae.latent_dim)
-        image, synthesizer = config.image, build_synthesizer(config)
-        shape, has_gru = (image.channels, image.size, image.size), config.weight_predictor.update == "predicted"
-        self.motion_shapes = {n: synthesizer.motion_shapes(n, shape, has_gru) for n in (batch - base, batch)}
+        self.base_images = round(config.loss.base_fake_fraction * batch)  # of the critic's fakes, with updates
+        self.random, self.latent = torch.Generator(device), (batch, config.vae.latent_dim)
+        synthesizer, shape = build_synthesizer(config), (image.channels, image.size, image.size)
+        counts, has_gru = {0, batch - self.base_images, batch}, settings.update == "predicted"
+        self.motion_shapes = {n: synthesizer.motion_shapes(n, shape, has_gru) for n in counts}
+
+    def fraction(self, step: int) -> float:
+        """The fraction of the run that is done when iteration `step` begins: where schedules are read."""
+        return min(1.0, (step - 1) / self.steps)
+
+    def is_alone(self, step: int) -> bool:
+        """Whether the predictor learns alone in this iteration."""
+        return self.fraction(step) >= self.alone
 
     # Numbers of a kind are sampled together: a GPU takes as long for few as for many. Their order is part of what a
     # seed means. What only some settings need comes last: others share what is before it, and those of other kinds.
 
     def critic(self, step: int, repeat: int) -> CriticNoise:
         """For critic step number `repeat` of iteration `step`."""
-        batch, base, rows = self.config.training.batch_size, base_fake_count(self.config), self.rows
+        batch, rows = self.config.training.batch_size, self.rows
+        base = self.base_images if self.fraction(step) >= self.start else batch
         # Images from number `base` on are updated; of these this process has every world.size-th.
         updated = slice((self.world.rank - base) % self.world.size, None, self.world.size)
         self._seed = stable_seed(self.config.training.seed, step, "critic", repeat)
-        phases_shape, amplitudes_shape, noise_shape = self.motion_shapes[batch - base]
+        *shapes, noise_shape = self.motion_shapes[batch - base]
         z, *noise = self._sample(torch.randn, self.latent, noise_shape)
-        epsilon, augment_real, augment_fake, phases, amplitudes = self._sample(
-            torch.rand, (batch,), *[(batch, AUGMENTATION_NUMBERS)] * 2, phases_shape, amplitudes_shape
-        )
-        motion = Motion(*(numbers[updated] for numbers in (phases, amplitudes, *noise)))
+        augment = [(batch, AUGMENTATION_NUMBERS)] * 2
+        epsilon, augment_real, augment_fake, *path = self._sample(torch.rand, (batch,), *augment, *shapes)
+        motion = Motion(*(numbers[updated] for numbers in (*path, *noise)))
         frame = self._adversarial_frame(batch - base, updated)
-        return CriticNoise(z[rows], motion, frame, epsilon[rows], augment_real[rows], augment_fake[rows])
+        return CriticNoise(z[rows], motion, frame, base, epsilon[rows], augment_real[rows], augment_fake[rows])
 
     def generator(self, step: int) -> GeneratorNoise:
         """For the generator step of iteration `step`."""
         batch, loss, rows = self.config.training.batch_size, self.config.loss, self.rows
+        updating = self.fraction(step) >= self.start
+        *shapes, noise_shape = self.motion_shapes[batch if updating else 0]
         self._seed = stable_seed(self.config.training.seed, step, "generator")
-        phases_shape, amplitudes_shape, noise_shape = self.motion_shapes[batch]
         z, posterior, *noise = self._sample(torch.randn, self.latent, self.latent, noise_shape)
-        augment, phases, amplitudes = self._sample(
-            torch.rand, (2, batch, AUGMENTATION_NUMBERS), phases_shape, amplitudes_shape
-        )
-        motion = Motion(*(numbers[rows] for numbers in (phases, amplitudes, *noise)))
+        augment, *path = self._sample(torch.rand, (2, batch, AUGMENTATION_NUMBERS), *shapes)
+        motion = Motion(*(numbers[rows] for numbers in (*path, *noise))) if updating else None
         frame = self._adversarial_frame(batch, rows)
-        video_times = self._integers(loss.rollout_frames + 1, batch, loss.video_frames)
+        times = self._integers(loss.rollout_frames + 1, batch, loss.video_frames)[rows]
         augment = augment[:, rows].flatten(0, 1)
         rollout_count = len(range(round(loss.rollout_fraction * batch))[rows])
-        return GeneratorNoise(z[rows], motion, frame, posterior[rows], rollout_count, video_times[rows], augment)
+        vae_count = math.ceil(loss.vae_fraction * batch)  # of the whole batch
+        own = len(range(vae_count)[rows])
+        posterior, share = posterior[rows][: max(1, own)], own * self.world.size / vae_count
+        weight, alone = losses.value_at(loss.lambda_vae, self.fraction(step)), self.is_alone(step)
+        lambda_vae: Tensor | float | None = weight if weight and not alone else None
+        if lambda_vae and isinstance(loss.lambda_vae, dict):  # a recorded pass sees tensors; filled, not copied
+            lambda_vae = torch.full((), weight, device=self.device)
+        return GeneratorNoise(
+            z[rows], motion, frame, posterior, share, lambda_vae, rollout_count, times, augment, alone
+        )
 
     def _sample(self, distribution: Callable[..., Tensor], *shapes: tuple[int, ...]) -> list[Tensor]:
         """Tensors of these shapes, views of one: `distribution` is torch.rand or torch.randn."""
@@ -127,13 +147,6 @@ class NoiseSampler:
     def _adversarial_frame(self, count: int, rows: slice) -> Tensor | None:
         is_random = self.config.loss.adversarial_frame == "random"
         return self._integers(self.config.video.frames, count)[rows] if is_random else None
-
-
-def base_fake_count(config: Config) -> int:
-    """How many of the critic's generated images are base images, decoded with θ alone; all if the update is off."""
-    if config.weight_predictor.update == "off":
-        return config.training.batch_size
-    return round(config.loss.base_fake_fraction * config.training.batch_size)
 
 
 # ------------------------------------------------------------------------------------------------------ the objectives
@@ -156,21 +169,28 @@ def critic_objective(
 
 def generator_objective(
     generator: Generator, critic: Discriminator, x_real: Tensor, noise: GeneratorNoise, config: Config
-) -> tuple[GeneratorLoss, GeneratorOutput]:
-    """The loss of θ and the GRU together, on real images (B, C, H, W) and as many generated ones."""
-    # z -> x_base -> synthetic video -> Δ -> x_fake, decoded with θ + Δ
-    output = generator(noise.z, noise.motion, noise.frame)
-    has_update = generator.update_kind != "off"  # else x_fake is x_base: scored once, with the weight of both
-    x_generated = torch.cat([output.x_fake, output.x_base]) if has_update else output.x_base
-    if kinds := config.training.diffaugment:
+) -> tuple[GeneratorLoss, GeneratorOutput | None]:
+    """The loss of θ and the GRU together, on real images (B, C, H, W) and as many generated ones.
+
+    Also what the generator made; None while nothing is updated.
+    """
+    if noise.motion is None:  # x_fake is x_base: scored once, with the weight of both
+        output, update, video = None, *x_real.new_zeros(2).unbind()
+        x_generated = generator.decode_base(generator.features(noise.z))
+    else:  # z -> x_base -> synthetic video -> Δ -> x_fake, decoded with θ + Δ
+        output = generator(noise.z, noise.motion, noise.frame, noise.alone)
+        update, video = output.update.mean_square(), weight_driven_video_loss(generator, output, noise, config)
+        x_generated = torch.cat([output.x_fake, output.x_base])
+    if (kinds := config.training.diffaugment) and not noise.alone:
         x_generated = diffaugment(x_generated, kinds, noise.augment[: len(x_generated)])
-    scores = critic(x_generated)
-    score_fake, score_base = scores.chunk(2) if has_update else (scores, scores)
-    x_rec, mu, logvar = generator.vae(x_real, noise.posterior)
-    reconstruction, kl = losses.vae_loss(x_real, x_rec, mu, logvar)
+    scores = x_generated.new_zeros(2) if noise.alone else critic(x_generated)
+    score_fake, score_base = scores.chunk(2) if output else (scores, scores)
+    x_vae = x_real[: len(noise.posterior)]
+    terms = losses.vae_loss(x_vae, *generator.vae(x_vae, noise.posterior, frozen_decoder=noise.lambda_vae is None))
+    reconstruction, kl = terms if noise.vae_share == 1 else (noise.vae_share * term for term in terms)
     loss = losses.generator_loss(
-        score_fake=score_fake, score_base=score_base, reconstruction=reconstruction, kl=kl, weights=config.loss,
-        update=output.update.mean_square(), video=weight_driven_video_loss(generator, output, noise, config),
+        score_fake=score_fake, score_base=score_base, reconstruction=reconstruction, kl=kl, update=update, video=video,
+        lambda_vae=1.0 if noise.lambda_vae is None else noise.lambda_vae, weights=config.loss,
     )  # fmt: skip
     return loss, output
 
@@ -180,9 +200,9 @@ def weight_driven_video_loss(
 ) -> Tensor:
     """How far the weight-driven video is from the synthetic one, at sampled frames from T on; a scalar.
 
-    Each frame is decoded with the update predicted one frame before. Zero if λ_video is or the update is off.
+    Each frame is decoded with the update predicted one frame before. Zero if λ_video is or nothing is updated.
     """
-    if not config.loss.lambda_video or generator.update_kind == "off":
+    if not config.loss.lambda_video or noise.motion is None:
         return output.x_base.new_zeros(())
     states = generator.continue_video(output, noise.motion, noise.rollout_count, config.loss.rollout_frames)
     # θ decodes, but does not learn here: moving an image must not cost the image's own quality.
@@ -199,7 +219,7 @@ class TrainingState:
     """Networks, average and optimizers of a run, on `device`: all that training changes.
 
     Attributes:
-        step: iterations done.
+        step: iterations done; `predictor_steps`: those in which the predictor learnt; `is_resting`: whether θ rests.
         generator: θ, the GRU and its head, as they train.
         generator_ema: their exponential moving average, which makes samples.
         critic: with the calibration of its probability.
@@ -208,9 +228,8 @@ class TrainingState:
     """
 
     def __init__(self, generator: Generator, critic: Discriminator, config: Config, device: torch.device) -> None:
-        self.config = config
-        self.device = device
-        self.step = 0
+        self.config, self.device = config, device
+        self.step, self.predictor_steps, self.is_resting = 0, 0, False
         self.generator = channels_last_on(device, generator)
         self.critic = channels_last_on(device, critic)
         self.generator_ema = copy.deepcopy(self.generator).requires_grad_(False)
@@ -225,38 +244,38 @@ class TrainingState:
         }
         # The predictor has a learning rate of its own: at the same rate its first step moves the weights several times
         # further than the VAE's step does, since every weight's update sums a step of each GRU unit.
-        self.optimizers = {"generator": self._adam("vae", "predictor"), "critic": self._adam("critic")}
+        groups = [{"params": parameters} for parameters in self.parameters.values()]
+        self.optimizers = {"generator": torch.optim.Adam(groups[:2], fused=True)}
+        self.optimizers["critic"] = torch.optim.Adam(groups[2:], fused=True)
+        self.set_rates()
 
-    def _adam(self, *networks: str) -> torch.optim.Adam:
-        groups = [{"params": self.parameters[name], **adam_options(self.config.training, name)} for name in networks]
-        return torch.optim.Adam(groups, fused=True)
+    def set_rates(self, noise: NoiseSampler | None = None, step: int = 1) -> None:
+        """Gives Adam its decay rates, and the learning rates of iteration `step`."""
+        training, fraction = self.config.training, noise.fraction(step) if noise else 0.0
+        groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+        for network, group in zip(self.parameters, groups, strict=True):
+            group["lr"] = losses.value_at(getattr(training, f"lr_{network}"), fraction)
+            group["betas"] = tuple(training.adam_betas_predictor if network == "predictor" else training.adam_betas)
 
     def by_network(self, optimizer: str, gradients: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
         """Gradients of the "critic", or of the "generator", whose first are the VAE's, by network."""
-        if optimizer == "critic":
-            return {"critic": gradients}
         count = len(self.parameters["vae"])
-        return {"vae": gradients[:count], "predictor": gradients[count:]}
+        both = {"vae": gradients[:count], "predictor": gradients[count:]}
+        return both if optimizer == "generator" else {"critic": gradients}
 
     def apply_gradients(
         self, optimizer: str, gradients: Sequence[Tensor], metrics: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """One optimizer step; a network's gradient longer than `training.clip_<network>` is scaled down to it first.
-
-        Args:
-            optimizer: "generator" or "critic".
-            gradients: in the order of `parameters`.
-            metrics: `gradient_norm/<network>` of each network is read.
-
-        Returns:
-            Where clipping is on `clipped_fraction/<network>`, 0 or 1, on the device.
+        """One step of the "generator" or the "critic"; a network's gradient longer than `training.clip` is first scaled
+        down to it. `gradients` are in the order of `parameters`; of the metrics `gradient_norm/<network>` is read.
+        Where clipping is on, returns `clipped_fraction/<network>`, 0 or 1, on the device.
         """
-        clipped = {}
-        networks = self.by_network(optimizer, gradients)
+        clipped, networks = {}, self.by_network(optimizer, gradients)
         for network, values in networks.items():
-            for parameter, gradient in zip(self.parameters[network], values, strict=True):
+            # Before the predictor starts, it has no gradients.
+            for parameter, gradient in zip(self.parameters[network], values, strict=bool(values)):
                 parameter.grad = _laid_out_like(parameter, gradient)
-            longest, norm = getattr(self.config.training, f"clip_{network}"), metrics[f"gradient_norm/{network}"]
+            longest, norm = self.config.training.clip, metrics[f"gradient_norm/{network}"]
             if longest is not None:
                 # A NaN norm turns every gradient into NaN; the log stops the run before the next checkpoint.
                 clip_grads_with_norm_(self.parameters[network], longest, norm)
@@ -268,13 +287,26 @@ class TrainingState:
         return clipped
 
     @torch.no_grad()
+    def rest_at_average(self) -> None:
+        """Moves θ to its average, where it stands still without gradients: Adam's momentum ends. Again: no change."""
+        decoder, moments, self.is_resting = self.generator.vae.decoder, self.optimizers["generator"].state, True
+        decoder.load_state_dict(self.generator_ema.vae.decoder.state_dict())
+        for parameter in decoder.parameters():
+            if parameter in moments:
+                moments[parameter]["exp_avg"].zero_()
+
+    @torch.no_grad()
     def update_ema(self, step: int) -> None:
         """Moves the average towards the generator: average += (1 - decay) · (network - average).
 
-        Early on the decay is smaller, (1 + step) / (10 + step), so that the average doesn't remember the first weights.
+        Early on the decay is smaller, (1 + step) / (10 + step), counted from a network's start: it forgets the first.
         """
-        weight = 1 - min(self.config.training.ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.generator_ema.parameters()), list(self.generator.parameters()), weight)
+        later = self.predictor_steps if self.config.weight_predictor.start else step
+        average, network, steps = self.generator_ema, self.generator, {"vae": step, "predictor": later, "head": later}
+        for done in {step, later}:
+            parts = [part for part in steps if steps[part] == done]
+            old, new = ([*chain(*(net.get_submodule(x).parameters() for x in parts))] for net in (average, network))
+            torch._foreach_lerp_([*old], [*new], 1 - min(self.config.training.ema_decay, (1 + done) / (10 + done)))
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks that train, and the average, by the names that they have in a checkpoint."""
@@ -294,30 +326,19 @@ class TrainingState:
             for index in saved["state"].keys() & unused:
                 saved["state"][index] = {k: value for k, value in saved["state"][index].items() if k != "exp_avg"}
         networks = {name: network.state_dict() for name, network in self.networks().items()}
-        return {"step": self.step, **networks, "optimizers": optimizers}
+        return {"step": self.step, "predictor_steps": self.predictor_steps, **networks, "optimizers": optimizers}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Takes over what `to_dict` gave, with the learning rates of the present settings. Raises RuntimeError,
-        KeyError, ValueError: `saved` is of other networks.
-        """
+        """Takes over what `to_dict` gave. Raises RuntimeError, KeyError, ValueError: `saved` is of other networks."""
         for name, network in self.networks().items():
             network.load_state_dict(saved[name])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(saved["optimizers"][name])
-            groups = ("vae", "predictor") if name == "generator" else ("critic",)
-            for group, options in zip(groups, optimizer.param_groups, strict=True):
-                options |= adam_options(self.config.training, group)
             for parameter, moments in optimizer.state.items():
                 moments.setdefault("exp_avg", torch.zeros_like(parameter))
                 for moment in ("exp_avg", "exp_avg_sq"):
                     moments[moment] = _laid_out_like(parameter, moments[moment])
-        self.step = saved["step"]
-
-
-def adam_options(training: TrainingConfig, network: str) -> dict[str, Any]:
-    """Adam's learning rate and decay rates for `vae`, `predictor` or `critic`."""
-    betas = training.adam_betas_predictor if network == "predictor" else training.adam_betas
-    return {"lr": getattr(training, f"lr_{network}"), "betas": (betas[0], betas[1])}
+        self.step, self.predictor_steps = saved["step"], saved["predictor_steps"]
 
 
 def _laid_out_like(parameter: Tensor, values: Tensor) -> Tensor:
@@ -331,12 +352,10 @@ def _laid_out_like(parameter: Tensor, values: Tensor) -> Tensor:
 
 
 class Pass(NamedTuple):
-    """The metrics and gradients of a pass."""
+    """What a pass gives."""
 
-    metrics: dict[str, Tensor]
-    """Scalars on the device; means over the images, so that they can be averaged over processes."""
-    gradients: Sequence[Tensor]
-    """In the order of `state.parameters`: of the critic, or of the VAE and then the predictor."""
+    metrics: dict[str, Tensor]  # scalars on the device; means over images, so that processes can average them
+    gradients: Sequence[Tensor]  # in the order of `state.parameters`: of the critic, or of VAE and then predictor
 
 
 class EagerSteps:
@@ -348,14 +367,10 @@ class EagerSteps:
         log: takes lines for the user.
     """
 
-    is_new = False
-    """Whether the next steps prepare something first, which takes time."""
+    is_new = False  # whether the next steps prepare something first, which takes time
 
     def __init__(self, state: TrainingState, world: World = SINGLE_PROCESS, log: Callable[[str], None] = print) -> None:
-        self.state = state
-        self.config = state.config
-        self.world = world
-        self.log = log
+        self.state, self.config, self.world, self.log = state, state.config, world, log
 
     def critic_step(self, x_real: Tensor, noise: CriticNoise) -> dict[str, Tensor]:
         """One critic step on real images (B, C, H, W) in [0, 1]; returns its metrics, scalars on the device."""
@@ -364,6 +379,7 @@ class EagerSteps:
     def generator_step(self, x_real: Tensor, noise: GeneratorNoise) -> dict[str, Tensor]:
         """One step of θ, the GRU and their average; returns its metrics, scalars on the device."""
         metrics = self._step("generator", x_real, noise)
+        self.state.predictor_steps += noise.motion is not None
         self.state.update_ema(self.state.step + 1)
         return metrics
 
@@ -381,9 +397,8 @@ class EagerSteps:
             metrics |= self._batch_metrics(name, gradients, metrics)
         return metrics | self.state.apply_gradients(name, gradients, metrics)
 
-    def _pass(self, name: str, metrics: dict[str, Tensor], gradients: Sequence[Tensor]) -> Pass:
+    def _pass(self, name: str, metrics: dict[str, Tensor], weights: list[Any], gradients: Sequence[Tensor]) -> Pass:
         """The gradients laid out as their weights: here a copy is part of a recorded pass."""
-        weights = [w for network in self.state.by_network(name, gradients) for w in self.state.parameters[network]]
         gradients = [_laid_out_like(weight, gradient) for weight, gradient in zip(weights, gradients, strict=True)]
         metrics = {key: value.detach() for key, value in metrics.items()}
         if self.world.size == 1:
@@ -424,25 +439,26 @@ class EagerSteps:
         metrics = {"critic/total": loss.total, "critic/gap": -loss.wasserstein, "critic/penalty": loss.penalty,
                    "critic/drift": loss.drift, "score/real": loss.score_real.mean()}  # fmt: skip
         # Shards may hold different numbers of base images: divided by the mean number, they average to the batch mean.
-        batch, base, processes = config.training.batch_size, base_fake_count(config), self.world.size
+        batch, base, processes = config.training.batch_size, noise.base_images, self.world.size
         if base:
             metrics["score/base"] = loss.score_fake[: noise.base_count].sum() * processes / base
         if batch > base:
             metrics["score/updated"] = loss.score_fake[noise.base_count :].sum() * processes / (batch - base)
-        return self._pass("critic", metrics, gradients)
+        return self._pass("critic", metrics, weights, gradients)
 
     def generator_pass(self, x_real: Tensor, noise: GeneratorNoise) -> Pass:
         """The loss of θ and the GRU, its gradients and metrics. Changes nothing."""
         state, config = self.state, self.config
-        weights = [*state.parameters["vae"], *state.parameters["predictor"]]
+        weights = [*state.parameters["vae"], *(state.parameters["predictor"] if noise.motion is not None else [])]
         with self._products(tf32=True):
             with torch.autocast(x_real.device.type, torch.bfloat16, enabled=config.runtime.precision == "bf16"):
                 loss, output = generator_objective(state.generator, state.critic, x_real, noise, config)
             # Only these: the critic's weights get no gradient here. Zero where the loss doesn't reach (a λ is 0).
             gradients = torch.autograd.grad(loss.total, weights, allow_unused=True, materialize_grads=True)
         metrics = {f"generator/{name}": value for name, value in loss._asdict().items()}
-        metrics["update/saturated_fraction"] = output.update.saturated_fraction(state.generator.head.bound)
-        return self._pass("generator", metrics, gradients)
+        bound = state.generator.head.bound
+        metrics["update/saturated_fraction"] = output.update.saturated_fraction(bound) if output else loss.update
+        return self._pass("generator", metrics, weights, gradients)
 
 
 def out_of_memory(state: TrainingState, world: World) -> str:
@@ -452,11 +468,12 @@ def out_of_memory(state: TrainingState, world: World) -> str:
     while size := size // 2 // world.size * world.size:
         config = replace(state.config, training=replace(state.config.training, batch_size=size))
         runner, noise = EagerSteps(state), NoiseSampler(config, state.device, world)
+        noise.alone = math.inf  # a late step, and all networks learn: that takes most memory
         runner.config = config
         x_real = torch.zeros(size // world.size, *state.generator.vae.image_shape, device=state.device)
         try:
-            runner.critic_pass(x_real, noise.critic(1, 0))
-            runner.generator_pass(x_real, noise.generator(1))
+            runner.critic_pass(x_real, noise.critic(2**62, 0))
+            runner.generator_pass(x_real, noise.generator(2**62))
         except torch.OutOfMemoryError:
             continue
         return f"{text}, and {size} would fit (tried)"

@@ -32,7 +32,6 @@ class MotionKind(NamedTuple):
     """One kind of motion."""
 
     strength: float  # how far it goes at most, unless the settings say otherwise; 0 switches it off
-    unit: str  # what the strength measures, for help texts
     paths: int = 1  # how many closed paths it follows
     apply: Callable[[Tensor, Tensor], Tensor] | None = None
     """(video (B, K, C, H, W), strength · path (B, K, 1, 1, 1)) -> video; None: a part of `_warp`, or the noise."""
@@ -48,12 +47,12 @@ def _contrast(video: Tensor, amount: Tensor) -> Tensor:
 
 
 MOTIONS: dict[str, MotionKind] = {
-    "shift": MotionKind(0.1, "largest shift, as a fraction of the side", paths=2),
-    "zoom": MotionKind(0.1, "largest relative change of size, below 1"),
-    "rotation": MotionKind(10.0, "largest angle, degrees"),
-    "brightness": MotionKind(0.2, "largest relative change of the values", apply=_brightness),
-    "contrast": MotionKind(0.1, "largest relative change of the distance from the mean", apply=_contrast),
-    "noise": MotionKind(0.02, "standard deviation of the noise, for values in [0, 1]", paths=0),
+    "shift": MotionKind(0.1, paths=2),
+    "zoom": MotionKind(0.1),
+    "rotation": MotionKind(10.0),
+    "brightness": MotionKind(0.2, apply=_brightness),
+    "contrast": MotionKind(0.1, apply=_contrast),
+    "noise": MotionKind(0.02, paths=0),
 }
 """The kinds of motion; those with `apply` act in this order, after the warp and before the noise. One with `apply`
 needs only this entry; a setting `video.<name>` for its strength is a field of `configuration.VideoConfig`."""
@@ -96,10 +95,8 @@ class VideoSynthesizer(nn.Module):
         self, batch: int, image_shape: tuple[int, ...] | torch.Size, noise: bool = True
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Shapes of a `Motion` of `batch` videos of images of shape (C, H, W), for who samples its numbers together
-        with others: phases, in turns, and amplitudes are uniform in [0, 1), noise is standard normal.
-
-        Args:
-            noise: False for a caller that needs none.
+        with others: phases, in turns, and amplitudes are uniform in [0, 1), noise is standard normal;
+        `noise=False` for a caller that needs none.
         """
         height, width = self.video_size(image_shape) if self.strengths["noise"] and noise else (0, 0)
         paths = len(self.paths)
@@ -109,10 +106,8 @@ class VideoSynthesizer(nn.Module):
         self, batch: int, image_shape: tuple[int, ...] | torch.Size, device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Motion:  # fmt: skip
-        """Samples the motion of `batch` videos of images of shape (C, H, W), at full strength.
-
-        Args:
-            generator: on the same device; makes it repeatable.
+        """Samples the motion of `batch` videos of images of shape (C, H, W), at full strength. A
+        `generator`, on the same device, makes it repeatable.
         """
         phases, amplitudes, noise = self.motion_shapes(batch, image_shape)
         options: dict[str, Any] = {"generator": generator, "device": device}

@@ -36,13 +36,10 @@ SATURATION_THRESHOLD = 0.95
 class UpdatedTensor:
     """One tensor that the predictor updates: its place in the VAE and in the flat update."""
 
-    name: str
-    """Full parameter name, for example `decoder.stage1.weight`."""
+    name: str  # full parameter name, for example `decoder.stage1.weight`
     shape: tuple[int, ...]
-    offset: int
-    """Index of its first element in the flat update Δ (total_size,)."""
-    channel_dim: int
-    """The dimension that counts output channels: 1 for ConvTranspose2d weights, else 0."""
+    offset: int  # index of its first element in the flat update Δ (total_size,)
+    channel_dim: int  # the dimension that counts output channels: 1 for ConvTranspose2d weights, else 0
 
     @cached_property
     def decoder_name(self) -> str:
@@ -82,11 +79,7 @@ class UpdateSpec:
 
     def scales(self, weights: Mapping[str, Tensor]) -> Tensor:
         """The unit of each tensor's update: its root mean square, at least `SMALLEST_SCALE`; (tensors,).
-
-        Detached: a scale is a unit of measure, not a way to change θ.
-
-        Args:
-            weights: name within the decoder -> θ.
+        Detached: a scale is a unit of measure, not a way to change θ. `weights`: name within the decoder -> θ.
         """
         norms = torch._foreach_norm([weights[tensor.decoder_name].detach() for tensor in self.tensors])
         roots = torch._foreach_div(norms, [math.sqrt(tensor.size) for tensor in self.tensors])
@@ -115,19 +108,15 @@ def build_update_spec(vae: nn.Module, patterns: list[str]) -> UpdateSpec:
     chosen: set[str] = set()
     for pattern in patterns:
         matches = fnmatch.filter(parameters, pattern)
-        if not matches:
-            if fnmatch.filter(encoder_names, pattern):
-                raise UserError(
-                    f"weight_predictor.layers: '{pattern}' names encoder tensors, which decode no image; "
-                    "choose decoder tensors"
-                )
-            raise UserError(
-                f"weight_predictor.layers: '{pattern}' matches no VAE tensor{_nearest(pattern, parameters)}"
-            )
-        if not set(matches) - chosen:
-            raise UserError(
-                f"weight_predictor.layers: '{pattern}' repeats tensors that the patterns before it name; remove it"
-            )
+        problem = ""
+        if not matches and fnmatch.filter(encoder_names, pattern):
+            problem = "names encoder tensors, which decode no image; choose decoder tensors"
+        elif not matches:
+            problem = f"matches no VAE tensor{_nearest(pattern, parameters)}"
+        elif not set(matches) - chosen:
+            problem = "repeats tensors that the patterns before it name; remove it"
+        if problem:
+            raise UserError(f"weight_predictor.layers: '{pattern}' {problem}")
         chosen.update(matches)
 
     tensors: list[UpdatedTensor] = []
@@ -156,10 +145,8 @@ output channels: (B, rank, in) of a Linear, (B, in, rank, kernel) of a ConvTrans
 class Prepared(NamedTuple):
     """What all updates of the same θ share, computed once by `UpdateHead.prepare`."""
 
-    theta: Mapping[str, Tensor]
-    """Name within the decoder -> weights."""
-    scales: Tensor
-    """rms θ of each tensor: (tensors,)."""
+    theta: Mapping[str, Tensor]  # name within the decoder -> weights
+    scales: Tensor  # rms θ of each tensor: (tensors,)
     code: tuple[Tensor, ...] = ()
     """Of low rank, for each number of the code: where it starts, v₀ or 0; its bound, of V and biases times rms θ; what
     it is added to, a bias or 0. (update_size,) each."""
@@ -169,8 +156,7 @@ class DenseUpdate(NamedTuple):
     """A batch of updates with a number for each weight."""
 
     spec: UpdateSpec
-    numbers: Tensor
-    """Δ / rms θ (B, total_size); (1, total_size) where all images share it."""
+    numbers: Tensor  # Δ / rms θ (B, total_size); (1, total_size) where all images share it
     prepared: Prepared
 
     def dense(self) -> "DenseUpdate":
@@ -199,11 +185,9 @@ class FactoredUpdate(NamedTuple):
     """
 
     head: "LowRankHead"
-    numbers: Tensor
-    """The factors over their bounds, each within ± 1: (B, update_size)."""
+    numbers: Tensor  # the factors over their bounds, each within ± 1: (B, update_size)
     prepared: Prepared
-    weights: Mapping[str, Tensor | Factors]
-    """Name within the decoder -> the factors of Δ; of a bias θ + Δ (B, size)."""
+    weights: Mapping[str, Tensor | Factors]  # name within the decoder -> the factors of Δ; of a bias θ + Δ (B, size)
 
     def dense(self) -> DenseUpdate:
         """The same updates with every weight written out."""

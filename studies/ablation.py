@@ -1,6 +1,6 @@
 """Measures what each part of the method is worth: trains variants that differ in one thing and compares their images.
 
-python -m studies.ablation                                    all arms, 3 seeds, 800 steps and 260 s at 32 px: hours
+python -m studies.ablation                                    all arms, 3 seeds, 3,000 steps and 260 s at 32 px: hours
 python -m studies.ablation --arms constant,full --seeds 0,1,2,3,4 training.n_critic=1
 
 Run it from the repository root. Arms with the same seed begin with the same VAE and critic, and see the same images in
@@ -34,9 +34,10 @@ from util import CommandParser, atomic_write, int_between, print_line, run_comma
 import torch
 from torch import Tensor
 
-from checkpoints import Checkpoints
+from checkpoints import Checkpoints, setting_texts
 from configuration import Config, UserError, config_to_dict, load_config
 from image_data import TrainingImages, open_images
+from losses import value_at
 from quality import ImageFeatures, as_floats, decode_shard, image_features, kernel_distance, load_features
 from sampling import Sampler
 from step_runners import build_steps, choose_step
@@ -93,7 +94,7 @@ def arm_config(arm: str, file: str | None, common: list[str], seed: int) -> Conf
     if arm == "constant":
         # A predicted weight sums a step of each GRU unit, whose values are about ½: the constant gets as large a step.
         base = load_config(file, common)
-        rate = min(1.0, base.training.lr_predictor * base.weight_predictor.hidden_size / 2)
+        rate = min(1.0, value_at(base.training.lr_predictor, 1) * base.weight_predictor.hidden_size / 2)
         overrides.append(f"training.lr_predictor={rate:.6g}")
     return load_config(file, [*common, *overrides])
 
@@ -168,9 +169,8 @@ class Study:
         data, image, batch_size = self.base.data, self.base.image, self.base.training.batch_size
         images = open_images(data, image, batch_size=batch_size, seed=seed, device=self.device)
         amounts = {name: getattr(self.options, name) for name in ("steps", "seconds", "images")}
-        settings = {f"{part}.{key}": value for part, keys in config_to_dict(self.base).items()
-                    for key, value in keys.items()}  # fmt: skip
-        settings = {key: value for key, value in settings.items() if not any(fnmatch(key, one) for one in UNCOMPARED)}
+        texts = setting_texts(self.base).items()
+        settings: dict[str, Any] = {key: x for key, x in texts if not any(fnmatch(key, one) for one in UNCOMPARED)}
         settings |= {f"--{name}": value for name, value in amounts.items()} | {"names of images": images.fingerprint}
         for path in sorted(self.folder.glob("*/measures.json")):
             found = read_measures(path, settings)
@@ -269,7 +269,7 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add("--out", metavar="FOLDER", default="runs/ablation", help="where all is written (%(default)s)")
     add("--arms", metavar="NAMES", type=choose_arms, default=[*ARMS], help=f"of {', '.join(ARMS)} (all)")
     add("--seeds", metavar="LIST", type=seed_list, default=[0, 1, 2], help="such as 0,1,2 (that)")
-    add("--steps", type=int_between("steps", 1, 10**9), default=800, help="after which arms are compared (%(default)s)")
+    add("--steps", type=int_between("steps", 1, 10**9), default=3000, help="when arms are compared (%(default)s)")
     add("--seconds", type=int_between("seconds", 1, 10**9), default=260, help="likewise (%(default)s)")
     add("--images", type=int_between("images", 20, 10**6), default=600, help="that measure an arm (%(default)s)")
     add("overrides", nargs="*", metavar="section.key=value", help="settings of all arms")

@@ -57,7 +57,7 @@ CONFIGURATIONS = ["", BF16, OFF, SOURCE] + [f"{QUICK} {settings}" for settings i
     AUGMENTED, f"{AUGMENTED} {BF16}", SHARED, f"{SHARED} {BF16}", OFF, f"{OFF} {BF16}", "image.channels=1",
     "weight_predictor.update=constant", "loss.lambda_video=0", "loss.rollout_fraction=1", "loss.rollout_fraction=0",
     "loss.rollout_frames=0", "loss.adversarial_frame=random", "loss.base_fake_fraction=1", "loss.base_fake_fraction=0",
-    "video.detach=false data.mirror=true", "training.clip_vae=1 training.clip_predictor=1 training.clip_critic=1",
+    "video.detach=false data.mirror=true", "training.clip=1",
     "video.shift=0 video.zoom=0 video.rotation=0 video.brightness=0 video.contrast=0 video.noise=0",
 )]
 """Overrides, the empty ones first: the defaults."""

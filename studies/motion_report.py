@@ -38,13 +38,10 @@ FRAME_STATISTICS = ("brightness", "contrast", "sharpness", "change")
 def follow(sampler: Sampler, videos: int, frames: int, skip: int = 0) -> dict[str, float]:
     """How nearly the weight-driven video follows the synthetic one, over `videos` videos of `frames` frames.
 
-    Args:
-        skip: frames at the beginning that don't count.
-
-    Returns:
-        `still_db`, `driven_db`: PSNR of the still base image, and of the weight-driven frames, against the synthetic
-        video's frames without noise: from the mean squared error over all values of a video, then the mean over videos.
-        `gain_db`: their difference. `motion`, `agreement`: see `motion_agreement`; NaN where nothing moves.
+    The first `skip` frames don't count. Returns `still_db`, `driven_db`: PSNR of the still base image, and of the
+    weight-driven frames, against the synthetic video's frames without noise: from the mean squared error over all
+    values of a video, then the mean over videos. `gain_db`: their difference. `motion`, `agreement`: see
+    `motion_agreement`; NaN where nothing moves.
     """
     still_db, driven_db, motions = [], [], []
     for first in range(0, videos, BATCH):
@@ -70,12 +67,9 @@ def follow(sampler: Sampler, videos: int, frames: int, skip: int = 0) -> dict[st
 def motion_agreement(synthetic: Tensor, driven: Tensor) -> tuple[float, float]:
     """How much of the synthetic video's motion the weight-driven one shows, and how well in step.
 
-    Args:
-        synthetic, driven: (N, frames, templates), what moves in each frame; see `_motion_of`.
-
-    Returns:
-        The size of the weight-driven motion along the synthetic one (1: all of it, 0: none), and their correlation over
-        time. Every kind of motion counts by the change of the image it makes.
+    Both are (N, frames, templates), what moves in each frame; see `_motion_of`. Returns the size of the weight-driven
+    motion along the synthetic one (1: all of it, 0: none), and their correlation over time. Every kind of motion counts
+    by the change of the image it makes.
     """
     synthetic, driven = (series - series.mean(dim=1, keepdim=True) for series in (synthetic, driven))
     both, power, driven_power = (synthetic * driven).sum(), synthetic.square().sum(), driven.square().sum()

@@ -7,6 +7,7 @@ metric at every step; `zero_grad`, `backward` and plain Adam; images decoded fro
 """
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from configuration import Config
-from losses import GeneratorLoss, generator_loss, vae_loss
+from losses import GeneratorLoss, generator_loss, vae_loss, value_at
 from model_definitions import LEAKY_SLOPE, Discriminator, conv_stages
 from training import build_networks
 from training_step import CriticNoise, GeneratorNoise, weight_driven_video_loss
@@ -46,6 +47,7 @@ class Textbook:
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         assert not config.training.diffaugment
         self.config = config
+        self.state = SimpleNamespace(set_rates=lambda *_: None)  # learning rates stand still
         generator, critic = build_networks(config)
         self.generator = generator.to(device, dtype)
         for stage in conv_stages(self.generator.vae.encoder):  # ReLU before the pooling
@@ -55,11 +57,11 @@ class Textbook:
         betas = (training.adam_betas[0], training.adam_betas[1])
         rest = [p for name, p in self.generator.named_parameters() if not name.startswith("vae.")]
         groups = [
-            {"params": self.generator.vae.parameters(), "lr": training.lr_vae},
-            {"params": rest, "lr": training.lr_predictor, "betas": tuple(training.adam_betas_predictor)},
+            {"params": self.generator.vae.parameters(), "lr": value_at(training.lr_vae, 0)},
+            {"params": rest, "lr": value_at(training.lr_predictor, 0), "betas": tuple(training.adam_betas_predictor)},
         ]
         self.optimizer = torch.optim.Adam(groups, betas=betas)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=training.lr_critic, betas=betas)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), value_at(training.lr_critic, 0), betas)
 
     def critic_loss(self, x_real: Tensor, noise: CriticNoise) -> tuple[Tensor, dict[str, Tensor]]:
         """L_D on real images (B, C, H, W), and its parts."""
@@ -79,14 +81,19 @@ class Textbook:
 
     def generator_loss(self, x_real: Tensor, noise: GeneratorNoise) -> GeneratorLoss:
         """The loss of θ and the GRU on real images (B, C, H, W)."""
-        output = self.generator(noise.z, noise.motion, noise.frame)
-        reconstruction, kl = vae_loss(x_real, *self.generator.vae(x_real, noise.posterior))
-        score_base = self.critic(output.x_base)
-        score_fake = score_base if self.generator.update_kind == "off" else self.critic(output.x_fake)
+        x_vae, lambda_vae = x_real[: len(noise.posterior)], 0.0 if noise.lambda_vae is None else noise.lambda_vae
+        reconstruction, kl = vae_loss(x_vae, *self.generator.vae(x_vae, noise.posterior))
+        if noise.motion is None:
+            score_fake = score_base = self.critic(self.generator.vae.decode(noise.z))
+            update = video = x_real.new_zeros(())
+        else:
+            output = self.generator(noise.z, noise.motion, noise.frame)
+            score_fake, score_base = self.critic(output.x_fake), self.critic(output.x_base)
+            update = output.update.mean_square()
+            video = weight_driven_video_loss(self.generator, output, noise, self.config)
         return generator_loss(
-            score_fake=score_fake, score_base=score_base, reconstruction=reconstruction, kl=kl,
-            update=output.update.mean_square(), weights=self.config.loss,
-            video=weight_driven_video_loss(self.generator, output, noise, self.config),
+            score_fake=score_fake, score_base=score_base, reconstruction=reconstruction, kl=kl, update=update,
+            video=video, lambda_vae=lambda_vae, weights=self.config.loss,
         )  # fmt: skip
 
     def critic_step(self, x_real: Tensor, noise: CriticNoise) -> dict[str, float]:

@@ -36,13 +36,6 @@ def names(folder: Checkpoints) -> list[str]:
 # ----------------------------------------------------------------------------------------------------- saving, keeping
 
 
-def test_what_was_saved_is_what_is_read(folder: Checkpoints) -> None:
-    path = folder.save(content(5))
-    assert path.name == "step_000005.pt"
-    for file in (path, folder.folder / "latest.pt"):
-        assert same(load_checkpoint(file), content(5))
-
-
 def test_the_last_few_and_the_best_are_kept_and_latest_is_the_newest(folder: Checkpoints) -> None:
     for step in (5, 10, 15, 1_000_000):
         folder.save(content(step, {"metric": "m", "value": 0.5, "step": 5}))
@@ -77,25 +70,7 @@ def test_a_disk_that_fills_up_leaves_what_was_there(folder: Checkpoints, largest
     assert {path.name: path.read_bytes() for path in folder.folder.iterdir()} == before
 
 
-def test_a_folder_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="moved or deleted"):
-        Checkpoints(tmp_path / "gone", keep=1).save(content(1))
-    assert not (tmp_path / "gone").exists()
-
-
 # ------------------------------------------------------------------------------------------------------------- damage
-
-
-def test_a_damaged_newest_file_gives_way_to_the_one_before(folder: Checkpoints) -> None:
-    folder.save(content(1))
-    newest = folder.save(content(2))
-    newest.write_bytes(newest.read_bytes()[:-100])
-    state, path, damaged = folder.newest()
-    assert (state["step"], path.name, len(damaged)) == (1, "step_000001.pt", 1)
-    assert "step_000002.pt: damaged" in damaged[0]
-    assert "step_000002.pt.damaged" in names(folder)
-    folder.save(content(2))
-    assert folder.newest()[0]["step"] == 2
 
 
 def test_with_no_whole_file_left_there_is_an_error_and_no_new_start(folder: Checkpoints) -> None:
@@ -158,8 +133,8 @@ def test_a_pickle_that_runs_code_does_not_run(tmp_path: Path, kind: str) -> None
 
 
 @pytest.mark.parametrize(("stored", "words"), [
-    ({"format": 5}, r"by a newer version of this project \(format 5, here 4\); update this one$"),
-    ({"format": 3}, r"by an older version of this project \(format 3, here 4\); read it with that one$"),
+    ({"format": 6}, r"by a newer version of this project \(format 6, here 5\); update this one$"),
+    ({"format": 3}, r"by an older version of this project \(format 3, here 5\); read it with that one$"),
     ({"weights": torch.zeros(2)}, "no checkpoint of this project"),
     ([1, 2], "no checkpoint of this project"),
     ({"format": CHECKPOINT_FORMAT, "step": 3}, "SHA-256"),

@@ -9,6 +9,7 @@ a small test of their own (`OWN`).
 import dataclasses
 import itertools
 import multiprocessing
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,18 +56,19 @@ FIRST_CHANGED = {
     ],
     "random numbers": [
         "weight_predictor.sharing=shared", "loss.base_fake_fraction=0.25", "loss.video_frames=3",
-        "loss.rollout_frames=3", "loss.rollout_fraction=1", "loss.adversarial_frame=random",
+        "loss.rollout_frames=3", "loss.rollout_fraction=1", "loss.adversarial_frame=random", "loss.lambda_vae=0.2",
+        "loss.vae_fraction=0.5", "weight_predictor.start=0.5",
     ],
     "gradients": [
         "weight_predictor.bound=2", "video.frames=4", "video.shift=0.2", "video.zoom=0.2", "video.rotation=20",
         "video.brightness=0.4", "video.contrast=0.3", "video.noise=0.05", "video.detach=false", "loss.lambda_gp=5",
-        "loss.epsilon_drift=0.01", "loss.lambda_adv=2", "loss.lambda_base=2", "loss.lambda_vae=0.2", "loss.beta=2",
+        "loss.epsilon_drift=0.01", "loss.lambda_adv=2", "loss.lambda_base=2", "loss.beta=2",
         "loss.lambda_update=2", "loss.lambda_video=2", "training.diffaugment=[color]", "runtime.precision=bf16",
     ],
     "learned": [
         "training.lr_vae=0.001", "training.lr_predictor=0.001", "training.lr_critic=0.001",
-        "training.adam_betas=[0.5,0.9]", "training.adam_betas_predictor=[0.5,0.9]", "training.clip_vae=0.001",
-        "training.clip_predictor=0.001", "training.clip_critic=0.001", "training.ema_decay=0.1",
+        "training.adam_betas=[0.5,0.9]", "training.adam_betas_predictor=[0.5,0.9]", "training.clip=0.001",
+        "training.ema_decay=0.1", "weight_predictor.alone=0.3",
     ],
 }  # fmt: skip
 """Stage -> settings with another value than in BASE, which change this one first."""
@@ -217,6 +219,21 @@ def test_workers_are_processes(folders: list[Path]) -> None:
         next(batches)
         assert len(multiprocessing.active_children()) - before == count
         batches.close()
+
+
+@own("training.init_from")
+def test_a_new_run_begins_with_anothers_weights_and_a_resumed_one_does_not_read_them(
+    folders: list[Path], tmp_path: Path, capsys
+) -> None:
+    source = small(tmp_path, folders[0], *BASE, "training.steps=1", name="source")
+    again = [*source, f"training.init_from={tmp_path / 'source'}", "output.name=new"]
+    assert train(*source) == train(*again) == 0
+    assert "began with weights of" in capsys.readouterr().out
+    first, last = ((tmp_path / name).read_bytes() for name in (
+        "new/samples/step_000000.png", "source/samples/step_000001.png"))  # fmt: skip
+    assert first == last
+    shutil.rmtree(tmp_path / "source")
+    assert train(*again, "training.steps=2") == 0
 
 
 @own("weight_predictor.update_size")

@@ -13,14 +13,7 @@ from configuration import load_config
 from generator import Generator, GeneratorOutput, motion_rows, state_rows
 from sampling import load_sampler, weight_driven_frames
 from training import build_networks
-from training_step import (
-    EagerSteps,
-    NoiseSampler,
-    TrainingState,
-    critic_objective,
-    generator_objective,
-    weight_driven_video_loss,
-)
+from training_step import critic_objective, generator_objective, weight_driven_video_loss
 from video_synth import Motion, VideoSynthesizer
 from weight_updates import HEADS
 
@@ -223,6 +216,9 @@ def test_the_video_loss_of_every_arm_by_hand(arm: str, head: str) -> None:
     noise, x_real = sampler.generator(1), torch.rand(4, 3, 16, 16)
     with torch.no_grad():
         loss, output = generator_objective(generator, critic, x_real, noise, config)
+        if arm == "off":  # nothing that could follow
+            assert (output, noise.motion, loss.video, loss.update) == (None, None, 0, 0)
+            return
         states = generator.continue_video(output, noise.motion, noise.rollout_count, 3)
         distances = []
         for image in range(4):
@@ -240,11 +236,8 @@ def test_the_video_loss_of_every_arm_by_hand(arm: str, head: str) -> None:
         without, _ = generator_objective(generator, critic, x_real, noise, config)
     assert without.video == 0
     assert loss.total.item() == pytest.approx((without.total + loss.video).item(), rel=1e-5)
-    if arm == "off":  # nothing that could follow
-        assert loss.video == 0
-    else:
-        assert loss.video.item() == pytest.approx(torch.stack(distances).mean().item(), rel=1e-4)
-        assert loss.video > 0.1
+    assert loss.video.item() == pytest.approx(torch.stack(distances).mean().item(), rel=1e-4)
+    assert loss.video > 0.1
 
 
 # ------------------------------------------------------------------------------------------------------ the controls
@@ -273,9 +266,10 @@ def test_without_a_predictor_no_video_is_made_and_no_gru_is_there(arm: str, monk
     _, generator, _, sampler = networks_and_noise(*ARMS[arm])
     assert not any(isinstance(module, torch.nn.GRU) for module in generator.modules())
     monkeypatch.setattr(VideoSynthesizer, "forward", lambda *_: pytest.fail("a video was made"))
-    noise = sampler.generator(1)
-    output = generator(noise.z, noise.motion)
-    assert noise.motion.noise.numel() == 0
+    assert (sampler.generator(1).motion is None) == (arm == "off")
+    motion = sampler.critic(1, 0).motion if arm == "off" else sampler.generator(1).motion
+    assert motion.noise.numel() == 0
+    output = generator(torch.randn(4, 6), generator.sample_motion(4))
     assert torch.equal(output.video, output.x_base[:, None].expand(-1, 3, -1, -1, -1))
     assert (output.x_fake is output.x_base) == (arm == "off")
     assert len(output.update.dense().numbers) == 1
@@ -286,10 +280,10 @@ def test_an_update_that_is_off_is_scored_once_with_the_weight_of_both(monkeypatc
     config, generator, critic, noise = networks_and_noise(*ARMS["off"], "loss.lambda_adv=0.7", "loss.lambda_base=1.1")
     x_real, scored, score = torch.rand(4, 3, 16, 16), [], critic.forward
     monkeypatch.setattr(critic, "forward", lambda x: scored.append(x) or score(x))
-    loss, output = generator_objective(generator, critic, x_real, noise.generator(1), config)
+    loss, _ = generator_objective(generator, critic, x_real, numbers := noise.generator(1), config)
     assert [len(x) for x in scored] == [4]
     vae = config.loss.lambda_vae * (loss.reconstruction + config.loss.beta * loss.kl)
-    assert torch.allclose(loss.total - vae, -1.8 * critic(output.x_base).mean(), rtol=1e-4)
+    assert torch.allclose(loss.total - vae, -1.8 * critic(generator.vae.decode(numbers.z)).mean(), rtol=1e-4)
     numbers = noise.critic(1, 0)
     assert numbers.base_count == 4
     loss = critic_objective(generator, critic, x_real, numbers, config)
@@ -307,31 +301,17 @@ def test_arms_of_one_seed_begin_alike_and_sample_the_same_numbers() -> None:
         assert torch.equal(noise.critic(5, 1).epsilon, full_noise.critic(5, 1).epsilon)
         numbers, expected = noise.generator(5), full_noise.generator(5)
         assert torch.equal(numbers.posterior, expected.posterior)
-        assert torch.equal(numbers.motion.phases, expected.motion.phases)  # of what the video loss compares with
+        if arm != "off":
+            assert torch.equal(numbers.motion.phases, expected.motion.phases)  # of what the video loss compares with
     _, another = build_networks(load_config(None, [*SMALL, "training.seed=1"]))
     assert not torch.equal(another.to_score.weight, full_critic.to_score.weight)
-
-
-@pytest.mark.parametrize("update", ["predicted", "constant"])
-def test_the_update_learns_and_its_video_begins_as_it_was_trained(update: str) -> None:
-    config = load_config(None, [*SMALL, f"weight_predictor.update={update}"])
-    generator, critic = build_networks(config)
-    steps, noise = EagerSteps(TrainingState(generator, critic, config, CPU)), NoiseSampler(config, CPU)
-    for step in (1, 2):
-        metrics = steps.generator_step(torch.rand(4, 3, 16, 16), noise.generator(step))
-    assert metrics["gradient_norm/predictor"] > 0
-    assert metrics["update/relative_size"] > 0
-    z, motion, output = path_of(generator)
-    first, *_ = weight_driven_frames(generator, z, motion, 3)  # after T frames the GRU knows what it did there
-    assert torch.allclose(first, output.x_fake, atol=1e-5)
-    assert (first - output.x_base).abs().max() > 1e-4
 
 
 @pytest.mark.usefixtures("without_slow_outputs")
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_run_of_an_arm_trains_samples_and_goes_on(arm: str, tmp_path: Path, image_folder: Path) -> None:
     overrides = small(tmp_path, image_folder, "training.steps=2", "output.log_every=1", *ARMS[arm],
-                      "training.clip_predictor=1", "training.lr_predictor=0.01")  # fmt: skip
+                      "training.clip=1", "training.lr_predictor=0.01")  # fmt: skip
     assert train(*overrides) == 0
     run = tmp_path / "run"
     sizes = [line["update/relative_size"] for line in metrics_of(run)]

@@ -17,7 +17,7 @@ from conftest import read_video
 from PIL import Image, ImageSequence
 
 from configuration import UserError
-from media import labelled_frames, labelled_grid, open_video, save_image, tile_images, to_pixels, write_video
+from media import labelled_frames, labelled_grid, open_video, save_image, to_pixels, write_video
 
 NAMES = ["clip.mp4", "clip.webp", "clip.gif", "clip.png", "clip"]
 COLOURS = np.uint8([[200, 40, 30], [30, 160, 60], [40, 60, 200], [250, 250, 250], [20, 20, 20], [230, 200, 60]])
@@ -60,14 +60,6 @@ def test_tensors_and_arrays_become_the_same_pixels() -> None:
     for value in (float("nan"), float("inf")):
         with pytest.raises(UserError, match="NaN or infinite"):
             to_pixels(torch.tensor([0.5, value]).reshape(1, 1, 2))
-
-
-def test_tiles_fill_rows_and_leave_the_last_places_empty() -> None:
-    images = np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1).repeat(3, -1)
-    sheet = tile_images(images, rows=2, columns=2, scale=5)
-    assert sheet.shape == (14, 14, 3)
-    assert [sheet[y : y + 5, x : x + 5].max() for y, x in ((0, 0), (0, 9), (9, 0))] == [0, 1, 2]
-    assert (sheet[9:, 9:] == sheet[6, 6]).all()
 
 
 def test_a_grid_has_a_column_for_each_label_and_a_row_for_each_sample() -> None:

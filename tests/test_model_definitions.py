@@ -64,12 +64,6 @@ def test_a_reconstruction_uses_the_given_noise() -> None:
     assert not torch.equal(vae(x)[0], vae(x)[0])  # sampled anew without it
 
 
-def test_signals_neither_die_nor_explode_at_the_start() -> None:
-    torch.manual_seed(0)
-    assert 0.02 < VAE().decode(torch.randn(8, 128)).std() < 0.4
-    assert 0.01 < Discriminator()(torch.rand(8, 3, 128, 128)).abs().mean() < 100
-
-
 def test_weights_begin_with_a_spread_by_the_number_of_terms_that_meet_in_an_output() -> None:
     torch.manual_seed(0)
     vae, critic, predictor = VAE(), Discriminator(), WeightPredictorRNN(3 * 64, 10)

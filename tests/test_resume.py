@@ -9,11 +9,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import VARIED, before_step, fast_outputs, final, metrics_of, refused, same, small, train, untimed_metrics
 
 from checkpoints import Checkpoints, load_checkpoint
 from configuration import UserError
+from training_step import EagerSteps
 
 pytestmark = pytest.mark.usefixtures("without_slow_outputs")
 
@@ -29,7 +31,7 @@ def forget_after(run: Path, step: int) -> None:
             path.unlink()
 
 
-def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
     """Sends this process a signal during step `step`."""
     before_step(monkeypatch, step, lambda: os.kill(os.getpid(), number))
 
@@ -67,12 +69,13 @@ def assert_same_run(run: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize("stops", [(1,), (4, 5), tuple(range(1, 9))])
-def test_stopped_by_ctrl_c_and_resumed_is_the_undisturbed_run(
+def test_stopped_by_a_signal_and_resumed_is_the_undisturbed_run(
     stops: tuple[int, ...], undisturbed: Path, nine: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for stop in stops:
-        interrupt_after(monkeypatch, stop)
-        assert train(*nine) == 130
+        number = signal.SIGINT if stop % 2 else signal.SIGTERM
+        interrupt_after(monkeypatch, stop, number)
+        assert train(*nine) == 128 + number
         assert final(tmp_path / "run")["step"] == stop
     assert train(*nine) == 0
     assert_same_run(tmp_path / "run", undisturbed)
@@ -151,10 +154,61 @@ def test_a_damaged_newest_checkpoint_costs_only_its_own_interval(
     newest = copy / "checkpoints" / "step_000009.pt"
     newest.write_bytes(newest.read_bytes()[:5000])
     assert train(*nine) == 0
+    assert newest.with_name("step_000009.pt.damaged").exists()
     shown = capsys.readouterr().out
     for words in ("step_000009.pt: damaged", "resuming", "after step 8 (step_000008.pt)"):
         assert words in shown
     assert_same_run(copy, undisturbed)
+
+
+CHANGING = ["training.steps=8", "weight_predictor.start=0.5", "weight_predictor.alone=0.75",
+            "loss.lambda_vae={0: 0.2, 0.5: 0}", "training.lr_vae={0: 1e-3, 1: 1e-4}", "output.log_every=4"]  # fmt: skip
+"""Four steps without updates, two with them, two of the predictor alone; and settings that change with the steps."""
+
+
+def test_a_run_that_changes_on_its_way_resumes_bit_for_bit(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    rates: list[float] = []
+    step = EagerSteps.generator_step
+
+    def note(self: EagerSteps, *arguments: Any) -> Any:
+        rates.append(self.state.optimizers["generator"].param_groups[0]["lr"])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(EagerSteps, "generator_step", note)
+    assert train(*small(tmp_path, image_folder, *CHANGING, name="whole")) == 0
+    assert rates == pytest.approx(np.interp(np.arange(8) / 8, [0, 1], [1e-3, 1e-4]))
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [(line[:8], "gap" in line, "rec" in line) for line in shown] == [
+        ("step 4/8", True, True), ("step 6/8", True, True), ("step 8/8", False, True)]  # fmt: skip
+    lines = metrics_of(tmp_path / "whole")
+    assert lines[0].keys() == lines[1].keys() - {"score/updated"}
+    lost = {"critic/total", "critic/gap", "critic/penalty", "critic/drift", "score/real", "score/base", "score/updated"}
+    assert lines[1].keys() - lines[2].keys() == lost | {"gradient_norm/critic"}
+    for stopped in (3, 6, 7):
+        options = small(tmp_path, image_folder, *CHANGING, "output.checkpoint_every=1", name=f"at {stopped}")
+        with pytest.MonkeyPatch.context() as patch:
+            before_step(patch, stopped + 1, lambda: {}["killed"])
+            with pytest.raises(KeyError):
+                train(*options)
+        assert train(*options) == 0
+        assert same(final(tmp_path / f"at {stopped}"), final(tmp_path / "whole"))
+        assert untimed_metrics(tmp_path / f"at {stopped}") == untimed_metrics(tmp_path / "whole")
+
+
+def test_theta_rests_at_its_average_where_a_run_that_goes_on_is_suddenly_in_that_stage(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = small(tmp_path, image_folder, "training.steps=9")
+    interrupt_after(monkeypatch, 3, signal.SIGINT)
+    assert train(*arguments) == 130
+    before, now = final(tmp_path / "run"), ["weight_predictor.alone=0.1", "training.max_minutes=1e-9"]
+    assert train(*arguments, *now, accept_changes=True) == 0  # θ would have rested from step 2 on
+    after = final(tmp_path / "run")
+    assert (before["step"], after["step"]) == (3, 4)
+    for name in ("vae.decoder.stage1.weight", "vae.decoder.projection.bias"):
+        assert same(after["generator"][name], before["generator_ema"][name])
 
 
 def test_tensorboard_has_every_step_once(tmp_path: Path, image_folder: Path) -> None:
@@ -205,6 +259,26 @@ def test_changed_settings_are_refused_with_the_reason(run_of_two: list[str], tmp
     assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 
+def test_another_length_moves_what_happens_at_a_fraction_of_a_run_and_needs_a_confirmation(
+    image_folder: Path, tmp_path: Path, capsys
+) -> None:
+    for number, (setting, name) in enumerate((
+        ("weight_predictor.start=0.5", "weight_predictor.start counts"), ("weight_predictor.alone=0.5",
+        "weight_predictor.alone counts"), ("loss.lambda_vae={0: 1, 1: 0}", "loss.lambda_vae counts"),
+        ("training.lr_vae=0.001", ""))):  # fmt: skip
+        key, short, long = ("training.epochs", 0.3, 0.6) if "{" in setting else ("training.steps", 1, 2)
+        arguments = small(tmp_path, image_folder, setting, name=f"{number}")
+        assert train(*arguments, f"{key}={short}") == train(*arguments, f"{key}={short}") == 0
+        hint = f"{key}={long}" + " --accept-changes" * bool(name)
+        assert f"To train it further, add for example {hint};" in capsys.readouterr().out
+        if name:
+            why = f"this changes what is learned, since {name} in fractions of the run; put it back"
+            error = refused(*arguments, f"{key}={long}")
+            assert f": {key} {short} -> {long}: {why}" in error
+            assert error.endswith("with --accept-changes")
+        assert train(*arguments, f"{key}={long}", accept_changes=bool(name)) == 0
+
+
 def test_accepted_changes_take_effect(run_of_two: list[str], tmp_path: Path, capsys) -> None:
     changes = ["training.steps=3", "training.lr_vae=0.01", "training.lr_critic=0.02", "training.adam_betas=[0.5,0.9]",
                "training.adam_betas_predictor=[0.8,0.95]"]  # fmt: skip
@@ -231,12 +305,6 @@ def test_other_images_are_refused(run_of_two: list[str], tmp_path: Path, image_f
 # ------------------------------------------------------------------------------------------------------------- stopping
 
 
-def test_sigterm_saves_too(tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupt_after(monkeypatch, 2, signal.SIGTERM)
-    assert train(*small(tmp_path, image_folder, "training.steps=5")) == 143
-    assert final(tmp_path / "run")["step"] == 2
-
-
 def test_a_run_stops_when_its_minutes_are_over_and_goes_on(tmp_path: Path, image_folder: Path, capsys) -> None:
     arguments = small(tmp_path, image_folder, "training.steps=5")
     assert train(*arguments, "training.max_minutes=1e-6") == 0
@@ -250,11 +318,11 @@ def test_the_best_checkpoint_is_kept_across_sessions(tmp_path: Path, image_folde
     arguments = small(tmp_path, image_folder, "output.best_metric=generator/reconstruction", "loss.lambda_vae=0",
                       "output.log_every=1", "output.checkpoint_every=1", "output.keep_checkpoints=1",
                       "training.seed=3")  # fmt: skip
-    for steps in (4, 8):
+    for steps in (4, 6):
         assert train(*arguments, f"training.steps={steps}") == 0
     values = {line["step"]: line["generator/reconstruction"] for line in metrics_of(tmp_path / "run")}
     best = load_checkpoint(tmp_path / "run" / "checkpoints" / "best.pt")
     assert best["step"] == min(values, key=values.get) <= 4
     assert best["best"] == {"metric": "generator/reconstruction", "value": min(values.values()), "step": best["step"]}
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == ["best.pt", "latest.pt", "step_000008.pt"]
+    assert kept == ["best.pt", "latest.pt", "step_000006.pt"]

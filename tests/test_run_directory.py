@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 import pytest
 import torch
-from conftest import before_step, final, metrics_of, refused, small, start_command, train, whole_command
+from conftest import before_step, final, metrics_of, refused, small, start_command, train
 from PIL import Image
 
 import checkpoints
@@ -141,21 +141,6 @@ def test_a_second_run_into_one_folder_is_refused_until_the_first_is_dead(tmp_pat
         first.kill()  # its data loading workers live on for some seconds: they don't hold the lock
         first.wait()
         assert train(*arguments, "training.max_minutes=1e-6") == 0
-
-
-def train_and_report_folders(arguments: list[str]) -> int:
-    class Reported(RunDirectory):
-        def __init__(self, *arguments: Any) -> None:
-            print("a run directory")
-            super().__init__(*arguments)
-
-    training.RunDirectory = Reported
-    return whole_command(arguments)
-
-
-def test_only_the_first_of_several_processes_has_a_run_directory(launch, tmp_path: Path, image_folder: Path) -> None:
-    ended = launch(2, train_and_report_folders, small(tmp_path, image_folder, "training.steps=1"))
-    assert [(one.status, one.output.count("a run directory")) for one in ended] == [(0, 1), (0, 0)]
 
 
 # ------------------------------------------------------------------------------------------------------------- the plot

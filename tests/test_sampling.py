@@ -13,7 +13,7 @@ from PIL import Image
 
 import sampling
 from checkpoints import load_checkpoint
-from sampling import Sampler, catmull_rom, latent_path, load_sampler, load_sampler_with_content
+from sampling import Sampler, catmull_rom, latent_path, load_sampler
 from video_synth import MOTIONS, Motion
 
 
@@ -32,16 +32,6 @@ def test_a_checkpoint_alone_rebuilds_everything(sample_run: Path, tmp_path: Path
     saved = load_checkpoint(path)["generator_ema"]
     assert all(torch.equal(value, saved[name]) for name, value in other.generator.state_dict().items())
     assert same(sampler.decode(sampler.inputs([3])), other.decode(other.inputs([3])))
-
-
-def test_sampler_and_content_come_from_one_read(sample_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reads = []
-    monkeypatch.setattr(sampling, "load_checkpoint", lambda path: reads.append(path) or load_checkpoint(path))
-    sampler, content = load_sampler_with_content(sample_run, "cpu")
-    assert reads == [sampler.path]
-    saved = load_checkpoint(sampler.path)
-    del saved["optimizers"]
-    assert same(content, saved)
 
 
 def test_a_seed_means_the_same_image_wherever_it_stands(sampler: Sampler) -> None:

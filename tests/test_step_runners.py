@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 import step_runners
 from configuration import UserError, load_config
-from step_runners import CompiledSteps, CudaGraphSteps, build_steps, choose_step
-from training_step import EagerSteps, NoiseSampler
+from step_runners import CompiledSteps, CudaGraphSteps, EagerSteps, build_steps, choose_step
+from training_step import NoiseSampler
 
 CPU = torch.device("cpu")
 TINY = [
@@ -112,13 +112,8 @@ def test_images_and_random_numbers_reach_a_recorded_graph(monkeypatch: pytest.Mo
 
         return call
 
-    for name, fake in {
-        "CUDAGraph": Graph,
-        "graph": record,
-        "stream": nullcontext,
-        "Stream": Mock,
-        "current_stream": Mock,
-    }.items():
+    fakes = {"CUDAGraph": Graph, "graph": record, "stream": nullcontext, "Stream": Mock, "current_stream": Mock}
+    for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch, "stack", noted_stack)
     config = load_config(None, [*SMALL, "loss.adversarial_frame=random"])

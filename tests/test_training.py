@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -136,7 +137,6 @@ def test_every_batch_reaches_the_critic_once_and_the_last_one_the_vae(
 
 
 @pytest.mark.parametrize("overrides", [
-    ["weight_predictor.head=low_rank", "weight_predictor.layers=[decoder.*.weight]"],
     ["weight_predictor.head=per_channel", "weight_predictor.sharing=shared"],
     ["loss.lambda_video=0.1", "loss.adversarial_frame=random", "weight_predictor.sharing=shared"],
     ["training.diffaugment=[color,translation,cutout]", "loss.base_fake_fraction=0"],
@@ -164,13 +164,11 @@ def test_epochs_become_steps() -> None:
 
 @pytest.mark.usefixtures("without_slow_outputs")
 def test_clipping_shortens_the_gradient_and_reports_how_often(tmp_path: Path, image_folder: Path) -> None:
-    arguments = ["training.steps=4", "output.log_every=4", "training.clip_vae=1e-3", "training.clip_critic=1e9"]
+    arguments = ["training.steps=4", "output.log_every=4", "training.clip=1e-3"]
     assert train(*small(tmp_path, image_folder, *arguments)) == 0
     (line,) = metrics_of(tmp_path / "run")
     assert line["gradient_norm/vae"] > 1e-3
-    assert line["clipped_fraction/vae"] == 1
-    assert line["clipped_fraction/critic"] == 0
-    assert "clipped_fraction/predictor" not in line
+    assert line["clipped_fraction/vae"] == line["clipped_fraction/critic"] == 1
     optimizer = final(tmp_path / "run")["optimizers"]["generator"]
     vae_tensors = len(optimizer["param_groups"][0]["params"])
     squares = sum(optimizer["state"][index]["exp_avg_sq"].sum() for index in range(vae_tensors))
@@ -237,6 +235,30 @@ def test_a_run_on_the_gpu(tmp_path: Path, image_folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------- the command
 
 
+def test_a_run_begins_with_what_fits_of_another(
+    run_training, sample_run: Path, tmp_path: Path, image_folder: Path, without_slow_outputs
+) -> None:
+    def begin(source: Path, *options: str) -> Any:
+        return run_training(*small(tmp_path, image_folder, f"training.init_from={source}", *options))
+
+    fitting = ("training.steps=1", "video.height=8", "video.width=8", "vae.channels=[4,9]")
+    for more in (["--dry-run"], []):
+        done = begin(sample_run, *fitting, *more)
+        assert done.returncode == 0, done.stderr
+        (line,) = (line for line in done.stdout.splitlines() if line.startswith(f"began with weights of {sample_run}"))
+        numbers, new = re.fullmatch(r".*latest.pt: ([\d,]+ of [\d,]+); new are (.*) and \d+ more", line).groups()
+        taken, whole = (int(number.replace(",", "")) for number in numbers.split(" of "))
+        assert 0 < taken < whole
+        assert new.startswith("generator.vae.encoder.stage2.conv.weight, ")
+    other = ["output.name=other", "training.steps=1", "vae.channels=[5,9]", "critic.channels=[5,9]",
+             "vae.latent_dim=7", "weight_predictor.hidden_size=9", "video.height=5"]  # fmt: skip
+    for source, words in ((tmp_path / "nowhere.pt", "nowhere.pt: no such"), (image_folder, "holds no checkpoint"),
+                          (sample_run, "latest.pt fits these networks")):  # fmt: skip
+        assert_one_line(begin(source, *other), [words])
+        assert re.search(f"^a run would be refused: .*{words}", begin(source, *other, "--dry-run").stdout, re.MULTILINE)
+    assert not (tmp_path / "other").exists()
+
+
 def test_print_config_prints_config_yaml(run_training: Callable[..., Any]) -> None:
     assert run_training("--print-config") == (0, (ROOT / "config.yaml").read_text(encoding="utf-8"), "")
 
@@ -252,8 +274,10 @@ def test_dry_run_shows_everything_and_writes_nothing(
     assert re.search(rf"critic\) +{sum(p.numel() for p in critic.parameters()):,}", done.stdout)
     for tensor in generator.spec.tensors:
         assert re.search(rf"{re.escape(tensor.name)} .* {tensor.size:,}", done.stdout)
-    for words in ("24 images", "first batch (4, 3, 16, 16)", "batch_size: 4"):
+    for words in ("24 images", "first batch (4, 3, 16, 16)", "  training.batch_size: 4   (default 16)\n"):
         assert words in done.stdout
+    assert "loss.beta" not in done.stdout
+    assert "  loss.beta: 1.0\n" in run_training("--dry-run", "-v", *small(tmp_path, image_folder)).stdout
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").write_text("old")
@@ -261,6 +285,27 @@ def test_dry_run_shows_everything_and_writes_nothing(
     assert done.returncode == 0, done.stderr  # where a run would be refused too
     for words in ("WEIGHT_UPDATE_SIZE", "would be refused", "output.name=run-2"):
         assert words in done.stdout
+
+
+@pytest.mark.usefixtures("without_slow_outputs")
+def test_dry_run_knows_a_run_that_is_there(run_training: Callable[..., Any], tmp_path: Path, image_folder: Path):
+    images, run = Path(shutil.copytree(image_folder, tmp_path / "images")), tmp_path / "run"
+    command = small(tmp_path, images, "training.steps=2", "output.checkpoint_every=1")
+    assert train(*command) == 0
+    (run / "checkpoints" / "step_000002.pt").write_bytes(b"damaged")
+    (run / "run.lock").write_text("process 1 elsewhere")
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for arguments, words in ((["training.steps=9"], (" for 8 steps\n", "000002.pt: damaged", f"go on in {run}/")),
+                             (["--accept-changes", "loss.beta=2"], ("changed setting: loss.beta 1.0 -> 2.0",)),
+                             (["training.steps=1"], (f"{run} is finished: 1 steps",))):  # fmt: skip
+        shown = run_training("--dry-run", *command, *arguments).stdout
+        assert all(word in shown for word in words), shown
+    refusals = {name: run_training("--dry-run", *command, name).stdout for name in ("vae.latent_dim=7", "loss.beta=2")}
+    next(images.rglob("*.png")).unlink()
+    refusals["loss.beta=1"] = run_training("--dry-run", *command).stdout  # as it was
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
+    for name, shown in refusals.items():
+        assert f"a run would be refused: {refused(*command, name)}\n" in shown
 
 
 @pytest.mark.parametrize("options", [["--dry-run"], ["training.steps=3", "output.log_every=1"]])

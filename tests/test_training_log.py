@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 
 from configuration import UserError, load_config
-from training_log import Log, StopRequest
+from training_log import Log, StopRequest, describe_time
 
 SHOWN = ("critic/gap", "generator/reconstruction", "generator/kl", "update/relative_size")  # what a line needs
 
@@ -93,6 +93,18 @@ def test_pauses_are_not_training_time(log: Log, clock: SimpleNamespace) -> None:
     assert log.run.lines[0]["speed/seconds_per_step"] == 1
     assert log.run.lines[0]["seconds"] == 61
     assert log.run.lines[0]["speed/step_fraction"] == pytest.approx(1 / 61)
+
+
+def test_the_time_of_a_run_is_told_once_after_ten_steps_or_twenty_seconds(log: Log, clock, capsys) -> None:
+    for seconds, before, told_at, text in ((0.5, 0, 10, "about 10 min for 1,200 steps, longer from step 301 on, where"),
+                                           (18, 900, 902, "about 1 h 30 min for 300 steps\n")):  # fmt: skip
+        log = Log(log.run, 1200, load_config(None, ["weight_predictor.start=0.25"]), log.images, step=before)
+        for step in range(before + 1, before + 16):
+            clock.now += seconds
+            log.collect(step, scalars(1.0))
+            assert (text in capsys.readouterr().out) == (step == told_at)
+    slow, gpu = (describe_time(8000, 5, torch.device(kind)) for kind in ("cpu", "cuda"))
+    assert [name in text for text in (slow, gpu) for name in ("configs/quick.yaml", "configs/64.yaml")] == [1, 1, 0, 0]
 
 
 def test_a_second_ctrl_c_leaves_at_once() -> None:

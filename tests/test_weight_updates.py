@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,16 +16,7 @@ from configuration import UserError, WeightPredictorConfig
 from generator import build_generator, motion_rows
 from model_definitions import VAE
 from training_step import EagerSteps, TrainingState
-from weight_updates import (
-    HEADS,
-    DenseUpdate,
-    Prepared,
-    UpdateHead,
-    UpdateSpec,
-    bounded_update,
-    build_update_spec,
-    check_update_size,
-)  # fmt: skip
+from weight_updates import HEADS, DenseUpdate, UpdateHead, bounded_update, build_update_spec, check_update_size
 
 LAYERS = {
     "last layer": ["decoder.stage1.*"], "last weight": ["decoder.stage1.weight"],
@@ -179,11 +171,11 @@ class BrightnessHead(UpdateHead):
 
     update_size = 1
 
-    def __init__(self, spec: UpdateSpec, bound: float, rank: int) -> None:
-        super().__init__(spec, bound, rank)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.gain = nn.Parameter(torch.ones(()))
 
-    def forward(self, code: Tensor, prepared: Prepared) -> DenseUpdate:
+    def forward(self, code: Tensor, prepared: Any) -> DenseUpdate:
         numbers = bounded_update(self.gain * code.expand(-1, self.spec.total_size), self.bound)
         return DenseUpdate(self.spec, numbers, prepared)
 
