@@ -220,10 +220,11 @@ def sample_images(sampler: Sampler, seeds: list[int], files: list[str] | None) -
     for first in range(0, len(seeds), BATCH):
         batch = slice(first, first + BATCH)
         inputs = sampler.inputs(seeds[batch], files and files[batch])
-        images = sampler.decode(inputs)._asdict() | ({} if inputs.images is None else {"input": inputs.images})
+        made = sampler.decode(inputs)._asdict() | ({} if inputs.images is None else {"input": inputs.images})
+        images = {label: x.cpu() for label, x in made.items()}  # a GPU is waited for once a batch
         for index, name in enumerate(inputs.names):
             # Cloned: a view would keep the whole batch in memory.
-            yield name, {label: x[index : index + 1].clone().cpu() for label, x in images.items()}
+            yield name, {label: x[index : index + 1].clone() for label, x in images.items()}
 
 
 def compose(show: str, samples: list[Sample], grid: tuple[int, int], scale: int | None) -> Image.Image:
