@@ -89,7 +89,7 @@ class GeneratorLoss(NamedTuple):
 
 
 def generator_loss(*, score_fake: Tensor, score_base: Tensor, reconstruction: Tensor, kl: Tensor, update: Tensor,
-                   video: Tensor, lambda_vae: float | Tensor, weights: LossConfig) -> GeneratorLoss:  # fmt: skip
+                   video: Tensor, lambda_vae: float, weights: LossConfig) -> GeneratorLoss:  # fmt: skip
     """L = λ_adv · adversarial + λ_base · adversarial_base + λ_vae · (rec + β · KL) + λ_Δ · update + λ_video · video.
 
     The adversarial terms are -mean D(x_fake) and -mean D(x_base) (Gulrajani et al. 2017); together with the VAE's own
@@ -100,7 +100,7 @@ def generator_loss(*, score_fake: Tensor, score_base: Tensor, reconstruction: Te
         reconstruction, kl: from `vae_loss`.
         update: mean (Δ / rms θ)², the mean square size of the update relative to the weights it changes.
         video: from `video_loss`, or zero if λ_video is.
-        lambda_vae: its present value.
+        lambda_vae: a constant, the setting's largest value; as it falls, θ gets a smaller share of the gradient.
         weights: the other factors λ, and β.
     """
     adversarial, adversarial_base = -at_least_fp32(score_fake).mean(), -at_least_fp32(score_base).mean()
@@ -212,6 +212,11 @@ def value_at(setting: Schedule, fraction: float) -> float:
         return setting
     points = np.array(sorted(setting.items()))
     return float(np.interp(fraction, points[:, 0], points[:, 1]))
+
+
+def largest(setting: Schedule) -> float:
+    """A setting's largest value in a run, or 1 if that is 0."""
+    return (max(setting.values()) if isinstance(setting, dict) else setting) or 1.0
 
 
 # ----------------------------------------------------------------------------------------------------- random numbers

@@ -72,20 +72,26 @@ class VAE(nn.Module):
         return self.decoder(z)
 
     def forward(
-        self, x: Tensor, noise: Tensor | None = None, frozen_decoder: bool = False
+        self, x: Tensor, noise: Tensor | None = None, decoder_share: float | Tensor = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstructs images through z = mu + e^(logvar / 2) · noise (Kingma & Welling 2013, section 2.4).
 
         Images (B, C, H, W) in [0, 1] -> x_rec alike, mu and logvar (B, latent_dim). `noise` is (B, latent_dim) standard
-        normal; sampled here if None. `frozen_decoder` keeps gradients from the decoder's weights: only the encoder gets
-        them.
+        normal; sampled here if None. The decoder's weights get a share, 0 to 1, of their gradient, the encoder all.
         """
         mu, logvar = self.encode(x)
         if noise is None:
             noise = torch.randn_like(mu)
         z = mu + (0.5 * logvar).exp() * noise
-        weights = {name: w.detach() if frozen_decoder else w for name, w in self.decoder.named_parameters()}
+        weights = {name: _with_share(weight, decoder_share) for name, weight in self.decoder.named_parameters()}
         return functional_call(self.decoder, weights, (z,), strict=True), mu, logvar
+
+
+def _with_share(weight: Tensor, share: float | Tensor) -> Tensor:
+    """The same values, whose gradient is a share of `weight`'s; at the numbers 0 and 1 nothing is computed for that."""
+    if isinstance(share, Tensor) or 0 < share < 1:
+        return weight.detach().lerp(weight, share)
+    return weight if share else weight.detach()
 
 
 class PredictorState(NamedTuple):

@@ -52,7 +52,8 @@ class GeneratorNoise(NamedTuple):
     frame: Tensor | None  #     (B,)
     posterior: Tensor  #        (V, latent_dim), reparameterisation noise of the V images that the VAE's loss takes
     vae_share: float  #         what their mean counts; not 1 where processes have different numbers of them
-    lambda_vae: Tensor | float | None  # its weight now; None: 0, the encoder learns from it alone
+    lambda_vae: float  #        its largest value in the run, the same in all steps
+    decoder_share: Tensor | float  # λ_vae now, over that; filled, not copied, where it changes; 0: the encoder alone
     rollout_count: int  #       the first `rollout_count` images are rolled out on their own frames after the video
     video_times: Tensor  #      (B, K) frames that the video loss compares, counted from frame T on
     augment: Tensor  #          (2 B, AUGMENTATION_NUMBERS), for updated and base images
@@ -73,7 +74,7 @@ class NoiseSampler:
         self.steps = steps or config.training.steps or 1  # of the whole run
         self.start = math.inf if settings.update == "off" else settings.start  # nothing is updated before
         self.alone = max(self.start, settings.alone)  # from there on nothing is scored
-        self.rows = slice(world.rank, None, world.size)
+        self.rows, self.lambda_vae = slice(world.rank, None, world.size), losses.largest(config.loss.lambda_vae)
         self.base_images = round(config.loss.base_fake_fraction * batch)  # of the critic's fakes, with updates
         self.random, self.latent = torch.Generator(device), (batch, config.vae.latent_dim)
         synthesizer, shape = build_synthesizer(config), (image.channels, image.size, image.size)
@@ -122,13 +123,11 @@ class NoiseSampler:
         vae_count = math.ceil(loss.vae_fraction * batch)  # of the whole batch
         own = len(range(vae_count)[rows])
         posterior, share = posterior[rows][: max(1, own)], own * self.world.size / vae_count
-        weight, alone = losses.value_at(loss.lambda_vae, self.fraction(step)), self.is_alone(step)
-        lambda_vae: Tensor | float | None = weight if weight and not alone else None
-        if lambda_vae and isinstance(loss.lambda_vae, dict):  # a recorded pass sees tensors; filled, not copied
-            lambda_vae = torch.full((), weight, device=self.device)
-        return GeneratorNoise(
-            z[rows], motion, frame, posterior, share, lambda_vae, rollout_count, times, augment, alone
-        )
+        now = losses.value_at(loss.lambda_vae, self.fraction(step)) / self.lambda_vae
+        now = 0.0 if (alone := self.is_alone(step)) else now
+        decoder_share = torch.full((), now, device=self.device) if now and isinstance(loss.lambda_vae, dict) else now
+        return GeneratorNoise(z[rows], motion, frame, posterior, share, self.lambda_vae, decoder_share, rollout_count,
+                              times, augment, alone)  # fmt: skip
 
     def _sample(self, distribution: Callable[..., Tensor], *shapes: tuple[int, ...]) -> list[Tensor]:
         """Tensors of these shapes, views of one: `distribution` is torch.rand or torch.randn."""
@@ -186,11 +185,11 @@ def generator_objective(
     scores = x_generated.new_zeros(2) if noise.alone else critic(x_generated)
     score_fake, score_base = scores.chunk(2) if output else (scores, scores)
     x_vae = x_real[: len(noise.posterior)]
-    terms = losses.vae_loss(x_vae, *generator.vae(x_vae, noise.posterior, frozen_decoder=noise.lambda_vae is None))
+    terms = losses.vae_loss(x_vae, *generator.vae(x_vae, noise.posterior, noise.decoder_share))
     reconstruction, kl = terms if noise.vae_share == 1 else (noise.vae_share * term for term in terms)
     loss = losses.generator_loss(
         score_fake=score_fake, score_base=score_base, reconstruction=reconstruction, kl=kl, update=update, video=video,
-        lambda_vae=1.0 if noise.lambda_vae is None else noise.lambda_vae, weights=config.loss,
+        lambda_vae=noise.lambda_vae, weights=config.loss,
     )  # fmt: skip
     return loss, output
 

@@ -81,8 +81,8 @@ class Textbook:
 
     def generator_loss(self, x_real: Tensor, noise: GeneratorNoise) -> GeneratorLoss:
         """The loss of θ and the GRU on real images (B, C, H, W)."""
-        x_vae, lambda_vae = x_real[: len(noise.posterior)], 0.0 if noise.lambda_vae is None else noise.lambda_vae
-        reconstruction, kl = vae_loss(x_vae, *self.generator.vae(x_vae, noise.posterior))
+        x_vae = x_real[: len(noise.posterior)]
+        reconstruction, kl = vae_loss(x_vae, *self.generator.vae(x_vae, noise.posterior, noise.decoder_share))
         if noise.motion is None:
             score_fake = score_base = self.critic(self.generator.vae.decode(noise.z))
             update = video = x_real.new_zeros(())
@@ -93,7 +93,7 @@ class Textbook:
             video = weight_driven_video_loss(self.generator, output, noise, self.config)
         return generator_loss(
             score_fake=score_fake, score_base=score_base, reconstruction=reconstruction, kl=kl, update=update,
-            video=video, lambda_vae=lambda_vae, weights=self.config.loss,
+            video=video, lambda_vae=noise.lambda_vae, weights=self.config.loss,
         )  # fmt: skip
 
     def critic_step(self, x_real: Tensor, noise: CriticNoise) -> dict[str, float]:

@@ -86,11 +86,7 @@ def test_before_the_start_the_decoder_learns_as_without_updates_and_the_predicto
             training.iteration(runner, noise, itertools.repeat(random_images(step)), step)
         if setting.endswith("5"):
             started, changed = before, {name for name, x in states[-1].tensors().items() if not x.equal(before[name])}
-            still = [
-                name
-                for name in started
-                if not name.removeprefix("generator").startswith((".vae", "_ema.vae", "critic"))
-            ]
+            still = [x for x in started if not x.removeprefix("generator").startswith((".vae", "_ema.vae", "critic"))]
             assert all(started[name].equal(first[name]) for name in still)
             assert states[-1].predictor_steps == 1
             assert "generator.predictor.to_update.weight" in changed
@@ -98,18 +94,21 @@ def test_before_the_start_the_decoder_learns_as_without_updates_and_the_predicto
     assert all(started[name].equal(value) for name, value in theta.items())
 
 
-def test_where_lambda_vae_is_0_the_encoder_alone_learns_from_its_loss() -> None:
-    for value, weight, reaches_decoder in (("{0: 0.25, 0.5: 0}", 1, False), ("0.25", 0.25, True)):
-        config, generator, critic, noise = networks_and_noise(f"loss.lambda_vae={value}", "training.steps=4")
-        loss, _ = generator_objective(generator, critic, random_images(1), noise.generator(3), config)
-        own = weight * (loss.reconstruction + loss.kl)
-        gradient = torch.autograd.grad(own, generator.vae.decoder.stage1.weight, retain_graph=True, allow_unused=True)
-        assert (gradient[0] is not None) == reaches_decoder
-        encoder = [*generator.vae.to_mu.parameters()]  # gets the same from all of the loss as from this term
-        both = (torch.autograd.grad(x, encoder, retain_graph=True) for x in (loss.total, own))
-        for one, other in zip(*both, strict=True):
-            assert torch.allclose(one, other)
-            assert one.abs().max() > 0
+def test_the_encoder_learns_alike_while_lambda_vae_falls_to_0_and_theta_ever_less() -> None:
+    options = ["training.steps=4", "weight_predictor.start=0.75", "weight_predictor.alone=0.75", "loss.lambda_adv=0"]
+    found, falling, unscored = [], "{0: 0.25, 0.5: 0}", "loss.lambda_base=0"
+    for value, step in (("0.25", 1), (falling, 1), (falling, 2), (falling, 3), ("0.25", 4)):
+        config, generator, critic, noise = networks_and_noise(*options, unscored, f"loss.lambda_vae={value}")
+        numbers = noise.generator(step)._replace(posterior=torch.ones(4, 6))
+        loss, _ = generator_objective(generator, critic, random_images(1), numbers, config)
+        weights = generator.vae.decoder.stage1.weight, generator.vae.to_mu.weight
+        found.append(torch.autograd.grad(loss.total, weights, retain_graph=True, allow_unused=True))
+    (theta, encoder), *others = found
+    assert torch.allclose(encoder, torch.autograd.grad(0.25 * (loss.reconstruction + loss.kl), weights[1])[0])
+    assert encoder.abs().max() > 0
+    for (gradient, of_encoder), share in zip(others, (1, 0.5, 0, 0), strict=True):
+        assert torch.allclose(of_encoder, encoder)
+        assert torch.allclose(torch.zeros_like(theta) if gradient is None else gradient, share * theta)
 
 
 def test_a_pass_is_prepared_anew_when_its_numbers_change_form_and_then_alone() -> None:

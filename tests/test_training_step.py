@@ -93,7 +93,7 @@ def test_the_numbers_of_all_processes_are_the_whole_batchs(size: int) -> None:
         parts = [numbers_of(getattr(noise, kind)(*arguments)) for noise in shards]
         for name, expected in numbers_of(getattr(alone, kind)(*arguments)).items():
             only_updated = kind == "critic" and name in ("phases", "amplitudes", "noise", "frame")
-            if name == "lambda_vae":
+            if name == "decoder_share":
                 assert all(torch.equal(part[name], expected) for part in parts)
                 continue
             rows = torch.full_like(expected, -1)
