@@ -36,7 +36,7 @@ def setting(default: Any, range: str, help: str, on_resume: str = "learning") ->
     else:
         numbers = [float(base) ** float(power or 1) for base, power in re.findall(r"([\d.]+)(?:\^(\d+))?", range)]
         limits = dict(zip(["above" if range.startswith("more than") else "low", "high"], numbers, strict=False))
-    start: dict[str, Any] = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    start: dict[str, Any] = {"default_factory": default.copy} if hasattr(default, "copy") else {"default": default}
     return field(**start, metadata={"range": range, "help": help, "on_resume": on_resume} | limits)
 
 
@@ -82,13 +82,13 @@ class WeightPredictorConfig:
     layers: list[str] = network(["decoder.*"], "", "decoder tensors to update, as shell patterns (stage1 is last)")
     update_size: Any = network("auto", "", "WEIGHT_UPDATE_SIZE, numbers per update: auto, or a number that is checked")
     head: str = network("low_rank", "full | low_rank | per_channel", "all weights, two thin factors, one per channel")
-    rank: int = network(4, "1 to 1024", "of the factors, for head low_rank")
+    rank: int = network(2, "1 to 1024", "of the factors, for head low_rank")
     hidden_size: int = network(128, "1 to 65536", "of the GRU")
     num_layers: int = network(2, "1 to 16", "of the GRU")
     bound: float = setting(3.0, "more than 0, at most 100", "α: largest update of a weight, over its tensor's RMS")
     sharing: str = setting("per_sample", "per_sample | shared", "an update for each image, or the batch's mean for all")
-    start: float = setting(0.0, "0 to 0.99", "fraction of the run before the first update; until then it is off")
-    alone: float = setting(1.0, "0 to 1", "fraction of the run after which it alone learns; θ rests at its average")
+    start: float = setting(0.72, "0 to 0.99", "fraction of the run before the first update; until then it is off")
+    alone: float = setting(0.72, "0 to 1", "fraction of the run after which it alone learns; θ rests at its average")
 
 @dataclass
 class VideoConfig:
@@ -110,14 +110,14 @@ class LossConfig:
     base_fake_fraction: float = setting(0.5, "0 to 1", "fraction of base images, decode(z; θ), in the critic's fakes")
     lambda_adv: float = setting(1.0, "0 or more", "λ_adv, weight of the critic's score of decode(z; θ + Δ)")
     lambda_base: float = setting(1.0, "0 or more", "λ_base, weight of the critic's score of base images")
-    lambda_vae: Schedule = setting(0.1, "0 or more", "weight of reconstruction + β KL; at 0 the encoder learns alone")
-    vae_fraction: float = setting(1.0, "more than 0, at most 1", "fraction of the real images that it is taken of")
+    lambda_vae: Schedule = setting({0.0: 0.1, 0.32: 0.0}, "0 or more", "of the VAE loss; at 0 the encoder learns alone")
+    vae_fraction: float = setting(0.5, "more than 0, at most 1", "fraction of the real images that it is taken of")
     beta: float = setting(1.0, "0 or more", "β, weight of KL beside the summed squared error of reconstruction")
-    lambda_update: float = setting(1.0, "0 or more", "λ_Δ, weight of the update's mean square relative size")
+    lambda_update: float = setting(0.1, "0 or more", "λ_Δ, weight of the update's mean square relative size")
     lambda_video: float = setting(1.0, "0 or more", "λ_video, weight of mean_t ‖decode(z; θ + Δ_t) - video_t‖²; 0: off")
-    video_frames: int = setting(4, "1 to 1024", "frames per image that the video loss decodes in a step")
+    video_frames: int = setting(2, "1 to 1024", "frames per image that the video loss decodes in a step")
     rollout_frames: int = setting(8, "0 to 1024", "frames after the video that the GRU encodes for the video loss")
-    rollout_fraction: float = setting(0.25, "0 to 1",
+    rollout_fraction: float = setting(0.125, "0 to 1",
         "fraction of images whose frames after the video are their own decoded ones (a rollout)")
     adversarial_frame: str = setting("last", "last | random", "the frame whose update decodes what the critic scores")
 
@@ -128,15 +128,15 @@ class TrainingConfig:
     epochs: float | None = free(None, "more than 0, at most 2^30", "passes over the images, instead of steps")
     max_minutes: float | None = free(None, "more than 0", "minutes until it saves and stops; the same command resumes")
     batch_size: int = setting(16, "1 to 65536", "images per critic step and per generator step")
-    n_critic: int = setting(5, "1 to 100", "critic steps per generator step")
-    lr_vae: Schedule = setting(5e-4, "more than 0, at most 1", "Adam's learning rate of the VAE, θ")
-    lr_predictor: Schedule = setting(5e-4, "more than 0, at most 1", "of the weight predictor and its update head")
-    lr_critic: Schedule = setting(3e-4, "more than 0, at most 1", "of the critic")
-    adam_betas: list[float] = setting([0.0, 0.9], "0 to 0.99999", "Adam's two decay rates, for the VAE and the critic")
+    n_critic: int = setting(1, "1 to 100", "critic steps per generator step")
+    lr_vae: Schedule = setting({0.4: 0.002, 0.8: 0.0005}, "more than 0, at most 1", "Adam's learning rate of the VAE")
+    lr_predictor: Schedule = setting({0.85: 0.001, 1.0: 0.0002}, "more than 0, at most 1", "of the GRU and its head")
+    lr_critic: Schedule = setting({0.4: 0.001, 0.8: 0.00025}, "more than 0, at most 1", "of the critic")
+    adam_betas: list[float] = setting([0.0, 0.99], "0 to 0.99999", "Adam's two decay rates, for the VAE and the critic")
     adam_betas_predictor: list[float] = setting([0.9, 0.99], "0 to 0.99999", "likewise for the weight predictor")
     clip: float | None = setting(None, "more than 0", "scale longer gradients of a network to this norm; null: off")
     ema_decay: float = setting(0.999, "0 to 0.99999", "decay per step of the averaged networks that decode samples")
-    diffaugment: list[str] = setting([], "color | translation | cutout", "random changes to real and generated images")
+    diffaugment: list[str] = setting(["color", "translation"], "color | translation | cutout", "random image changes")
     seed: int = setting(0, "0 to 2^62", "of everything random")
 
 @dataclass
@@ -153,7 +153,7 @@ class OutputConfig:
     log_every: int = free(50, "1 or more", "steps between two lines of metrics")
     sample_every: int = free(1000, "1 or more", "steps between two sets of sample images and clips")
     checkpoint_every: int = free(1000, "1 or more", "steps between two checkpoints")
-    keep_checkpoints: int = free(3, "1 or more", "how many of the newest are kept")
+    keep_checkpoints: int = free(2, "1 or more", "how many of the newest are kept")
     evaluate_every: int | None = free(None, "1 or more", "steps between measures of image quality (KID); null: none")
     evaluate_images: int = free(500, "10 to 100000", "real and generated images that each of them compares")
     best_metric: str | None = free(None, "generator/reconstruction | quality/kid",
@@ -241,8 +241,9 @@ def config_to_yaml(config: Config) -> str:
 def config_template() -> str:
     """The text of `config.yaml`: every setting with its default, its meaning and its range."""
     lines = [
-        "# Every setting with its meaning, unit and range, as `python training.py --print-config` writes them.",
-        "# Any of them can be given on the command line:  python training.py training.steps=50000 output.name=my-run",
+        "# All settings, with meaning, unit and range. On the command line: python training.py training.steps=50000",
+        "# Rates and schedule are those that were good at 64 px (configs/64.yaml). At 128 px a CPU has tried the",
+        "# images of 4,400 steps, not their motion, and a GPU nothing yet: docs/results.md says what came of it.",
     ]
     settings = iter([one for section in _FIELDS.values() for one in section.values()])
     for line in config_to_yaml(Config()).splitlines():
@@ -401,8 +402,7 @@ def _checked(setting: Field, value: Any) -> Any:
         items, verb = list(value.values()), "must hold"
     if is_list:
         if not isinstance(value, list):
-            example = setting.default_factory() or list(limits["choices"])  # type: ignore[misc, operator]
-            raise ValueError(f"must be a list such as {_shown(example)}")
+            raise ValueError(f"must be a list such as {_shown(setting.default_factory())}")  # type: ignore[misc, operator]
         items, verb = value, "must hold"
     if isinstance(kind, types.UnionType) or is_list:  # `int | None`, a `Schedule`, `list[int]`
         if value is None and types.NoneType in typing.get_args(kind):

@@ -63,8 +63,7 @@ ARMS: dict[str, tuple[str, list[str]]] = {
     "shared": ("one update for the batch: the mean", ["weight_predictor.sharing=shared"]),
     "full-head": ("head full", ["weight_predictor.head=full"]),
     "per-channel": ("head per_channel", ["weight_predictor.head=per_channel"]),
-    "textbook": ("a textbook's WGAN-GP and VAE: no predictor, no average, no augmentation",
-                 [OFF, "training.diffaugment=[]"]),
+    "textbook": ("a textbook's step: no predictor, no average, no augmentation", [OFF, "training.diffaugment=[]"]),
 }  # fmt: skip
 """Name -> meaning and settings; all others are compared with `REFERENCE`."""
 NOTE = """KID × 1000 on {features}, of images decoded with θ + Δ / with θ: lower is better. *Against `off`*: the mean of

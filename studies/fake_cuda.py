@@ -40,19 +40,19 @@ from training_log import Log
 from training_step import NoiseSampler, TrainingState
 from util import CommandParser, run_command
 
-FILES = {str(path) for path in Path(__file__).parent.parent.glob("*.py")}
-CUDA = torch.device("cuda", 0)
+FILES, CUDA = {str(path) for path in Path(__file__).parent.parent.glob("*.py")}, torch.device("cuda", 0)
 
 # fmt: off
-QUICK = """image.size=32 vae.channels=[8,16,16] critic.channels=[8,16,16] training.batch_size=8 vae.latent_dim=8
-    weight_predictor.hidden_size=16 video.height=16 video.width=16"""
+AT_ONCE, ALONE = (f"weight_predictor.start=0 weight_predictor.alone={fraction}" for fraction in (1, 0))
+QUICK = f"""{AT_ONCE} image.size=32 vae.channels=[8,16,16] critic.channels=[8,16,16] training.batch_size=8
+    vae.latent_dim=8 weight_predictor.hidden_size=16 video.height=16 video.width=16"""
 BF16, SHARED, AUGMENTED, OFF, FULL, PER_CHANNEL = (
     "runtime.precision=bf16", "weight_predictor.sharing=shared", "training.diffaugment=[color,translation,cutout]",
     "weight_predictor.update=off", "weight_predictor.head=full", "weight_predictor.head=per_channel",
 )
-SOURCE = f"""weight_predictor.layers=[decoder.stage1.*,decoder.stage2.*] {FULL} loss.lambda_video=0
+SOURCE = f"""{AT_ONCE} weight_predictor.layers=[decoder.stage1.*,decoder.stage2.*] {FULL} loss.lambda_video=0
     weight_predictor.bound=0.2 video.height=128 video.width=128"""
-CONFIGURATIONS = ["", BF16, OFF, SOURCE] + [f"{QUICK} {settings}" for settings in (
+CONFIGURATIONS = ["", AT_ONCE, ALONE, f"{AT_ONCE} {BF16}", OFF, SOURCE] + [f"{QUICK} {settings}" for settings in (
     f"{FULL} weight_predictor.layers=[decoder.stage1.*]", f"{FULL} {BF16}", PER_CHANNEL, f"{PER_CHANNEL} {BF16}",
     AUGMENTED, f"{AUGMENTED} {BF16}", SHARED, f"{SHARED} {BF16}", OFF, f"{OFF} {BF16}", "image.channels=1",
     "weight_predictor.update=constant", "loss.lambda_video=0", "loss.rollout_fraction=1", "loss.rollout_fraction=0",
@@ -255,6 +255,7 @@ def _train(config: Config, watch: Watch) -> None:
     runner, noise = CudaGraphSteps(state, log=lambda _: None), NoiseSampler(config, CUDA)
     images = _images(config)
     log = Log(None, 2, config, images, world=mock.Mock(is_main=False))
+    log.steps_before = None  # on a busy machine it would wait, to tell the time
     for kind, networks in {"critic": ["critic"], "generator": ["vae", "predictor"]}.items():
         weights = [weight for network in networks for weight in state.parameters[network]]
         run, step = getattr(runner, f"{kind}_pass"), getattr(runner, f"{kind}_step")
@@ -283,10 +284,8 @@ def _once(run: Callable[..., Any], weights: list[nn.Parameter], watch: Watch) ->
     def call(*inputs: Any) -> Any:
         if not done:
             done.append(run(*inputs))
-            is_like, needs = (
-                [(x.dtype, x.device, x.shape) for x in tensors] for tensors in (done[0].gradients, weights)
-            )
-            if is_like != needs:
+            is_like, needs = ([(x.dtype, x.device, x.shape) for x in some] for some in (done[0].gradients, weights))
+            if is_like != needs[: len(is_like)]:  # before updates begin, the predictor has none
                 watch.note("a gradient of another type, device or shape than its weight", run.__name__)
         return done[0]
 

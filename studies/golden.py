@@ -22,8 +22,7 @@ SMALL = """image.size=16 vae.channels=[4,8] vae.latent_dim=6 critic.channels=[4,
     weight_predictor.bound=0.7 video.frames=3 training.batch_size=4 training.n_critic=2 training.steps=20
     runtime.device=cpu output.name=run output.samples=2 output.tensorboard=false data.root=data/emoji/flags"""
 CASES = {name: f"weight_predictor.head={name}" for name in ("low_rank", "full", "per_channel")} | {
-    "off": "weight_predictor.update=off", "shared": """weight_predictor.sharing=shared video.detach=false
-        training.clip=1""",
+    "off": "weight_predictor.update=off", "shared": "weight_predictor.sharing=shared video.detach=no training.clip=1",
     "rollout": """loss.rollout_frames=6 loss.rollout_fraction=0.75 loss.adversarial_frame=random data.mirror=true
         training.diffaugment=[color,translation,cutout] data.holdout=0.2""",
 }  # fmt: skip

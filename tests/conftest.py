@@ -36,9 +36,11 @@ ROOT = Path(__file__).parent.parent
 SMALL = [
     "image.size=16", "vae.channels=[4,8]", "vae.latent_dim=6", "critic.channels=[4,8]",
     "weight_predictor.hidden_size=8", "video.frames=3", "training.batch_size=4", "training.n_critic=2",
-    "output.samples=2", "runtime.device=cpu", "output.tensorboard=false",
+    "output.samples=2", "runtime.device=cpu", "output.tensorboard=false", "training.diffaugment=[]",
+    "weight_predictor.start=0", "weight_predictor.alone=1", "loss.lambda_vae=0.1", "loss.vae_fraction=1",
+    "training.lr_vae=0.0005", "training.lr_predictor=0.0005", "training.lr_critic=0.0003", "output.keep_checkpoints=3",
 ]  # fmt: skip
-"""Overrides for a run that takes a second or two."""
+"""Overrides for a run that takes a second or two, in which everything learns from the first step to the last."""
 
 VARIED = ["data.mirror=true", "training.diffaugment=[color,translation,cutout]", "loss.lambda_video=1",
           "loss.adversarial_frame=random"]  # fmt: skip
