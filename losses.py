@@ -217,6 +217,3 @@ def value_at(setting: Schedule, fraction: float) -> float:
 def largest(setting: Schedule) -> float:
     """A setting's largest value in a run, or 1 if that is 0."""
     return (max(setting.values()) if isinstance(setting, dict) else setting) or 1.0
-
-
-# ----------------------------------------------------------------------------------------------------- random numbers

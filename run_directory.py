@@ -403,8 +403,8 @@ def loss_figure(runs: dict[str, Records]) -> Any:
     for (title, names, logarithmic), axis in zip(panels, figure.subplots(2, columns).flat, strict=True):
         for number, records in enumerate(runs.values()):
             for name, linestyle in zip(names, ("-", "--", ":"), strict=False):
-                known = [(record["step"], record[name]) for record in records if name in record]
-                if points := [point for point in known if point[1] > 0 or not logarithmic]:
+                values = [(record["step"], record[name]) for record in records if name in record]
+                if points := [point for point in values if point[1] > 0 or not logarithmic]:
                     label = name.rpartition("/")[2]
                     known = [line.get_label() for line in axis.lines]  # one entry a metric, whichever run is first
                     style: Any = {} if len(runs) == 1 else {"color": f"C{number}", "linestyle": linestyle}

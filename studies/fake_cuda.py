@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 from configuration import Config, UserError, load_config
 from image_data import TrainingImages
 from step_runners import CudaGraphSteps
+from studies.benchmark import SOURCE
 from training import build_networks, iteration
 from training_log import Log
 from training_step import NoiseSampler, TrainingState
@@ -43,16 +44,14 @@ from util import CommandParser, run_command
 FILES, CUDA = {str(path) for path in Path(__file__).parent.parent.glob("*.py")}, torch.device("cuda", 0)
 
 # fmt: off
-AT_ONCE, ALONE = (f"weight_predictor.start=0 weight_predictor.alone={fraction}" for fraction in (1, 0))
-QUICK = f"""{AT_ONCE} image.size=32 vae.channels=[8,16,16] critic.channels=[8,16,16] training.batch_size=8
+JOINT, ALONE = (f"weight_predictor.start=0 weight_predictor.alone={fraction}" for fraction in (1, 0))
+QUICK = f"""{JOINT} image.size=32 vae.channels=[8,16,16] critic.channels=[8,16,16] training.batch_size=8
     vae.latent_dim=8 weight_predictor.hidden_size=16 video.height=16 video.width=16"""
 BF16, SHARED, AUGMENTED, OFF, FULL, PER_CHANNEL = (
     "runtime.precision=bf16", "weight_predictor.sharing=shared", "training.diffaugment=[color,translation,cutout]",
     "weight_predictor.update=off", "weight_predictor.head=full", "weight_predictor.head=per_channel",
 )
-SOURCE = f"""{AT_ONCE} weight_predictor.layers=[decoder.stage1.*,decoder.stage2.*] {FULL} loss.lambda_video=0
-    weight_predictor.bound=0.2 video.height=128 video.width=128"""
-CONFIGURATIONS = ["", AT_ONCE, ALONE, f"{AT_ONCE} {BF16}", OFF, SOURCE] + [f"{QUICK} {settings}" for settings in (
+CONFIGURATIONS = ["", JOINT, ALONE, f"{JOINT} {BF16}", OFF, " ".join(SOURCE)] + [f"{QUICK} {settings}" for settings in (
     f"{FULL} weight_predictor.layers=[decoder.stage1.*]", f"{FULL} {BF16}", PER_CHANNEL, f"{PER_CHANNEL} {BF16}",
     AUGMENTED, f"{AUGMENTED} {BF16}", SHARED, f"{SHARED} {BF16}", OFF, f"{OFF} {BF16}", "image.channels=1",
     "weight_predictor.update=constant", "loss.lambda_video=0", "loss.rollout_fraction=1", "loss.rollout_fraction=0",

@@ -32,7 +32,7 @@ def test_an_iteration_stays_on_the_gpu_and_never_waits(settings: str) -> None:
 
 
 @pytest.mark.parametrize(("stage", "inside", "outside"), [
-    ("", 554, 23), (fake_cuda.AT_ONCE, 1_750, 24), (fake_cuda.ALONE, 1_114, 18)
+    ("", 554, 23), (fake_cuda.JOINT, 1_750, 24), (fake_cuda.ALONE, 1_114, 18)
 ])  # fmt: skip
 def test_a_default_iteration_launches_no_more_kernels_than_it_did(stage: str, inside: int, outside: int) -> None:
     watch = look_at(load_config(None, stage.split()))
