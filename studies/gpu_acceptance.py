@@ -30,13 +30,12 @@ from util import CommandParser, UserError, int_between, run_command
 # isort: split
 import torch
 
-import training_step
 from checkpoints import load_checkpoint
 from configuration import load_config
 from sampling import load_sampler
 from studies.benchmark import AT_ONCE, SOURCE
 from studies.benchmark_worker import Variant
-from util import channels_last_on, choose_device, prepare_device
+from util import choose_device, prepare_device
 
 ROOT = Path(__file__).parent.parent
 OUT, WORK = (Path(os.environ.get(f"ACCEPTANCE_{name}", ".")) for name in ("OUT", "WORK"))  # of the processes of parts
@@ -51,18 +50,16 @@ CHECKED = [
     ["weight_predictor.update=off"], ["weight_predictor.update=constant"], ["video.detach=false"],
 ]  # fmt: skip
 """Settings under which the host must wait for nothing."""
-TIMED: dict[str, tuple[str, list[str], str]] = {
-    "cuda_graph": ("cuda_graph", [], ""), "eager": ("eager", [], ""), "tf32": ("cuda_graph", [TF32], ""),
-    "bf16": ("cuda_graph", [BF16], ""), "NCHW": ("cuda_graph", [], "nchw"),
-    "cuDNN tries": ("cuda_graph", [], "tries"), "tf32, NCHW": ("cuda_graph", [TF32], "nchw"),
-    "tf32, cuDNN tries": ("cuda_graph", [TF32], "tries"), "textbook": ("textbook", [], ""),
-    "textbook, images given": ("textbook", [], "given"), "source sizes": ("cuda_graph", SOURCE, ""),
-    "source sizes, textbook": ("textbook", SOURCE, ""), "batch 64": ("cuda_graph", [BATCH], ""),
-    "batch 64, tf32": ("cuda_graph", [BATCH, TF32], ""), "batch 64, textbook": ("textbook", [BATCH], "given"),
-    "images alone": ("cuda_graph", ["weight_predictor.start=0.9"], ""), "motion alone":
-    ("cuda_graph", ["weight_predictor.alone=0"], ""), "256 px": ("cuda_graph", ["image.size=256"], ""),
+TIMED: dict[str, tuple[str, list[str], bool]] = {
+    "cuda_graph": ("cuda_graph", [], False), "eager": ("eager", [], False), "tf32": ("cuda_graph", [TF32], False),
+    "bf16": ("cuda_graph", [BF16], False), "textbook, images given": ("textbook", [], True),
+    "source sizes": ("cuda_graph", SOURCE, False), "source sizes, textbook": ("textbook", SOURCE, False),
+    "batch 64": ("cuda_graph", [BATCH], False), "batch 64, tf32": ("cuda_graph", [BATCH, TF32], False),
+    "batch 64, textbook": ("textbook", [BATCH], True), "images alone": ("cuda_graph", ["weight_predictor.start=0.9"],
+    False), "motion alone": ("cuda_graph", ["weight_predictor.alone=0"], False), "256 px": ("cuda_graph",
+    ["image.size=256"], False),
 }  # fmt: skip
-"""Name -> runner, settings, and what else is switched: NCHW, cuDNN's trying, images given instead of read."""
+"""Name -> runner, settings, and whether images are given instead of read."""
 failures: list[str] = []
 
 
@@ -100,9 +97,6 @@ def run_tool(*command: str, **found: Any) -> None:
     failures.extend([command[0]] if done.returncode else [])
     error = done.stderr[-600:] if done.returncode else ""
     note(ran=command[:2], status=done.returncode, seconds=seconds, **found, said=[*lines[:6], *lines[-6:]], error=error)
-
-
-# ---------------------------------------------------------------------------------------------------------- the parts
 
 
 def facts() -> None:
@@ -151,7 +145,7 @@ def tests() -> None:
     """The project's tests of what a GPU does."""
     names = ["test_step_runners.py", "test_training.py::test_a_run_on_the_gpu"]
     names += [] if IS_SMALL else ["test_image_data.py", "test_fake_cuda.py", "test_training_step.py"]
-    run_tool("-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", *(f"tests/{name}" for name in names))
+    run_tool("-m", "pytest", "-n", "4", "-q", "-p", "no:cacheprovider", "-rs", *(f"tests/{name}" for name in names))
 
 
 def training_command(name: str, *more: str) -> list[str]:
@@ -177,25 +171,21 @@ def resume() -> None:
         note(run=name, relative_distance_from_alone=float((vectors[-1] - vectors[0]).norm() / vectors[0].norm()))
 
 
-def timing(timed: dict[str, tuple[str, list[str], str]] = TIMED) -> None:
+def timing(timed: dict[str, tuple[str, list[str], bool]] = TIMED) -> None:
     """Milliseconds of an iteration, and memory."""
-    for name, (runner, more, switched) in timed.items():
+    for name, (runner, more, is_given) in timed.items():
         if HAS_GPU or runner not in ("cuda_graph", "compiled"):
             with attempt(name):
-                time_variant(name, runner, more, switched)
+                time_variant(name, runner, more, is_given)
 
 
-def time_variant(name: str, runner: str, more: list[str], switched: str) -> None:
-    torch.backends.cudnn.benchmark = switched == "tries"
-    training_step.channels_last_on = channels_last_on
-    if switched == "nchw":
-        training_step.channels_last_on = lambda device, network: network.to(device)
+def time_variant(name: str, runner: str, more: list[str], is_given: bool) -> None:
     if HAS_GPU:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     started, count = time.perf_counter(), 2 if IS_SMALL else 10
     variant, times = variant_of(runner, *more), list[float]()
-    batches = repeat(variant.inputs(1)[0]) if switched == "given" else variant.batches()
+    batches = repeat(variant.inputs(1)[0]) if is_given else variant.batches()
     answer = variant.iteration(batches, 1)
     ready = time.perf_counter() - started
     while len(times) < 3 or (sum(times) * count < 2 and len(times) < 9):
@@ -207,7 +197,7 @@ def time_variant(name: str, runner: str, more: list[str], switched: str) -> None
 
 def compiled() -> None:
     """The compiled passes, which on a GPU lie in a CUDA graph."""
-    timing({"compiled": ("compiled", [], ""), "compiled, bf16": ("compiled", [BF16], "")})
+    timing({"compiled": ("compiled", [], False), "compiled, bf16": ("compiled", [BF16], False)})
 
 
 def train() -> None:
@@ -259,8 +249,6 @@ def kernels() -> None:
             text.append(f"{runner} {times[entry.key]:9.3f} ms {entry.count:6d} x  {entry.key[:140]}\n")
     (OUT / "kernels.txt").write_text("".join(text))
 
-
-# ------------------------------------------------------------------------------------------------------------- running
 
 PARTS: dict[str, tuple[Callable[[], None], float]] = {
     "facts": (facts, 60), "right": (right, 110), "tests": (tests, 110), "resume": (resume, 110),

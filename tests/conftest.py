@@ -358,6 +358,7 @@ def nursery() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # who has a GPU's context cannot fork
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["conftest"])
         context.Process(target=int).start()
