@@ -47,15 +47,8 @@ class Checkpoints:
         path = self.folder / f"step_{state['step']:06d}.pt"
         if not os.path.isdir(self.folder):  # moved or deleted by the user: making it again would leave half a run
             raise UserError(f"cannot write {path}: the folder is gone; was it moved or deleted?")
+        write_checkpoint(path, state)
         with os_errors_as_user_errors(path):
-            with atomic_write(path) as part, part.open("wb") as file:
-                hashed = _HashedFile(file)
-                try:
-                    torch.save({"format": CHECKPOINT_FORMAT, **state}, hashed)  # type: ignore[arg-type]  # only writes
-                except RuntimeError as error:
-                    raise hashed.error or error from None
-                file.seek(-2, os.SEEK_END)  # the length of the archive's comment
-                file.write(_comment(hashed.digest))
             self.link(state)
             _sync_folder(self.folder)
         for old in self._numbered()[self.keep :]:
@@ -113,6 +106,18 @@ class Checkpoints:
         except OSError:  # FAT and some network drives have no hard links
             shutil.copyfile(path, part)
         part.replace(self.folder / name)
+
+
+def write_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+    """Writes one checkpoint, whole or not at all. Raises UserError: it cannot be written; what was there is whole."""
+    with os_errors_as_user_errors(path), atomic_write(path) as part, part.open("wb") as file:
+        hashed = _HashedFile(file)
+        try:
+            torch.save({"format": CHECKPOINT_FORMAT, **state}, hashed)  # type: ignore[arg-type]  # only writes
+        except RuntimeError as error:
+            raise hashed.error or error from None
+        file.seek(-2, os.SEEK_END)  # the length of the archive's comment
+        file.write(_comment(hashed.digest))
 
 
 class DamagedCheckpointError(UserError):

@@ -110,7 +110,8 @@ def real_images(sampler: Sampler, saved: dict[str, Any], folder: str | None) -> 
     data = replace(sampler.config.data, root=own_images(sampler) if folder is None else folder)
     open_with = partial(open_images, image=sampler.config.image, batch_size=1, seed=0, device="cpu")
     images = open_with(data)
-    is_training_set = images.fingerprint == saved["images"]["fingerprint"]
+    known = saved.get("images")  # the file that comes with the project has none
+    is_training_set = images.fingerprint == known["fingerprint"] if known else folder is None
     if not is_training_set and images.held_out_count:
         images = open_with(replace(data, holdout=0.0))
     root = shown_path(data.root)
@@ -314,7 +315,10 @@ def work(options: argparse.Namespace) -> int:
         with suppress(InterruptedError), atomic_write(path):  # can it be written? Before minutes of work
             raise InterruptedError
     sampler, saved = load_sampler_with_content(options.run, device := command_device(options.device), options.best)
-    del saved["generator"], saved["generator_ema"]  # the sampler has the latter
+    for part in ("generator", "generator_ema"):
+        saved.pop(part, None)  # the sampler has the latter; a small file has no other
+    if sampler.tuned:
+        raise UserError(f"{sampler.path}: a network tuned to one input is measured by python -m studies.living")
     run = sampler.path.absolute().parent.parent
     sheet = options.sheet or str((run if os.path.exists(run / "run.lock") else Path()) / "evaluation.png")
     features = quality.load_features(device)

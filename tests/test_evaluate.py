@@ -13,7 +13,7 @@ from PIL import Image
 
 import evaluate
 import quality
-from checkpoints import load_checkpoint
+from checkpoints import load_checkpoint, write_checkpoint
 from image_data import open_images
 from quality import as_bytes, evaluation_seeds
 from sampling import Sampler, load_sampler
@@ -175,3 +175,16 @@ def test_what_cannot_be_written_costs_no_other_result(run: Path, tmp_path: Path,
     assert "error: cannot write the tables: " in capsys.readouterr().err
     evaluate.write_json(str(numbers), {"a name": "caf\udce9", "NaN": math.nan})
     assert json.loads(numbers.read_text()) == {"a name": "caf\udce9", "NaN": None}
+
+
+def test_a_small_file_is_measured_as_the_run_that_it_was_made_of(run: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(quality, "load_features", Colours)
+    saved = load_checkpoint(run / "checkpoints" / "latest.pt")
+    small_file = {name: saved[name] for name in ("step", "config", "update_spec", "generator_ema", "critic")}
+    write_checkpoint(tmp_path / "small.pt", small_file)
+    found = []
+    for source in (run / "checkpoints" / "latest.pt", tmp_path / "small.pt"):
+        arguments = [str(source), "--images", "12", "--device", "cpu", "--sheet", str(tmp_path / "a.png")]
+        assert evaluate.main([*arguments, "--json", str(tmp_path / "a.json")]) == 0
+        found.append(json.loads((tmp_path / "a.json").read_text())["generators"])
+    assert found[0] == found[1]
