@@ -127,9 +127,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from media import find_images, labelled_grid, open_video, scale_for, tile_images
-from sampling import BATCH, SampleInputs, Sampler, load_sampler
+from sampling import BATCH, SampleInputs, Sampler, load_sampler, predictions
 from util import atomic_write, command_device, os_errors_as_user_errors, shown_path
-from video_synth import MOTIONS
+from video_synth import MOTIONS, Clip
 
 Sample = tuple[str, dict[str, Tensor]]  # a name, and the image as `x_base`, `x_fake` and perhaps `input`: (1, C, H, W)
 PROGRESS = {"disable": None, "dynamic_ncols": True}  # None: no bar where standard error is no terminal
@@ -158,6 +158,8 @@ def generate(options: Namespace) -> str:
     if options.seed is not None and options.seeds is not None:
         raise UserError("--seed and --seeds both choose the images: give one of them")
     sampler = load_sampler(options.source, command_device(options.device), options.best)
+    if options.motion is not None and sampler.tuned and sampler.tuned.clip:
+        raise UserError(f"--motion: {shown_path(sampler.path)} moves as the clip does that it was tuned to")
     if options.motion is not None:
         sampler.set_motion(*read_motion(options.motion, sampler.generator.synthesizer.strengths))
     return make_images(options, sampler) if kind == "images" else make_video(options, sampler, kind)
@@ -197,22 +199,23 @@ def make_images(options: Namespace, sampler: Sampler) -> str:
     show = options.show or ("triples" if options.image else "base")  # own images are best seen beside the results
     if options.grid and (as_folder or show == "triples"):
         raise UserError("--grid means nothing for a folder or for --show triples, which has rows of its own")
-    seeds, files = choose_seeds(options, False, TRIPLES if show == "triples" and not as_folder else IMAGES)
+    count = default_count(sampler, TRIPLES if show == "triples" and not as_folder else IMAGES)
+    seeds, files = choose_seeds(options, False, count)
     grid = choose_grid(options.grid, len(seeds))
     samples = tqdm(sample_images(sampler, seeds, files), total=len(seeds), unit=" images", **PROGRESS)
-    count = pluralize(len(seeds), "image")
+    made = pluralize(len(seeds), "image")
     used, own_size = set[str](), None if show == "triples" else 1  # FID of enlarged images would be another number
     with atomic_write(options.out, folder=as_folder) as part, os_errors_as_user_errors(options.out):
         if not as_folder:
             image = compose(show, list(samples), grid, options.scale)
             image.save(part, format="PNG")
-            count += f", {image.width} x {image.height} pixels,"
+            made += f", {image.width} x {image.height} pixels,"
         for sample in samples if as_folder else ():
             names = itertools.chain([sample[0]], (f"{sample[0]}-{number}" for number in itertools.count(2)))
             name = next(name for name in names if name.lower() not in used)  # some disks know no capitals
             used.add(name.lower())
             compose(show, [sample], (1, 1), options.scale or own_size).save(part / f"{name}.png")
-    return f"wrote {options.out}: {count} of {describe_source(sampler, seeds, files)}"
+    return f"wrote {options.out}: {made} of {describe_source(sampler, seeds, files)}"
 
 
 def sample_images(sampler: Sampler, seeds: list[int], files: list[str] | None) -> Iterator[Sample]:
@@ -256,11 +259,14 @@ def amplification(difference: Tensor) -> int:
 def make_video(options: Namespace, sampler: Sampler, kind: str) -> str:
     fps = options.fps or FPS
     # At speed 1: more frames than the GRU predicts are decoded with weights between two predictions, also in a rollout.
-    sampler.speed *= min(1.0, sampler.generator.synthesizer.frames / (PERIOD_SECONDS * fps))
+    seconds = sampler.tuned.seconds if sampler.tuned else PERIOD_SECONDS
+    sampler.speed *= min(1.0, sampler.generator.synthesizer.frames / (seconds * fps))
     rollout_after = options.rollout_after or (max(1, round(sampler.period)) if options.rollout else None)
     if rollout_after and options.loop:
         raise UserError("--loop: a rollout never comes back to its first frame; leave out one of them")
-    seeds, files = choose_seeds(options, True, math.prod(options.grid) if options.grid else IMAGES)
+    seeds, files = choose_seeds(
+        options, True, math.prod(options.grid) if options.grid else default_count(sampler, IMAGES)
+    )
     grid = choose_grid(options.grid, len(seeds))
     if len(seeds) > BATCH:
         raise UserError(f"{len(seeds)} videos at once are too many, {BATCH} are the most: give a smaller --grid")
@@ -299,13 +305,32 @@ def moving_columns(
     if inputs.images is not None:
         still = {"input": inputs.images, "reconstruction": still["base image"]}
     moving = {}
-    if kind == "synthetic" or (options.compare and not rollout_after):  # a rollout follows no synthetic video
-        moving["synthetic video"] = sampler.synthetic(inputs, count, noise=kind == "synthetic")
+    is_clip = isinstance(inputs.motion, Clip)
+    if kind == "synthetic" or (options.compare and (is_clip or not rollout_after)):  # else a rollout follows nothing
+        name = "clip" if is_clip else "synthetic video"
+        moving[name] = sampler.synthetic(inputs, count, noise=kind == "synthetic")
     if kind == "weights":
         video = sampler.weight_driven(inputs, count, rollout_after=rollout_after, loop=options.loop)
         moving["weight-driven video"] = video
     for frames in zip(*moving.values(), strict=True):
         yield still | dict(zip(moving, frames, strict=True))
+
+
+@torch.no_grad()
+def draw_sheet(sampler: Sampler, inputs: SampleInputs, images: Tensor, count: int = 6) -> Image.Image:
+    """The images (N, C, H, W), drawn still, and `count` frames of a period, each with the size of its update."""
+    generator, period = sampler.generator, sampler.generator.synthesizer.frames
+    features, prepared = generator.features(inputs.z), generator.prepare()
+    columns = {"input": images, "still": generator.decode_base(features)}
+    states = predictions(generator, lambda state: state, columns["still"], inputs.motion, 2 * period, math.inf)
+    seconds = (sampler.tuned.seconds if sampler.tuned else PERIOD_SECONDS) / period
+    shown = {k * period // count for k in range(count)}
+    for number, (state, _) in enumerate(itertools.islice(states, 1, 1 + period)):
+        if number in shown:
+            update = generator.predict(state, prepared=prepared)
+            label = f"{number * seconds:.2f} s, update {update.mean_square().sqrt().item():.1%}"
+            columns[label] = generator.decode(features, update)
+    return labelled_grid(columns)
 
 
 def choose_seeds(options: Namespace, is_video: bool, default: int) -> tuple[list[int], list[str] | None]:
@@ -329,6 +354,11 @@ def choose_seeds(options: Namespace, is_video: bool, default: int) -> tuple[list
     if files and len(files) > len(seeds):
         print_line(f"the first {len(seeds)} of {len(files)} images")
     return seeds, files and (files * len(seeds) if len(files) == 1 else files[: len(seeds)])
+
+
+def default_count(sampler: Sampler, count: int) -> int:
+    """How many images or videos are made where none are asked for: all that a network was tuned to, else `count`."""
+    return len(sampler.tuned.names) if sampler.tuned else count
 
 
 def choose_grid(grid: tuple[int, int] | None, count: int) -> tuple[int, int]:

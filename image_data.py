@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin, features
+from PIL import Image, ImageCms, ImageOps, ImageSequence, PngImagePlugin, features
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
@@ -35,8 +35,8 @@ from torch.utils.data import DataLoader, Dataset, dataloader, get_worker_info
 from tqdm import tqdm
 
 from configuration import DataConfig, ImageConfig, UserError
-from media import BrokenImageError, find_images, parse_colour
-from util import LARGEST_FILE, Sample, absolute, names_digest, shown_path, split_held_out
+from media import BrokenImageError, find_images, open_folder, parse_colour, video_frames
+from util import LARGEST_FILE, Sample, names_digest, shown_path, split_held_out
 
 # Only these decoders: Pillow also opens EPS, which runs an external program, and a renamed file would reach it.
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
@@ -67,32 +67,6 @@ _REASONS = {  # what Pillow raises, or how a file begins that it cannot identify
 }
 
 
-def open_folder(root: str | Path, loader: Callable[[str], Tensor]) -> Any:
-    """The images below `root` as torchvision's `ImageFolder`, whose classes are the folders at the top.
-
-    Where an image lies at the top itself, all are one set without classes: `ImageFolder` would refuse such a folder, or
-    drop the loose images in silence, while training needs no classes. `left_out` tells what is not read. Raises
-    UserError as `find_images` does.
-    """
-    files, note = find_images(root)
-    top = str(absolute(root))
-    parts = [file[len(top) :].lstrip(os.sep).partition(os.sep) for file in files]
-    folders = [folder if separator else "" for folder, separator, _ in parts]
-    classes = sorted(set(folders)) if all(folders) else []
-    from torchvision.datasets import ImageFolder  # here: it takes a second or two to load
-
-    class FoundImages(ImageFolder):  # its own search would enter hidden folders and loops of links
-        left_out = note
-
-        def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-            return classes, {name: number for number, name in enumerate(classes)}
-
-        def make_dataset(self, directory: str, class_to_idx: dict[str, int], *_: Any, **__: Any) -> list:
-            return [(file, class_to_idx.get(folder, 0)) for file, folder in zip(files, folders, strict=True)]
-
-    return FoundImages(top, loader=loader)
-
-
 def decode_image(path: str | Path, size: int, channels: int = 3, fit: str = "crop",
                  background: str = "white") -> Tensor:  # fmt: skip
     """Reads one image file into a square: uint8 (channels, size, size), 0 to 255; RGB or, with one channel, grey.
@@ -105,17 +79,43 @@ def decode_image(path: str | Path, size: int, channels: int = 3, fit: str = "cro
         BrokenImageError: the file is damaged, unreadable, too large, or no image.
         UserError: `background` is no colour.
     """
-    canvas = Image.new("RGB", (size, size), parse_colour(background))
+    parse_colour(background)
     try:
         with _open_image(path) as image:
-            _paste_fitted(canvas, image, fit)
+            return fit_image(image, size, channels, fit, background)
     except Exception as error:  # damaged files raise nearly anything: OSError, SyntaxError, EOFError, struct.error, ...
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             raise  # the system's limits are no fault of the image
-        raise BrokenImageError(path, _reason(path, error)) from None
+        raise BrokenImageError(path, failure_reason(path, error)) from None
+
+
+def fit_image(image: Image.Image, size: int, channels: int, fit: str, background: str) -> Tensor:
+    """An open image as `decode_image` gives it. Raises nearly anything where the rest of its file is damaged."""
+    canvas = Image.new("RGB", (size, size), parse_colour(background))
+    _paste_fitted(canvas, image, fit)
     pixels = np.asarray(canvas if channels == 3 else canvas.convert("L")).reshape(size, size, channels)
     # The copy in NumPy: torch would start a team of threads for it, in each of the decoding threads.
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+def read_frames(path: str | Path) -> Iterator[tuple[float, Image.Image]]:
+    """The frames of a clip in order, each with its time in seconds: of an animated image, a video file, or a folder of
+    images, 24 a second. Any image is a clip of one frame. Raises UserError with our reason, or anything.
+    """
+    if os.path.isdir(path):
+        for number, file in enumerate(find_images(path, "INPUT")[0]):
+            yield number / 24, _open_image(file)
+        return
+    try:
+        image = _open_image(path)
+    except Image.UnidentifiedImageError:
+        yield from video_frames(path)
+        return
+    time = 0.0
+    for frame in ImageSequence.Iterator(image):
+        frame.load()  # some formats know how long a frame is shown only then
+        yield time, frame.copy() if frame.mode != "P" else frame.convert("RGBA")
+        time += max(20.0, frame.info.get("duration") or 100.0) / 1000  # as browsers show frames without time
 
 
 def _open_image(path: str | Path) -> Image.Image:
@@ -129,7 +129,7 @@ def _open_image(path: str | Path) -> Image.Image:
     return Image.open(path, formats=_PILLOW_FORMATS)
 
 
-def _reason(path: str | Path, error: Exception) -> str:
+def failure_reason(path: str | Path, error: Exception) -> str:
     if isinstance(error, UserError) or (isinstance(error, OSError) and error.strerror):
         return getattr(error, "strerror", None) or str(error)
     text = f"{type(error).__name__}: {error}"

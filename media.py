@@ -19,7 +19,7 @@ import math
 import os
 import textwrap
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -206,7 +206,7 @@ def open_video(path: str | Path, *, fps: float) -> Iterator["VideoWriter"]:
     path = Path(path)
     if not 0.0001 <= fps < math.inf:
         raise UserError(f"{path}: frames per second must be 0.0001 or more, not {fps:g}")
-    file_format = None if as_folder else _format_of(path, fps)
+    file_format = None if as_folder else video_format(path, fps)
     with atomic_write(path, folder=as_folder) as part:
         writer = VideoWriter(path, part) if file_format is None else _EncodedWriter(path, part, file_format, fps)
         try:
@@ -263,7 +263,7 @@ def write_video(path: str | Path, frames: Iterable[Pixels], *, fps: float) -> No
             video.write(frame)
 
 
-def _format_of(path: Path, fps: float) -> _Format:
+def video_format(path: Path, fps: float) -> _Format:
     ending = path.suffix.lower()
     if ending not in _FORMATS:
         known = ", ".join(_FORMATS)
@@ -435,3 +435,46 @@ def _not_read(found: int, left_out: Counter[str], runs: int) -> str:
     kinds = [*kinds[:5], "..."] if len(kinds) > 5 else kinds
     text = f"{total:,} of {found + total:,} files are left out, as these are not read: {', '.join(kinds)}"
     return "; ".join([text] * bool(total) + [f"folders of runs that are not searched: {runs}"] * bool(runs))
+
+
+def open_folder(root: str | Path, loader: Callable[[str], torch.Tensor]) -> Any:
+    """The images below `root` as torchvision's `ImageFolder`, whose classes are the folders at the top.
+
+    Where an image lies at the top itself, all are one set without classes: `ImageFolder` would refuse such a folder, or
+    drop the loose images in silence, while training needs no classes. `left_out` tells what is not read. Raises
+    UserError as `find_images` does.
+    """
+    files, note = find_images(root)
+    top = str(absolute(root))
+    parts = [file[len(top) :].lstrip(os.sep).partition(os.sep) for file in files]
+    folders = [folder if separator else "" for folder, separator, _ in parts]
+    classes = sorted(set(folders)) if all(folders) else []
+    from torchvision.datasets import ImageFolder  # here: it takes a second or two to load
+
+    class FoundImages(ImageFolder):  # its own search would enter hidden folders and loops of links
+        left_out = note
+
+        def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+            return classes, {name: number for number, name in enumerate(classes)}
+
+        def make_dataset(self, directory: str, class_to_idx: dict[str, int], *_: Any, **__: Any) -> list:
+            return [(file, class_to_idx.get(folder, 0)) for file, folder in zip(files, folders, strict=True)]
+
+    return FoundImages(top, loader=loader)
+
+
+def video_frames(path: str | Path) -> Iterator[tuple[float, Image.Image]]:
+    """The frames of a video file, each with its time in seconds. Raises UserError with our reason, or av's errors."""
+    # Formats that are lists of other files, or of addresses, are not opened.
+    only = {"format_whitelist": "mov,mp4,matroska,webm,avi", "protocol_whitelist": "file"}
+    try:
+        container = av.open(str(path), options=only)
+    except av.FFmpegError:
+        raise UserError("it is no image, animation or video, or it is damaged") from None
+    with container:
+        if not container.streams.video:
+            raise UserError("it has no video stream")
+        container.streams.video[0].thread_type = "AUTO"
+        for number, frame in enumerate(container.decode(video=0)):
+            image = frame.to_image()
+            yield frame.time or number / 24, image.rotate(frame.rotation, expand=True) if frame.rotation else image

@@ -15,6 +15,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,13 +29,13 @@ for _name in ("checkpoints", "configuration", "generator", "image_data", "util",
         raise ImportError(f"{_file} has the name of a module that we need: rename it, or import {__name__} first")
 sys.path.insert(0, _HERE)  # while ours are imported: a script that imports sampling may have a util.py of its own
 
-from checkpoints import DamagedCheckpointError, load_checkpoint
-from configuration import Config, UserError, config_from_dict, similar_path
-from generator import Generator, build_generator, stable_seed
+from checkpoints import DamagedCheckpointError, load_checkpoint, write_checkpoint
+from configuration import Config, UserError, config_from_dict, config_to_dict, similar_path
+from generator import VIDEO_SIZE, Generator, build_generator, stable_seed
 from image_data import decode_image
 from media import BrokenImageError
 from util import choose_device, expanded, prepare_device, shown_path
-from video_synth import Motion, VideoSynthesizer
+from video_synth import Clip, Motion, VideoSynthesizer, catmull_rom
 
 sys.path.remove(_HERE)
 
@@ -46,12 +47,21 @@ BATCH = 64
 WARM_UP_FRAMES, WARM_UP_PERIODS = 128, 2
 
 
+class Tuned(NamedTuple):
+    """The images or clips that networks were tuned to, as `animate.py` saves them."""
+
+    names: list[str]
+    z: Tensor  # (N, latent_dim)
+    seconds: float  # of one period
+    clip: dict[str, Tensor] | None  # `frames`, uint8, and `lengths` of a `Clip`; None: images, moved synthetically
+
+
 class SampleInputs(NamedTuple):
     """The latents and motions of N images or videos."""
 
     names: list[str]  # file names without suffix: `seed_000012`, or the name of the encoded image file
     z: Tensor  # (N, latent_dim)
-    motion: Motion  # of N synthetic videos
+    motion: Motion | Clip  # of N synthetic videos, or the clips that the networks were tuned to
     images: Tensor | None  # (N, C, H, W) in [0, 1], the images that z was encoded from; None where z was sampled
 
 
@@ -73,14 +83,16 @@ class Sampler:
         config: the settings of the run.
         step: the training step of the checkpoint.
         path: the checkpoint's file.
+        tuned: the images or clips that it draws, in turn, instead of new images; seeds then choose motions alone.
         speed: factor on the speed of every motion: with 2, a period takes half as many frames.
     """
 
-    def __init__(self, generator: Generator, config: Config, step: int, path: Path) -> None:
+    def __init__(self, generator: Generator, config: Config, step: int, path: Path, tuned: Tuned | None = None) -> None:
         self.generator = generator.eval().requires_grad_(False)
         self.config = config
         self.step = step
         self.path = path
+        self.tuned = tuned
         self.speed = 1.0
 
     @property
@@ -115,14 +127,19 @@ class Sampler:
         Raises UserError: an image file cannot be read.
         """
         latents, motions = [], []
-        for seed in seeds:
+        for number, seed in enumerate(seeds):
             random = torch.Generator().manual_seed(stable_seed("picture", seed))
-            latents.append(torch.randn(self.generator.vae.latent_dim, generator=random))
+            z = torch.randn(self.generator.vae.latent_dim, generator=random)
+            latents.append(z if self.tuned is None else self.tuned.z[number % len(self.tuned.z)])
             motions.append(self.generator.synthesizer.sample_motion(1, self.generator.vae.image_shape, None, random))
         motion = Motion(*(torch.cat(parts).to(self.device) for parts in zip(*motions, strict=True)))
+        if self.tuned and files:
+            raise UserError(
+                f"{shown_path(self.path)} draws {', '.join(self.tuned.names)} alone; animate.py takes others"
+            )
         if files is None:
             names = [f"seed_{seed:06d}" for seed in seeds]
-            return SampleInputs(names, torch.stack(latents).to(self.device), motion, None)
+            return SampleInputs(names, torch.stack(latents).to(self.device), self._clip(len(seeds)) or motion, None)
         data, image = self.config.data, self.config.image
         try:
             decoded = [decode_image(file, image.size, image.channels, data.fit, data.background) for file in files]
@@ -132,12 +149,36 @@ class Sampler:
         mu, _ = self.generator.vae.encode(images)
         return SampleInputs([Path(file).stem for file in files], mu, motion, images)
 
+    def save(self, path: str | Path) -> None:
+        """Writes what was tuned as a checkpoint that `load_sampler` reads: in half precision, without the encoder,
+        which it doesn't need. Raises UserError: it cannot be written.
+        """
+        video, synthesizer = self.config.video, self.generator.synthesizer
+        strengths: dict[str, Any] = {name: x for name, x in synthesizer.strengths.items() if hasattr(video, name)}
+        config = replace(self.config, video=replace(video, frames=synthesizer.frames, **strengths))
+        weights = {name: x.half() for name, x in self.generator.state_dict().items()
+                   if not name.startswith(("vae.encoder.", "vae.to_"))}  # fmt: skip
+        tuned = self.tuned and self.tuned._asdict()
+        write_checkpoint(path, {"step": self.step, "config": config_to_dict(config), "generator_ema": weights,
+                                "update_spec": self.generator.spec.to_dict(), "tuned": tuned})  # fmt: skip
+
+    def _clip(self, count: int) -> Clip | None:
+        """The clips that it was tuned to, in turn, on the device; None if there are none."""
+        if self.tuned is None or self.tuned.clip is None:
+            return None
+        rows = torch.arange(count) % len(self.tuned.clip["frames"])
+        frames, lengths = (self.tuned.clip[name][rows].to(self.device) for name in ("frames", "lengths"))
+        return Clip(frames.float() / 255, lengths)
+
     @torch.no_grad()
     def decode(self, inputs: SampleInputs) -> SampledImages:
         """The images of the inputs, in one batch: give at most `BATCH` at a time.
 
         With `weight_predictor.sharing=shared` the whole batch shares one update.
         """
+        if isinstance(inputs.motion, Clip):
+            x_fake = next(self.weight_driven(inputs, 1))
+            return SampledImages(self.generator.vae.decode(inputs.z), x_fake)
         output = self.generator(inputs.z, inputs.motion)
         return SampledImages(output.x_base, output.x_fake)
 
@@ -208,14 +249,42 @@ def load_sampler_with_content(
             generator = build_generator(config)
         if generator.spec.to_dict() != content["update_spec"]:
             raise UserError(f"{path}: its updated tensors are not those of this version's decoder")
-        generator.load_state_dict(content["generator_ema"])
+        tuned = Tuned(**content["tuned"]) if "tuned" in content else None  # such a file holds no encoder
+        generator.load_state_dict(content["generator_ema"], strict=tuned is None)
         step = int(content["step"])
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path}: a checkpoint, but not of this project's networks ({reason})") from None
     device = torch.device(device) if device else choose_device("auto")
     prepare_device(device)  # or a GPU's convolutions would use TF32
-    return Sampler(generator.to(device), config, step, path), content
+    return Sampler(generator.to(device), config, step, path, tuned), content
+
+
+def begin_sampler(source: str | Path, device: torch.device, size: int | None = None) -> tuple[Sampler, str]:
+    """Networks to be tuned, for images of `size` (None: as in `source`), with the weights of a run or checkpoint that
+    fit, and a line that says which were taken and which not. The others are random, always the same.
+
+    Raises UserError: there is no whole checkpoint, nothing fits, or its updates are not predicted for each image.
+    """
+    path = find_checkpoint(source)
+    saved = load_checkpoint(path)
+    config = config_from_dict(saved["config"], str(path))
+    settings, size = config.weight_predictor, size or config.image.size
+    if "tuned" in saved or settings.update != "predicted" or settings.sharing == "shared":
+        what = "is tuned already" if "tuned" in saved else "predicts no update for each image"
+        raise UserError(f"{shown_path(path)} {what}: begin with another run, or with the model included")
+    sides: dict[str, Any] = {side: min(getattr(config.video, side) or VIDEO_SIZE, size) for side in ("height", "width")}
+    config = replace(config, image=replace(config.image, size=size), video=replace(config.video, **sides),
+                     weight_predictor=replace(settings, update_size="auto"))  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            generator = build_generator(config)
+        except ValueError as error:
+            raise UserError(f"{shown_path(path)}, --size {size}: {error}") from None
+    line = take_weights({"generator_ema": generator, "generator": generator}, path)
+    prepare_device(device)
+    return Sampler(generator.to(device), config, int(saved["step"]), path), line
 
 
 def find_checkpoint(source: str | Path, best: bool = False) -> Path:
@@ -270,7 +339,7 @@ def take_weights(networks: dict[str, nn.Module], source: str | Path) -> str:
 
 @torch.no_grad()
 def weight_driven_frames(
-    generator: Generator, z: Tensor, motion: Motion, frames: int,
+    generator: Generator, z: Tensor, motion: Motion | Clip, frames: int,
     *, speed: float = 1.0, rollout_after: int | None = None, warm_up: int | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """The weight-driven video: yields x_t (N, C, H, W) = decode(z; θ + Δ_t) for t = 0, 1, ..., `frames` - 1.
@@ -283,9 +352,10 @@ def weight_driven_frames(
     weights (see `catmull_rom`), and frame t is decoded at point `speed` · t of it.
 
     Args:
-        z, motion: (N, latent_dim), and of N videos.
+        z, motion: (N, latent_dim), and of N videos; a `Clip` takes the place of the image and its synthetic video.
         speed: predictions per frame.
-        warm_up: frames encoded before the first one that is yielded, 1 or more; None: as many as in training.
+        warm_up: frames encoded before the first one that is yielded; None: as many as in training; 0: none but the
+            image itself, and then the video begins one frame later.
     """
     warm_up = generator.synthesizer.frames if warm_up is None else warm_up
     features = generator.features(z)
@@ -296,13 +366,13 @@ def weight_driven_frames(
     def decode(state: Tensor) -> Tensor:
         return generator.decode(features, generator.predict(state, prepared=prepared))
 
-    predictions = _predictions(generator, decode, x_base, motion, warm_up, rollout_from)
+    found = predictions(generator, decode, x_base, motion, warm_up, rollout_from)
     latest: deque[tuple[Tensor, Tensor | None]] = deque(maxlen=4)  # predictions up to number `newest`
     newest = -2
     for t in range(frames):
         number, fraction = divmod(speed * t, 1)
         while newest < number + (2 if fraction else 0):
-            latest.append(next(predictions))
+            latest.append(next(found))
             newest += 1
         if fraction:
             state, frame = catmull_rom([state for state, _ in latest], fraction), None
@@ -311,15 +381,16 @@ def weight_driven_frames(
         yield decode(state) if frame is None else frame
 
 
-def _predictions(
-    generator: Generator, decode: Callable[[Tensor], Tensor], x_base: Tensor, motion: Motion, warm_up: int,
+def predictions(
+    generator: Generator, decode: Callable[[Tensor], Tensor], x_base: Tensor, motion: Motion | Clip, warm_up: int,
     rollout_from: float,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:  # fmt: skip
     """Yields, without end, the GRU's states (N, hidden_size) that predict the frames -1, 0, 1, ...
 
     From frame `rollout_from` on the decoded frame (N, C, H, W) comes with the state, before it None.
     """
-    states, predictor_state = generator.predictor.encode(generator.downscale(x_base)[:, None])
+    image = motion.at(0) if isinstance(motion, Clip) else x_base
+    states, predictor_state = generator.predictor.encode(generator.downscale(image)[:, None])
     for k in itertools.count(-warm_up):
         frame = decode(states[:, -1]) if k >= rollout_from else None
         if k >= -1:
@@ -328,23 +399,16 @@ def _predictions(
         states, predictor_state = generator.predictor.encode(encoded[:, None], predictor_state)
 
 
-def catmull_rom(points: Sequence[Tensor], fraction: float) -> Tensor:
-    """The point that lies `fraction` of the way from the second to the third of four successive points.
-
-    Catmull-Rom splines (1974) have no corners. Between 8 points of a circle the radius stays within 1 %, where straight
-    lines would lose 8 %. The code is linear in the GRU's state, so interpolated states give interpolated codes.
-    """
-    square, cube = fraction**2, fraction**3
-    weights = (2 * square - fraction - cube, 2 - 5 * square + 3 * cube, fraction + 4 * square - 3 * cube, cube - square)
-    return sum((0.5 * weight * point for weight, point in zip(weights, points, strict=True)), points[0].new_zeros(()))
-
-
-def _synthetic_frame(generator: Generator, images: Tensor, motion: Motion, time: float, **options: bool) -> Tensor:
-    """One frame of the synthetic video of `images`: (N, C, height, width)."""
+def _synthetic_frame(
+    generator: Generator, images: Tensor, motion: Motion | Clip, time: float, full_size: bool = False, **options: bool
+) -> Tensor:
+    """One frame of the synthetic video of `images`, or of clips: (N, C, height, width)."""
+    if isinstance(motion, Clip):
+        return motion.at(time) if full_size else generator.downscale(motion.at(time))
     # The motion is periodic; without the modulo, large times would lose precision in fp32.
     time %= generator.synthesizer.frames
     times = torch.full((len(images), 1), time, device=images.device)
-    return generator.synthesizer(images, motion, times, **options)[:, 0]
+    return generator.synthesizer(images, motion, times, full_size=full_size, **options)[:, 0]
 
 
 def latent_path(points: Tensor, position: float) -> Tensor:

@@ -19,6 +19,7 @@ To add a motion, add an entry to `MOTIONS`. `generate.py RUN --video synthetic` 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +65,17 @@ class Motion(NamedTuple):
     phases: Tensor  # (B, paths, 2 harmonics), in turns: [0, 1)
     amplitudes: Tensor  # (B, paths), in [0, 1]: the fraction of its strength that each path has
     noise: Tensor  # (B, 2, C, height, width), standard normal; (B, 2, C, 0, 0) where noise is off
+
+
+class Clip(NamedTuple):
+    """N clips that repeat, in the place of synthetic videos; a prediction of the GRU draws one frame."""
+
+    frames: Tensor  # (N, T, C, H, W) in [0, 1]
+    lengths: Tensor  # (N,), how many of the T frames a clip has
+
+    def at(self, time: float) -> Tensor:
+        """The frames at a time, in frames: (N, C, H, W)."""
+        return self.frames[torch.arange(len(self.frames)), int(time) % self.lengths]
 
 
 class VideoSynthesizer(nn.Module):
@@ -138,11 +150,7 @@ class VideoSynthesizer(nn.Module):
                 images = functional.interpolate(images, size=(height, width), mode="area")
             if times is None:
                 times = torch.arange(self.frames, device=images.device).expand(len(images), -1)
-            orders = torch.arange(1, 1 + len(PATH_WEIGHTS), device=images.device)
-            angles = self._angle(times)[:, :, None, None] * orders + 2 * math.pi * motion.phases[:, None]
-            first, second = torch.sin(angles).unbind(dim=-1)  # (B, K, paths) each
-            path = torch.lerp(second, first, PATH_WEIGHTS[0]) * motion.amplitudes[:, None]
-            paths = path.unbind(dim=-1)  # each (B, K)
+            paths = self.path(motion, times).unbind(dim=-1)  # each (B, K)
 
             if strengths["shift"] or strengths["zoom"] or strengths["rotation"]:
                 video = _warp(images, paths, strengths, aspect)
@@ -155,6 +163,13 @@ class VideoSynthesizer(nn.Module):
             if strengths["noise"] and (not full_size if noise is None else noise):
                 video = video + self.noise(motion, times, video.shape[-2:])
             return video.clamp(0, 1)
+
+    def path(self, motion: Motion, times: Tensor) -> Tensor:
+        """How far each motion is at `times` (B, K), as a fraction of its strength: (B, K, paths) in [-1, 1]."""
+        orders = torch.arange(1, 1 + len(PATH_WEIGHTS), device=times.device)
+        angles = self._angle(times)[:, :, None, None] * orders + 2 * math.pi * motion.phases[:, None]
+        first, second = torch.sin(angles).unbind(dim=-1)
+        return torch.lerp(second, first, PATH_WEIGHTS[0]) * motion.amplitudes[:, None]
 
     def noise(self, motion: Motion, times: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
         """What the noise adds at `times` (B, K): (B, K, C, *size), or zeros of a shape that broadcasts to it."""
@@ -192,3 +207,115 @@ def _warp(images: Tensor, paths: Sequence[Tensor], strengths: Mapping[str, float
     tall = grid.view(batch, count * height, width, 2)
     warped = functional.grid_sample(images, tall.to(images.dtype), padding_mode="border", align_corners=False)
     return warped.view(batch, channels, count, height, width).transpose(1, 2)
+
+
+# ------------------------------------------------------------------------------ videos to be tuned to, and their states
+
+Streams = tuple[Tensor, ...]
+"""Videos in training: which image or clip each shows (B,), and of a synthetic video the numbers of its `Motion`."""
+
+
+class ImageTarget(nn.Module):
+    """Images and their synthetic videos. The state that draws a frame is a function of where its motions are, so that
+    it holds for any phase of the motion: a small network, needed only while the GRU learns to be in these states.
+    """
+
+    ASKED = 0.8  # fraction of the training videos that move as the seeds say; the others move in other phases
+
+    def __init__(self, synthesizer: VideoSynthesizer, hidden_size: int, images: Tensor, motion: Motion,
+                 drive: Clip | None, random: torch.Generator) -> None:  # fmt: skip
+        super().__init__()
+        self.synthesizer, self.images, self.motion, self.drive = synthesizer, images, motion, drive
+        layers: list[nn.Module] = []
+        for wide, narrow in pairwise((len(synthesizer.paths), 128, 128, hidden_size)):
+            layers += [layer := nn.Linear(wide, narrow), nn.ReLU()]
+            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=random)
+            nn.init.zeros_(layer.bias)
+        layers[-1] = nn.Tanh()
+        self.to_state = nn.Sequential(*layers)
+        # One frame doesn't tell how an image will move: before it has seen more, the GRU isn't judged, but at rest.
+        self.seen_first, self.blind = synthesizer.frames, 0 if drive else 2
+        self.pace = 0.5 if drive else 1.0  # of training videos; clips are slower than synthetic ones
+
+    def begin(self, count: int, random: torch.Generator) -> Streams:
+        """Streams of random images, most with the motion of their seeds."""
+        rows = torch.randint(len(self.images), (count,), generator=random)
+        motion = self.synthesizer.sample_motion(count, self.images.shape[1:], None, random)
+        if self.drive:  # motions that begin at rest, of any strength: what a clip's first frame shows is the image
+            phases = (2 * motion.phases).floor() / 2
+            motion = motion._replace(phases=phases, amplitudes=torch.rand(motion.amplitudes.shape, generator=random))
+        else:
+            asked = torch.rand(count, 1, 1, generator=random) < self.ASKED
+            motion = motion._replace(phases=torch.where(asked, self.motion.phases.cpu()[rows], motion.phases))
+        return tuple(x.to(self.images.device) for x in (rows, *motion))
+
+    def video(self, streams: Streams, times: Tensor, full_size: bool = False) -> Tensor:
+        """Frames at `times` (B, K): those to be drawn, at full size, or those that the GRU watches."""
+        images = self.images[streams[0]]
+        if self.drive and not full_size:
+            images = self.first_frames(streams)
+        return self.synthesizer(images, Motion(*streams[1:]), times, full_size)
+
+    def first_frames(self, streams: Streams) -> Tensor:
+        """What the GRU sees before the video: (B, C, H, W)."""
+        return self.drive.frames[streams[0] % len(self.drive.frames), 0] if self.drive else self.images[streams[0]]
+
+    def states(self, streams: Streams, times: Tensor) -> Tensor:
+        """The states at which the frames at `times` (B, K) are drawn: (B, K, hidden_size) in [-1, 1]."""
+        return self.to_state(self.synthesizer.path(Motion(*streams[1:]), times))
+
+    def noise(self, streams: Streams, times: Tensor, size: tuple[int, int]) -> Tensor:
+        """What is added to frames at `times` (B, K) that the GRU watches: (B, K, C, *size), or of a shape alike."""
+        return self.synthesizer.noise(Motion(*streams[1:]), times, size)
+
+    def times(self, streams: Streams, random: torch.Generator) -> Tensor:
+        """Random times, (B, 1)."""
+        return self.synthesizer.frames * torch.rand(len(streams[0]), 1, generator=random).to(self.images.device)
+
+
+def catmull_rom(points: Sequence[Tensor], fraction: Any) -> Tensor:
+    """The point that lies `fraction`, a number or a tensor, of the way from the second to the third of four points.
+
+    Catmull-Rom splines (1974) have no corners. Between 8 points of a circle the radius stays within 1 %, where straight
+    lines would lose 8 %. The code is linear in the GRU's state, so interpolated states give interpolated codes.
+    """
+    square, cube = fraction**2, fraction**3
+    weights = (2 * square - fraction - cube, 2 - 5 * square + 3 * cube, fraction + 4 * square - 3 * cube, cube - square)
+    return sum((0.5 * weight * point for weight, point in zip(weights, points, strict=True)), points[0].new_zeros(()))
+
+
+class ClipTarget(nn.Module):
+    """Clips that repeat: each frame that a prediction draws has a state of its own, free numbers at first. Frames
+    between are drawn from states on the curve through these, as they are when a video is shown.
+    """
+
+    seen_first, blind, pace, drive = 1, 0, 1.0, None
+
+    def __init__(
+        self, hidden_size: int, frames: Tensor, lengths: Tensor, between: int, random: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.frames, self.lengths, self.between, self.images = frames, lengths, between, frames[:, 0]
+        self.free = nn.Parameter(0.5 * torch.randn(len(frames), int(lengths.max()), hidden_size, generator=random))
+
+    def begin(self, count: int, random: torch.Generator) -> Streams:
+        return (torch.randint(len(self.images), (count,), generator=random).to(self.images.device),)
+
+    def video(self, streams: Streams, times: Tensor, full_size: bool = False) -> Tensor:
+        places = (times * self.between).round().long() % (self.between * self.lengths[streams[0], None])
+        return self.frames[streams[0][:, None], places]
+
+    def first_frames(self, streams: Streams) -> Tensor:
+        return self.images[streams[0]]
+
+    def noise(self, streams: Streams, times: Tensor, size: tuple[int, int]) -> Tensor:
+        return times.new_zeros(*times.shape, 1, 1, 1)
+
+    def states(self, streams: Streams, times: Tensor) -> Tensor:
+        whole, rows, lengths = times.floor(), streams[0][:, None], self.lengths[streams[0], None]
+        points = [self.free[rows, (whole.long() + k) % lengths].tanh() for k in (-1, 0, 1, 2)]
+        return catmull_rom(points, (times - whole)[..., None])
+
+    def times(self, streams: Streams, random: torch.Generator) -> Tensor:
+        times = torch.rand(len(streams[0]), 1, generator=random).to(self.images.device)
+        return (times * self.between * self.lengths[streams[0], None]).floor() / self.between

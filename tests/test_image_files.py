@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from configuration import UserError
-from image_data import decode_image, open_folder
-from media import IMAGE_EXTENSIONS, BrokenImageError, find_images, parse_colour
+from image_data import decode_image
+from media import IMAGE_EXTENSIONS, BrokenImageError, find_images, open_folder, parse_colour
 
 
 def test_class_folders_at_any_depth_and_any_case(tmp_path, monkeypatch):

@@ -24,12 +24,12 @@ def imported(path: Path) -> set[str]:
     return names | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
 
 
-def test_at_most_20_modules_stand_on_at_most_6_floors_with_75_imports_between_them_and_none_of_studies() -> None:
+def test_at_most_22_modules_stand_on_at_most_6_floors_with_90_imports_between_them_and_none_of_studies() -> None:
     needs = {name: {one.partition(".")[0] for one in imported(path)} for name, path in MODULES.items()}
     assert "studies" not in set().union(*needs.values())
     needs = {name: others & MODULES.keys() for name, others in needs.items()}
-    assert len(needs) <= 20
-    assert sum(map(len, needs.values())) <= 75
+    assert len(needs) <= 22
+    assert sum(map(len, needs.values())) <= 90
     floors = 0
     while needs:
         lowest = {name for name, others in needs.items() if not others & needs.keys()}
@@ -54,7 +54,7 @@ def test_examples_in_docstrings_do_what_they_say() -> None:
 
 def test_commands_start_without_what_they_may_not_need() -> None:
     slow = {"torch_fidelity", "torchmetrics", "torchvision", "torch._dynamo", "matplotlib", "tensorboard"}  # 0.5 to 3 s
-    code = f"import sys, training, generate, evaluate; print({slow} & set(sys.modules))"
+    code = f"import sys, training, generate, evaluate, animate; print({slow} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.strip() == "set()", result.stderr
 

@@ -21,11 +21,11 @@ WRONG = {
         (["--quick", "data.root=nowhere"], "nowhere"), (["training.diffaugment=[color]"], "training.diffaugment"),
     ],
     "fake_cuda": [(["image.size=33"], "image.size must be a power of two"), (["--what"], "--what")],
-    "golden": [(["--compare=nowhere"], "nowhere"), (["--what"], "--what")],
     "gpu_acceptance": [(["--out=x", "--only=speed"], "unknown part 'speed'"), (["--small"], "--out")],
     "hostile_images": [(["folder", "--what"], "--what")],
+    "living": [(["images", "nowhere"], "nowhere holds no files"), (["walks", "x"], "invalid choice"),
+               (["images", "x", "--size=8"], "--size must be")],
     "loss_curves": [(["run"], "--out"), (["--out", "x.png"], "RUN"), (["run", "--out", "x.pdf"], "must be a .png")],
-    "lowest_versions": [(["--python"], "--python"), (["--python=nowhere"], "nowhere")],
     "motion_report": [(["nowhere"], "nowhere"), (["run", "--video=3"], "--videos"), (["run", "--videos=1"], "2 to 4")],
     "torture": [(["--sleep"], "--sleep"), (["--kills=0"], "--kills")],
 }  # fmt: skip
