@@ -53,7 +53,7 @@ def build_parser() -> ArgumentParser:
     add("--run", metavar="RUN", default=INCLUDED, help="a run or checkpoint to begin with (the model included, 64 px)")
     add("--size", type=image_size, metavar="N", help=f"pixels a side: {', '.join(SIZES)} (the run's); weights "
         "that don't fit begin as random ones")  # fmt: skip
-    add("--seconds", type=number_of_seconds, metavar="S", help="time to tune in (as many steps as were found good)")
+    add("--seconds", type=number_of_seconds, metavar="S", help="time to tune in (as long as was found good)")
     add("--motion", metavar="LIST", help="of images, as for generate.py: shift=0.2,zoom=0.1 or speed=0.5 (the run's)")
     add("--drive", metavar="CLIP", help="a clip that the images shall move as")
     add("--frames", type=int_between("frames", 1, 10_000_000), metavar="N", help="how many: without it, images move "
@@ -198,8 +198,8 @@ class _Tuning:
     @torch.no_grad()
     def _roll(self, rows: Tensor, times: Tensor) -> Tensor:
         """The window of some streams, each frame drawn from the state before it: (n, WINDOW, C, height, width)."""
-        generator, state = self.generator, PredictorState(*(x.clone() for x in self.state))
-        state = PredictorState(state.hidden[:, rows].contiguous(), state.scale[rows], state.offset[rows])
+        generator, (hidden, scale, offset) = self.generator, self.state
+        state = PredictorState(hidden[:, rows].contiguous(), scale[rows], offset[rows])
         features, prepared = generator.features(self.z)[self.streams[0][rows]], generator.prepare()
         noise = self.target.noise(self.streams, times, generator.video_size)[rows]
         frames: list[Tensor] = []
@@ -394,6 +394,8 @@ def animate(options: Namespace) -> str:
     for path in (out, sheet, tuned):
         if os.path.exists(path) and not options.force:
             raise UserError(f"{path} is there already: --force replaces it, or give another --out")
+        if any(os.path.exists(path) and os.path.exists(one) and path.samefile(one) for one in options.inputs):
+            raise UserError(f"{path} is an INPUT: give another --out")
         with suppress(InterruptedError), atomic_write(path, folder=path == out and not out.suffix):
             raise InterruptedError  # it can be written: better known now than after the tuning
     passed_on = [f"--{name}={value}" for name in names if (value := getattr(options, name)) is not None]
@@ -450,7 +452,7 @@ def tune_with_bar(sampler: Sampler, videos: Tensor, names: list[str], **more: An
             last = progress
 
         sampler = tune(sampler, videos, names, report=report, **more)
-    figures = f"the still image has {last.psnr:.1f} dB, and its states draw {max(0.0, last.motion):.0%} of the motion"
+    figures = f"the still image has {last.psnr:.1f} dB, {max(0.0, last.motion):.0%} of the motion can be drawn"
     print_line(f"tuned in {time.monotonic() - began:.0f} s: {figures}")
     return sampler
 

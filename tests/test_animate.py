@@ -278,7 +278,8 @@ def test_images_loop_clips_go_on_and_the_file_draws_more(command, capsys: pytest
 @pytest.mark.parametrize(("arguments", "words"), [
     ("nowhere.gif", "cannot read nowhere.gif: No such file"), ("text.gif", "no image, animation or video"),
     ("list.mp4", "no image, animation or video"), ("sound.mp4", "no video stream"), ("empty", "holds no images"),
-    ("still.png --out clip.gif", "--force replaces it"), ("still.png --out x.txt", "videos end in"),
+    ("still.png --out clip.gif", "--force replaces it"), ("clip.gif --out clip.gif --force", "is an INPUT"),
+    ("still.png --out x.txt", "videos end in"),
     ("still.png --size 33", "--size must be one of"), ("still.png --seconds 0", "--seconds must be a number"),
     ("still.png --motion bounce=1", "unknown kind 'bounce'"), ("clip.gif --motion zoom=0.1", "--motion moves images"),
     ("still.png --drive still.png", "must be a clip"), ("clip.gif --drive clip.gif", "must be a clip"),
