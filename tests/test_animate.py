@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import struct
 from pathlib import Path
 
 import av
@@ -16,6 +17,7 @@ import evaluate
 import generate
 from animate import ClipTarget, ImageTarget, Progress, join_clips, read_input, tune
 from configuration import load_config
+from image_data import read_frames
 from sampling import Sampler, begin_sampler, load_sampler, weight_driven_frames
 from video_synth import Clip, Motion, VideoSynthesizer
 
@@ -190,6 +192,20 @@ def test_every_kind_of_clip_is_read(name: str, tmp_path: Path) -> None:
     assert (clip.name, len(clip.frames)) == (path.stem, 12)
     assert clip.duration == pytest.approx(12 / (24 if name == "folder" else 10), rel=0.02)
     assert (torch.stack(clip.frames).float() / 255 - as_tensor(images)).abs().mean() < 0.02
+
+
+def test_a_video_that_its_metadata_rotate_is_read_upright(tmp_path: Path) -> None:
+    pixels = np.full((32, 48, 3), 255, np.uint8)
+    pixels[:12, :16] = (220, 30, 30)
+    path = write_clip(tmp_path / "turned.mp4", [Image.fromarray(pixels)] * 3)
+    content = bytearray(path.read_bytes())
+    matrix = content.index(b"tkhd") + 44  # of the track's header: a quarter turn clockwise, moved back into view
+    content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 32 << 16, 0, 1 << 30)
+    path.write_bytes(content)
+    _, frame = next(read_frames(path))
+    assert frame.size == (32, 48)
+    red = np.argwhere(np.asarray(frame)[..., 1] < 130).mean(axis=0)
+    assert np.abs(red - (7.5, 25.5)).max() < 1.5  # at the right of the top
 
 
 def test_clips_are_read_as_far_as_they_go_and_played_forth_and_back_if_they_do_not_close(
