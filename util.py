@@ -66,7 +66,7 @@ def similar_path(path: str | Path, others: Iterable[Path]) -> str:
 # ------------------------------------------------------------------------------------------------------------ commands
 
 
-PATHS = ("FILE", "FOLDER", "PATH", "RUN", "RUN_OR_CHECKPOINT")  # metavars of options that are paths
+PATHS = ("CLIP", "FILE", "FOLDER", "INPUT", "PATH", "RUN", "RUN_OR_CHECKPOINT")  # metavars of options that are paths
 
 
 class CommandParser(argparse.ArgumentParser):
