@@ -158,9 +158,10 @@ class Sampler:
         config = replace(self.config, video=replace(video, frames=synthesizer.frames, **strengths))
         weights = {name: x.half() for name, x in self.generator.state_dict().items()
                    if not name.startswith(("vae.encoder.", "vae.to_"))}  # fmt: skip
-        tuned = self.tuned and self.tuned._asdict()
-        write_checkpoint(path, {"step": self.step, "config": config_to_dict(config), "generator_ema": weights,
-                                "update_spec": self.generator.spec.to_dict(), "tuned": tuned})  # fmt: skip
+        assert self.tuned is not None  # others are saved by the run that trains them
+        write_checkpoint(path, {
+            "step": self.step, "config": config_to_dict(config), "generator_ema": weights,
+            "update_spec": self.generator.spec.to_dict(), "tuned": self.tuned._asdict()})  # fmt: skip
 
     def _clip(self, count: int) -> Clip | None:
         """The clips that it was tuned to, in turn, on the device; None if there are none."""
@@ -282,7 +283,7 @@ def begin_sampler(source: str | Path, device: torch.device, size: int | None = N
             generator = build_generator(config)
         except ValueError as error:
             raise UserError(f"{shown_path(path)}, --size {size}: {error}") from None
-    line = take_weights({"generator_ema": generator, "generator": generator}, path)
+    line = take_weights({"generator": generator}, path, saved)
     prepare_device(device)
     return Sampler(generator.to(device), config, int(saved["step"]), path), line
 
@@ -309,15 +310,15 @@ def find_checkpoint(source: str | Path, best: bool = False) -> Path:
     raise UserError(f"{shown_path(source)} holds no checkpoint (looked for {path.relative_to(source)}){hint}")
 
 
-def take_weights(networks: dict[str, nn.Module], source: str | Path) -> str:
+def take_weights(networks: dict[str, nn.Module], source: str | Path, saved: dict[str, Any] | None = None) -> str:
     """Copies into `generator`, `generator_ema` and `critic` what fits, by name and shape, of a checkpoint's averaged
     generator and of its critic. Returns a line that says what was taken and what not.
 
-    `networks` are any of these three; `source` is a run's folder, or a checkpoint file. Raises UserError: there is no
-    whole checkpoint, or nothing of it fits.
+    `networks` are any of these three; `source` is a run's folder, or a checkpoint file, whose content may be `saved`.
+    Raises UserError: there is no whole checkpoint, or nothing of it fits.
     """
-    path = find_checkpoint(expanded(source, "training.init_from"))
-    saved = load_checkpoint(path)
+    path = find_checkpoint(source if saved else expanded(source, "training.init_from"))
+    saved = saved or load_checkpoint(path)
     averaged = saved["generator_ema"]
     sources = {"generator": averaged, "generator_ema": averaged, "critic": saved.get("critic", {})}
     sizes: dict[str, int] = {}

@@ -286,7 +286,8 @@ def catmull_rom(points: Sequence[Tensor], fraction: Any) -> Tensor:
 
 class ClipTarget(nn.Module):
     """Clips that repeat: each frame that a prediction draws has a state of its own, free numbers at first. Frames
-    between are drawn from states on the curve through these, as they are when a video is shown.
+    between are drawn from states on the curve through these, as they are when a video is shown. Its methods do what
+    those of `ImageTarget` do.
     """
 
     seen_first, blind, pace, drive = 1, 0, 1.0, None
