@@ -97,13 +97,18 @@ def code_points(name: str) -> tuple[str, ...]:
 
 def encode(picture: bytes) -> bytes:
     """A picture of the package (256 × 256, two are 256 × 264, RGBA) on a white square of SIZE pixels, as WebP."""
-    image = Image.open(io.BytesIO(picture)).convert("RGBA")
+    encoded = io.BytesIO()
+    on_white(Image.open(io.BytesIO(picture)), SIZE).save(encoded, "WEBP", **WEBP)
+    return encoded.getvalue()
+
+
+def on_white(image: Image.Image, size: int) -> Image.Image:
+    """The image in the middle of a white square of `size` pixels, as RGB."""
+    image = image.convert("RGBA")
     side = max(image.size)
     square = Image.new("RGBA", (side, side), "white")
     square.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
-    encoded = io.BytesIO()
-    square.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS).save(encoded, "WEBP", **WEBP)
-    return encoded.getvalue()
+    return square.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
 
 
 def write(files: dict[PurePosixPath, bytes], output: Path) -> None:
