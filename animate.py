@@ -76,13 +76,13 @@ from tqdm import tqdm
 import generate
 from configuration import Config
 from generator import Generator
-from image_data import failure_reason, fit_image, read_frames
+from image_data import failure_reason
 from losses import squared_distance
 from media import save_image, video_format
 from model_definitions import PredictorState, WeightPredictorRNN
-from sampling import BATCH, Sampler, Tuned, begin_sampler
+from sampling import BATCH, Sampler, Tuned, begin_sampler, clip_frames
 from util import atomic_write, command_device
-from video_synth import Clip, ClipTarget, ImageTarget, Motion, Streams
+from video_synth import Clip, ClipFrames, ClipTarget, ImageTarget, Motion, Streams
 
 # --------------------------------------------------------------------------------------------------------------- tuning
 
@@ -198,16 +198,11 @@ class _Tuning:
     @torch.no_grad()
     def _roll(self, rows: Tensor, times: Tensor) -> Tensor:
         """The window of some streams, each frame drawn from the state before it: (n, WINDOW, C, height, width)."""
-        generator, (hidden, scale, offset) = self.generator, self.state
-        state = PredictorState(hidden[:, rows].contiguous(), scale[rows], offset[rows])
-        features, prepared = generator.features(self.z)[self.streams[0][rows]], generator.prepare()
+        generator, (hidden, *others) = self.generator, self.state
+        state = PredictorState(hidden[:, rows].contiguous(), *(numbers[rows] for numbers in others))
         noise = self.target.noise(self.streams, times, generator.video_size)[rows]
-        frames: list[Tensor] = []
-        for k in range(WINDOW):
-            drawn = generator.decode(features, generator.predict(state.hidden[-1], prepared=prepared))
-            frames.append((generator.downscale(drawn) + noise[:, k]).clamp(0, 1)[:, None])
-            _, state = self.predictor.encode(frames[-1], state)
-        return torch.cat(frames, dim=1)
+        features = generator.features(self.z)[self.streams[0][rows]]
+        return generator.rollout(features, state.hidden[-1][:, None], state, WINDOW, noise)
 
     def _restart(self) -> None:
         """Begins a few of the videos anew, or half of them where they are short."""
@@ -317,34 +312,18 @@ def tune(sampler: Sampler, videos: Tensor, names: list[str] | None = None, *, be
 # --------------------------------------------------------------------------------------------------------------- inputs
 
 
-class Input(NamedTuple):
-    """A clip as it was read, or an image: one frame, of no duration."""
-
-    name: str
-    frames: list[Tensor]  # uint8 (C, size, size) each
-    times: list[float]  # of each frame, seconds
-    duration: float  # seconds
-
-    def resampled(self, count: int) -> Tensor:
-        """`count` frames at equal times: uint8 (count, C, size, size)."""
-        of = range(len(self.frames))
-        places = [min(of, key=lambda i: abs(self.times[i] - k * self.duration / count)) for k in range(count)]
-        return torch.stack([self.frames[i] for i in places])
-
-
-def read_input(path: str, config: Config) -> Input:
+def read_input(path: str, config: Config) -> ClipFrames:
     """Reads an image, or at most the first `MOST_SECONDS` of a clip. One that doesn't end where it began goes forth and
     back. Raises UserError: nothing in it can be read.
     """
-    frames, times, began, data = list[Tensor](), list[float](), 0.0, config.data
+    frames, times = list[Tensor](), list[float]()
     try:
-        for moment, frame in read_frames(path):
+        for moment, frame in clip_frames(path, config):
             if moment >= MOST_SECONDS and len(frames) > 1:
                 print_line(f"{shown_path(path)}: its first {MOST_SECONDS:g} seconds")
                 break
-            began = began if frames else moment
-            frames.append(fit_image(frame, config.image.size, config.image.channels, data.fit, data.background))
-            times.append(moment - began)
+            frames.append(frame)
+            times.append(moment)
     except Exception as error:  # damaged files raise nearly anything
         if len(frames) < 2:
             raise UserError(f"cannot read {shown_path(path)}: {failure_reason(path, error)}") from None
@@ -352,17 +331,15 @@ def read_input(path: str, config: Config) -> Input:
     if not frames:
         raise UserError(f"cannot read {shown_path(path)}: it has no frames")
     if len(frames) == 1:
-        return Input(Path(path).stem, frames, [0.0], 0.0)
-    video = torch.stack(frames).float()
-    steps = (video[1:] - video[:-1]).square().flatten(1).sum(1)
-    if (video[-1] - video[0]).square().sum() > 2 * steps.max():
+        return ClipFrames(Path(path).stem, frames, [0.0])
+    if not ClipFrames(path, frames, times).repeats:
         print_line(f"{shown_path(path)} does not end where it began: it is played forth and back")
         times += [2 * times[-1] - moment for moment in times[-2:0:-1]]
         frames += frames[-2:0:-1]
-    return Input(Path(path).stem, frames, times, times[-1] + (times[-1] - times[0]) / (len(times) - 1))
+    return ClipFrames(Path(path).stem, frames, times)
 
 
-def join_clips(inputs: list[Input], sampler: Sampler) -> tuple[Tensor, dict[str, Any]]:
+def join_clips(inputs: list[ClipFrames], sampler: Sampler) -> tuple[Tensor, dict[str, Any]]:
     """The clips at one frame rate, an image as a clip of its synthetic video: frames (N, T, C, size, size) in [0, 1],
     T of the longest; and `between`, `lengths` and `period_seconds` for `tune`.
     """

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from configuration import Config, UserError, config_from_dict, config_to_dict, resume_effect
+from configuration import FIELDS, Config, UserError, config_from_dict, config_to_dict
 from util import atomic_write, os_errors_as_user_errors
 
 CHECKPOINT_FORMAT = 5
@@ -227,6 +227,16 @@ def at_fractions(config: Config) -> list[str]:
     names = [f"{part}.{key}" for part, keys in sections for key, value in keys.items() if isinstance(value, dict)]
     begins = ["weight_predictor.start"] * (settings.start > 0) + ["weight_predictor.alone"] * (settings.alone < 1)
     return names + begins
+
+
+def resume_effect(name: str) -> str:
+    """What a new value of a setting, `section.key`, means to a run that is resumed.
+
+    `free`: it changes where, how fast or how long to train, but no weight. `architecture`: the saved networks fit no
+    other value. `learning`: it changes what is learned, so the user has to confirm it.
+    """
+    section, _, key = name.partition(".")
+    return FIELDS[section][key].metadata["on_resume"]
 
 
 def check_settings(changed: dict[str, str], config: Config, run: str, accept_changes: bool) -> None:

@@ -29,7 +29,7 @@ def setting(default: Any, range: str, help: str, on_resume: str = "learning") ->
         range: `crop | pad`, `0 to 1`, `0 or more`, `more than 0` or `more than 0, at most 1`; of a list, each item's.
             The field's metadata holds it as `choices`, or as the numbers `low`, `high` (included) and `above` (not).
         help: its meaning and unit, in one line.
-        on_resume: what a new value means to a resumed run; see `resume_effect`.
+        on_resume: what a new value means to a resumed run; see `checkpoints.resume_effect`.
     """
     if " | " in range:
         limits: dict[str, Any] = {"choices": tuple(range.split(" | "))}
@@ -53,6 +53,7 @@ network = partial(setting, on_resume="architecture")
 @dataclass
 class DataConfig:
     root: str = free("data/emoji", "", "folder of images: class folders (any depth below a class), or a flat folder")
+    clips: str | None = free(None, "", "folder of clips that teach motion: gif, webp, mp4, ..., or folders of frames")
     fit: str = setting("crop", "crop | pad", "how an image becomes square: crop its centre, or pad it with background")
     background: str = setting("white", "", "colour behind transparent images and padding: a name or '#rrggbb'")
     mirror: bool = setting(False, "", "flip images left to right at random")
@@ -102,6 +103,10 @@ class VideoConfig:
     contrast: float = setting(0.1, "0 to 1", "largest relative change of the distance from the mean")
     noise: float = setting(0.02, "0 to 1", "standard deviation of the added noise, for values in [0, 1]")
     detach: bool = setting(True, "", "keep gradients from flowing through the video into the base image")
+    fps: float = setting(8.0, "0.1 to 90", "pace at which frames of data.clips are taken, frames per second")
+    source: str = setting("synthetic", "synthetic | clips | both", "what teaches motion: synthetic videos, data.clips")
+    input: str = network("frames", "frames | changes", "what the GRU sees after the image: frames, or what changed")
+    motion_dim: int = network(0, "0 to 65536", "length of the motion code, which says how an image moves; 0: none")
 
 @dataclass
 class LossConfig:
@@ -117,8 +122,9 @@ class LossConfig:
     lambda_video: float = setting(1.0, "0 or more", "λ_video, weight of mean_t ‖decode(z; θ + Δ_t) - video_t‖²; 0: off")
     video_frames: int = setting(2, "1 to 1024", "frames per image that the video loss decodes in a step")
     rollout_frames: int = setting(8, "0 to 1024", "frames after the video that the GRU encodes for the video loss")
-    rollout_fraction: float = setting(0.125, "0 to 1",
+    rollout_fraction: Schedule = setting(0.125, "0 to 1",
         "fraction of images whose frames after the video are their own decoded ones (a rollout)")
+    lambda_motion: float = setting(0.1, "0 or more", "weight of the KL of the motion code that is read from clips")
     adversarial_frame: str = setting("last", "last | random", "the frame whose update decodes what the critic scores")
 
 @dataclass
@@ -189,31 +195,20 @@ class Config:
 SECTIONS: dict[str, type] = {section.name: section.default_factory for section in fields(Config)}  # type: ignore[misc]
 """Section name -> its dataclass, in the order of `config.yaml`."""
 
-_FIELDS: dict[str, dict[str, Field]] = {name: {one.name: one for one in fields(cls)} for name, cls in SECTIONS.items()}
+FIELDS: dict[str, dict[str, Field]] = {name: {one.name: one for one in fields(cls)} for name, cls in SECTIONS.items()}
 
 
 def setting_of(option: str) -> str | None:
     """The setting that is meant by an option such as `--steps` or `--training.steps`, which there is none of."""
     name = option.lstrip("-").replace("-", "_")
-    both = ((f"{section}.{key}", key) for section, keys in _FIELDS.items() for key in keys)
+    both = ((f"{section}.{key}", key) for section, keys in FIELDS.items() for key in keys)
     return next((names[0] for names in both if name in names), None)
-
-
-def resume_effect(name: str) -> str:
-    """What a new value of a setting, `section.key`, means to a run that is resumed.
-
-    `free`: it changes where, how fast or how long to train, but no weight. `architecture`: the saved networks fit no
-    other value. `learning`: it changes what is learned, so the user has to confirm it.
-    """
-    section, _, key = name.partition(".")
-    return _FIELDS[section][key].metadata["on_resume"]
 
 
 def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
     """Reads the settings: the defaults, then `file` (YAML), then `overrides` (`section.key=value`, YAML values).
 
     `training.steps` and `training.epochs` exclude each other: a layer that sets one drops an earlier layer's other.
-
     Raises UserError: a file that is missing or no YAML mapping, a wrong key or value, contradictory settings.
     """
     layers = [] if file is None else [(str(file), _read_yaml(Path(file)))]
@@ -245,7 +240,7 @@ def config_template() -> str:
         "# Rates and schedule are those that were good at 64 px (configs/64.yaml). At 128 px they were",
         "# trained to the end once, in four minutes on a GPU: docs/results.md says what came of it.",
     ]
-    settings = iter([one for section in _FIELDS.values() for one in section.values()])
+    settings = iter([one for section in FIELDS.values() for one in section.values()])
     for line in config_to_yaml(Config()).splitlines():
         if line.startswith(" "):
             setting = next(settings)
@@ -355,7 +350,7 @@ def _read_override(text: str) -> tuple[str, str, Any]:
         is_file = text.endswith((".yaml", ".yml"))
         fix = f"a file of settings is given as --config {text[:60]}" if is_file else "for example training.steps=1000"
         raise UserError(f"override {_shown(text)} must look like section.key=value; {fix}")
-    if key in _FIELDS.get(section, {}) and _FIELDS[section][key].type is str:
+    if key in FIELDS.get(section, {}) and FIELDS[section][key].type is str:
         return section, key, value  # a text is taken as it stands: a path may hold '#', ': ' or a leading '['
     try:
         return section, key, _parse(value if value.strip() else "''")
@@ -375,10 +370,10 @@ def _merge(layers: Iterable[tuple[str, dict[str, Any]]]) -> Config:
                 raise UserError(f"{source}: section '{section}' must hold settings, but is {_shown(settings)}")
             for key, value in settings.items():
                 name = f"{section}.{key}"
-                if key not in _FIELDS[section]:
+                if key not in FIELDS[section]:
                     raise UserError(f"{source}: unknown setting {_shown(name)}{_hint(name)}")
                 try:
-                    setattr(getattr(config, section), key, _checked(_FIELDS[section][key], value))
+                    setattr(getattr(config, section), key, _checked(FIELDS[section][key], value))
                 except ValueError as error:
                     raise UserError(f"{source}: {name} {error}, but is {_shown(value)}") from None
         lengths = [key for key in ("steps", "epochs") if (sections.get("training") or {}).get(key) is not None]
@@ -429,7 +424,7 @@ def _checked(setting: Field, value: Any) -> Any:
 
 def _contradictions(config: Config) -> Iterator[str]:
     """What no single setting can show: settings that contradict each other, lengths of lists, names of folders."""
-    image, training, output = config.image, config.training, config.output
+    image, training, output, predictor = config.image, config.training, config.output, config.weight_predictor
     if image.size & (image.size - 1):
         smaller, larger = 1 << (image.size.bit_length() - 1), 1 << image.size.bit_length()
         yield f"image.size must be a power of two from 16 to 256, but is {image.size}; try {smaller} or {larger}"
@@ -446,6 +441,11 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "training.steps and training.epochs are both null; set one of them, for example training.steps=30000"
     if output.best_metric == "quality/kid" and output.evaluate_every is None:
         yield "output.best_metric=quality/kid needs output.evaluate_every, for example 1000, but it is null"
+    if (config.data.clips is None) != (config.video.source == "synthetic"):
+        found = f"but video.source is {config.video.source} and data.clips {config.data.clips or 'null'}"
+        yield f"data.clips must name a folder where video.source is clips or both, and else be null, {found}"
+    if config.data.clips is not None and (predictor.update, predictor.sharing) != ("predicted", "per_sample"):
+        yield "data.clips must be null unless weight_predictor.update is predicted and sharing per_sample"
     if not config.weight_predictor.layers:
         yield "weight_predictor.layers is empty; name at least one pattern, for example [decoder.stage1.*]"
     if (size := config.weight_predictor.update_size) != "auto" and not (type(size) is int and size > 0):
@@ -462,7 +462,7 @@ def _contradictions(config: Config) -> Iterator[str]:
 
 def _hint(name: str) -> str:
     """What to write instead of an unknown section or `section.key`: a misplaced or mistyped one."""
-    known = [f"{section}.{key}" for section, settings in _FIELDS.items() for key in settings]
+    known = [f"{section}.{key}" for section, settings in FIELDS.items() for key in settings]
     if name in known:  # as one word, where a section stands
         return "; write '{}:' on one line and '{}:' below it, indented".format(*name.split("."))
     name = name[:100].lower()

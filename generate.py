@@ -32,6 +32,7 @@ from util import CommandParser, UserError, answer_early, int_between, print_line
 
 # Default numbers of images, of rows with `--show triples`, of periods or frames, and of a latent walk's keyframes.
 IMAGES, TRIPLES, PERIODS, ROLLOUT_FRAMES, KEYFRAMES = 16, 8, 4, 200, 5
+ROLLOUT_SECONDS = 6.0  # of a run that learned from clips
 FPS, PERIOD_SECONDS = 24.0, 4 / 3  # no single frame is seen, and the motion looks calm
 VIDEO_ENDINGS = (".mp4", ".webp", ".gif")
 
@@ -87,6 +88,8 @@ def build_parser() -> ArgumentParser:
     add = group.add_argument
     add("--seed", type=int_between("seed", 0, 2**53), metavar="S", help="the first image's seed; the others follow (0)")
     add("--seeds", type=read_seeds, metavar="LIST", help="seeds such as 0-63,100")
+    add("--motion-seeds", type=read_seeds, metavar="LIST", help="seeds that say how each image of a video moves, "
+        "instead of its own; several for one image (--seed) move it in several ways")  # fmt: skip
     add("--image", metavar="PATH", help="an image file, or a folder of them, to encode instead of sampling latents")
     add("--show", choices=("base", "updated", "triples"),
         help="images without the predicted update (the default), with it, or both and their difference, labelled (the "
@@ -134,7 +137,8 @@ from video_synth import MOTIONS, Clip
 Sample = tuple[str, dict[str, Tensor]]  # a name, and the image as `x_base`, `x_fake` and perhaps `input`: (1, C, H, W)
 PROGRESS = {"disable": None, "dynamic_ncols": True}  # None: no bar where standard error is no terminal
 
-_COMMON, _MOVING = {"seed", "seeds", "grid", "scale", "motion"}, {"frames", "fps", "loop", "compare"}
+_COMMON = {"seed", "seeds", "grid", "scale", "motion"}
+_MOVING = {"frames", "fps", "loop", "compare", "motion_seeds"}
 USES = {
     "images": {"images", "image", "show"} | _COMMON,
     "weights": {"image", "rollout", "rollout_after"} | _COMMON | _MOVING,
@@ -259,19 +263,35 @@ def amplification(difference: Tensor) -> int:
 def make_video(options: Namespace, sampler: Sampler, kind: str) -> str:
     fps = options.fps or FPS
     # At speed 1: more frames than the GRU predicts are decoded with weights between two predictions, also in a rollout.
-    seconds = sampler.tuned.seconds if sampler.tuned else PERIOD_SECONDS
+    seconds, settings = sampler.tuned.seconds if sampler.tuned else PERIOD_SECONDS, sampler.config.video
+    if sampler.rolls_out:
+        seconds = settings.frames / settings.fps
+        if options.loop or options.rollout or options.rollout_after:
+            raise UserError("--loop, --rollout: a run that learned from clips always rolls out; leave these out")
     sampler.speed *= min(1.0, sampler.generator.synthesizer.frames / (seconds * fps))
     rollout_after = options.rollout_after or (max(1, round(sampler.period)) if options.rollout else None)
     if rollout_after and options.loop:
         raise UserError("--loop: a rollout never comes back to its first frame; leave out one of them")
+    moved = options.motion_seeds
+    images = len(moved) if moved else IMAGES
+    if moved and options.seed is not None:  # that image alone, however many places there are
+        options.seeds = [options.seed]
     seeds, files = choose_seeds(
-        options, True, math.prod(options.grid) if options.grid else default_count(sampler, IMAGES)
+        options, True, math.prod(options.grid) if options.grid else default_count(sampler, images)
     )
+    moved = moved or seeds
+    if len(seeds) == 1:  # moved in all these ways
+        seeds, files = seeds * len(moved), files and files * len(moved)
+    if len(moved) == 1:
+        moved = moved * len(seeds)
+    if len(moved) != len(seeds):
+        raise UserError(f"--motion-seeds names {len(moved)}, and there are {len(seeds)} images: give as many, or one")
     grid = choose_grid(options.grid, len(seeds))
     if len(seeds) > BATCH:
         raise UserError(f"{len(seeds)} videos at once are too many, {BATCH} are the most: give a smaller --grid")
     keyframes = options.keyframes or KEYFRAMES
     default = keyframes * fps if kind == "latent" else ROLLOUT_FRAMES if rollout_after else PERIODS * sampler.period
+    default = ROLLOUT_SECONDS * fps if sampler.rolls_out and kind == "weights" else default
     count = options.frames or max(1, round(default))
     if options.loop and kind != "latent":  # a walk through latent space is closed anyway
         before, periods = sampler.period / fps, pluralize(sampler.set_whole_periods(count), "whole period")
@@ -282,7 +302,7 @@ def make_video(options: Namespace, sampler: Sampler, kind: str) -> str:
         walk = sampler.latent_walk(seeds, count, keyframes)
         frames: Iterator[dict[str, Tensor]] = ({"base image": x_base, "updated": x_fake} for x_base, x_fake in walk)
     else:
-        frames = moving_columns(sampler, kind, sampler.inputs(seeds, files), count, rollout_after, options)
+        frames = moving_columns(sampler, kind, sampler.inputs(seeds, files, moved), count, rollout_after, options)
 
     def to_pixels(columns: dict[str, Tensor]) -> np.ndarray:
         if options.compare:
@@ -306,7 +326,7 @@ def moving_columns(
         still = {"input": inputs.images, "reconstruction": still["base image"]}
     moving = {}
     is_clip = isinstance(inputs.motion, Clip)
-    if kind == "synthetic" or (options.compare and (is_clip or not rollout_after)):  # else a rollout follows nothing
+    if kind == "synthetic" or (options.compare and (is_clip or not (rollout_after or sampler.rolls_out))):
         name = "clip" if is_clip else "synthetic video"
         moving[name] = sampler.synthetic(inputs, count, noise=kind == "synthetic")
     if kind == "weights":

@@ -54,7 +54,7 @@ class Generator(nn.Module):
         synthesizer: makes the video that the predictor encodes.
         predictor: a GRU, or the constant-update baseline.
         head: turns the predicted code into an update.
-        config: `weight_predictor` (update, sharing) and `video.detach` are read.
+        config: `weight_predictor` (update, sharing) and `video` (source, detach) are read.
     """
 
     def __init__(self, vae: VAE, synthesizer: VideoSynthesizer, predictor: WeightPredictorRNN | ConstantUpdate,
@@ -68,6 +68,7 @@ class Generator(nn.Module):
         self.spec = head.spec
         self.update_kind = settings.update
         self.shared = settings.sharing == "shared"
+        self.source = config.video.source if settings.update == "predicted" else "synthetic"
         self.detach_video = config.video.detach
         self.video_size = synthesizer.video_size(vae.image_shape)
         if self.update_kind == "off":  # a constant that stays at zero
@@ -93,7 +94,7 @@ class Generator(nn.Module):
         x_base = self.decode_base(features)
         if predictor_alone:
             features, x_base = features.detach(), x_base.detach()
-        video, states, predictor_state = self.encode_video(x_base, motion)
+        video, states, predictor_state = self.encode_video(x_base, motion, features)
         update = self.predict(states_at(states, frame), frozen=predictor_alone)
         x_fake = x_base if self.update_kind == "off" or predictor_alone else self.decode(features, update)
         return GeneratorOutput(features, x_base, video, states, predictor_state, update, x_fake)
@@ -110,7 +111,7 @@ class Generator(nn.Module):
         x_base = self.decode_base(features)
         if n_base == len(x_base):
             return x_base
-        _, states, _ = self.encode_video(x_base[n_base:], motion)
+        _, states, _ = self.encode_video(x_base[n_base:], motion, features[n_base:])
         x_updated = self.decode(features[n_base:], self.predict(states_at(states, frame)))
         return torch.cat([x_base[:n_base], x_updated])
 
@@ -124,9 +125,12 @@ class Generator(nn.Module):
         """`features` -> x_base (B, C, H, W), decoded with θ."""
         return self.vae.decoder[self._split :](features)
 
-    def encode_video(self, x_base: Tensor, motion: Motion) -> tuple[Tensor, Tensor, PredictorState | None]:
-        """The GRU encodes the image itself, x_base (B, C, H, W), and then its synthetic video, to compare motion with
-        the still image.
+    def encode_video(
+        self, x_base: Tensor, motion: Motion, features: Tensor
+    ) -> tuple[Tensor, Tensor, PredictorState | None]:
+        """The GRU encodes the image itself, x_base (B, C, H, W) decoded from `features`, and then its synthetic video,
+        to compare motion with the still image. Where clips alone teach motion (`video.source=clips`), the frames after
+        the image are its own instead, as at generation.
 
         Returns the video (B, T, C, height, width), the GRU's hidden states at its frames (B, T, hidden_size), and the
         predictor's state. The hidden state at frame t predicts the update that decodes frame t + 1; the last one, at
@@ -137,9 +141,38 @@ class Generator(nn.Module):
             video = images[:, None].expand(-1, self.synthesizer.frames, -1, -1, -1)
             return video, *self.predictor.encode(video)
         image = self.downscale(images)[:, None]
-        video = self.synthesizer(images, motion)
-        states, state = self.predictor.encode(torch.cat([image, video], dim=1))
+        if self.source == "clips":
+            code = motion.code
+            states, state = self.predictor.encode(image, code=code)
+            video = self.rollout(features, states, state, self.synthesizer.frames)
+        else:
+            code, video = None, self.synthesizer(images, motion)
+        states, state = self.predictor.encode(torch.cat([image, video], dim=1), code=code)
         return video, states[:, 1:], state
+
+    def follow_clips(
+        self, features: Tensor, clips: Tensor, noise: Tensor, rollout_count: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The GRU watches clips (N, L, C, H, W), and then predicts their frames, with a motion code that it has read
+        from the whole clip: code = mu + e^(logvar / 2) · `noise` (N, motion_dim).
+
+        Of the first `rollout_count` clips it encodes its own frames after the first, each decoded from `features`
+        (N, ...) and its predictions; of the others the clip's. Returns its states (N, L - 1, hidden_size), of which
+        number t predicts the update that decodes frame t + 1, and mu and logvar (N, motion_dim).
+        """
+        assert isinstance(self.predictor, WeightPredictorRNN)
+        frames, code = self.downscale(clips.flatten(0, 1)).unflatten(0, clips.shape[:2]), None
+        mu = logvar = noise
+        if self.predictor.motion_dim:
+            mu, logvar = self.predictor.read_motion(self.predictor.encode(frames)[0][:, -1])
+            code = mu + (0.5 * logvar).exp() * noise
+        frames = frames[:, :-1]
+        if rollout_count:
+            own, image = slice(rollout_count), frames[:rollout_count, :1]
+            states, state = self.predictor.encode(image, code=None if code is None else code[own])
+            rolled = self.rollout(features[own], states, state, frames.shape[1] - 1)
+            frames = torch.cat([torch.cat([image, rolled], dim=1), frames[rollout_count:]])
+        return self.predictor.encode(frames, code=code)[0], mu, logvar
 
     def continue_video(self, output: GeneratorOutput, motion: Motion, rollout_count: int, frames: int) -> Tensor:
         """The GRU's hidden states (B, frames + 1, hidden_size) while it encodes `frames` more frames after the video.
@@ -153,11 +186,15 @@ class Generator(nn.Module):
         if self.update_kind != "predicted" or not frames:
             return output.states[:, -1:].expand(-1, frames + 1, -1)
         assert output.predictor_state is not None
-        first = self.synthesizer.frames
-        times = torch.arange(first, first + frames, device=output.states.device).expand(len(output.states), -1)
+        begin = self.synthesizer.frames
+        times = torch.arange(begin, begin + frames, device=output.states.device).expand(len(output.states), -1)
         parts = []
         if rollout_count:
-            parts.append(self._rollout(output, motion, times[:rollout_count]))
+            first = slice(rollout_count)
+            noise = self.synthesizer.noise(motion_rows(motion, first), times[first], self.video_size)
+            state = state_rows(output.predictor_state, first)
+            begin_at = output.features[first], output.states[first], state
+            parts.append(self.rollout(*begin_at, frames, noise, output.update.prepared))
         if rollout_count < len(output.states):
             rest = slice(rollout_count, None)
             images = output.x_base[rest].detach()
@@ -166,20 +203,22 @@ class Generator(nn.Module):
         return torch.cat([output.states[:, -1:], encoded], dim=1)
 
     @torch.no_grad()
-    def _rollout(self, output: GeneratorOutput, motion: Motion, times: Tensor) -> Tensor:
-        """The first R images' frames at `times` (R, K), each decoded with the update predicted from those before it:
-        (R, K, C, height, width). Without gradients, which go back through the GRU's states, not through its input.
+    def rollout(
+        self, features: Tensor, states: Tensor, state: PredictorState | None, count: int, noise: Tensor | None = None,
+        prepared: Prepared | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The next `count` frames of images (R, ...), each decoded with the update predicted from those before it:
+        (R, count, C, height, width). `states` (R, T, hidden_size) end with `state`. Without gradients, which go back
+        through the GRU's states, not through its input; with `noise`, as the frames of a synthetic video have it.
         """
-        assert output.predictor_state is not None
-        first, count = slice(len(times)), times.shape[1]
-        hidden, state = output.states[first, -1:], state_rows(output.predictor_state, first)
-        noise = self.synthesizer.noise(motion_rows(motion, first), times, self.video_size)
+        hidden, prepared = states[:, -1], self.prepare() if prepared is None else prepared
         frames: list[Tensor] = []
         for k in range(count):
             if k:
-                hidden, state = self.predictor.encode(frames[-1], state)  # type: ignore[assignment]
-            decoded = self.decode(output.features[first], self.predict(hidden[:, 0], prepared=output.update.prepared))
-            frames.append((self.downscale(decoded) + noise[:, k]).clamp(0, 1)[:, None])
+                encoded, state = self.predictor.encode(frames[-1], state)
+                hidden = encoded[:, 0]
+            frame = self.downscale(self.decode(features, self.predict(hidden, prepared=prepared)))
+            frames.append((frame if noise is None else (frame + noise[:, k]).clamp(0, 1))[:, None])
         return torch.cat(frames, dim=1)
 
     def downscale(self, images: Tensor) -> Tensor:
@@ -244,7 +283,8 @@ def motion_rows(motion: Motion, rows: slice) -> Motion:
 
 def state_rows(state: PredictorState, rows: slice) -> PredictorState:
     """The predictor's state of some of the videos."""
-    return PredictorState(state.hidden[:, rows].contiguous(), state.scale[rows], state.offset[rows])
+    hidden, *others = state
+    return PredictorState(hidden[:, rows].contiguous(), *(numbers[rows] for numbers in others))
 
 
 def states_at(states: Tensor, times: Tensor | None) -> Tensor:
@@ -359,7 +399,7 @@ def build_synthesizer(config: Config) -> VideoSynthesizer:
     """What makes the synthetic video; it holds no weights."""
     video, side = config.video, min(config.image.size, VIDEO_SIZE)
     strengths = {name: getattr(video, name) for name in MOTIONS if hasattr(video, name)}
-    return VideoSynthesizer(video.frames, strengths, video.height or side, video.width or side)
+    return VideoSynthesizer(video.frames, strengths, video.height or side, video.width or side, video.motion_dim)
 
 
 def build_head(config: Config, vae: VAE) -> UpdateHead:
@@ -382,7 +422,10 @@ def build_predictor(
         return ConstantUpdate(update_size)
     height, width = synthesizer.video_size((image.size, image.size))
     frame_size = image.channels * height * width
-    return WeightPredictorRNN(frame_size, update_size, settings.hidden_size, settings.num_layers)
+    return WeightPredictorRNN(
+        frame_size, update_size, settings.hidden_size, settings.num_layers, config.video.motion_dim,
+        changes=config.video.input == "changes",
+    )  # fmt: skip
 
 
 def build_generator(config: Config) -> Generator:

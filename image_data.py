@@ -36,7 +36,11 @@ from tqdm import tqdm
 
 from configuration import DataConfig, ImageConfig, UserError
 from media import BrokenImageError, find_images, open_folder, parse_colour, video_frames
-from util import LARGEST_FILE, Sample, names_digest, shown_path, split_held_out
+from util import LARGEST_FILE, Sample, absolute, names_digest, shown_path, split_held_out
+from video_synth import to_device
+
+VIDEO_EXTENSIONS = (".apng", ".mp4", ".mov", ".webm", ".mkv", ".avi")
+"""Endings of the files that count as clips, besides those of images."""
 
 # Only these decoders: Pillow also opens EPS, which runs an external program, and a renamed file would reach it.
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
@@ -81,7 +85,7 @@ def decode_image(path: str | Path, size: int, channels: int = 3, fit: str = "cro
     """
     parse_colour(background)
     try:
-        with _open_image(path) as image:
+        with open_image(path) as image:
             return fit_image(image, size, channels, fit, background)
     except Exception as error:  # damaged files raise nearly anything: OSError, SyntaxError, EOFError, struct.error, ...
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
@@ -103,11 +107,13 @@ def read_frames(path: str | Path) -> Iterator[tuple[float, Image.Image]]:
     images, 24 a second. Any image is a clip of one frame. Raises UserError with our reason, or anything.
     """
     if os.path.isdir(path):
-        for number, file in enumerate(find_images(path, "INPUT")[0]):
-            yield number / 24, _open_image(file)
+        found = find_images(path, "INPUT")[0]
+        found = [file for file in found if Path(file).parent == absolute(path)] or found  # not those of folders in it
+        found.sort(key=lambda file: re.sub(r"\d+", lambda digits: digits[0].zfill(20), file))  # 2 before 10
+        yield from ((number / 24, open_image(file)) for number, file in enumerate(found))
         return
     try:
-        image = _open_image(path)
+        image = open_image(path)
     except Image.UnidentifiedImageError:
         yield from video_frames(path)
         return
@@ -118,7 +124,7 @@ def read_frames(path: str | Path) -> Iterator[tuple[float, Image.Image]]:
         time += max(20.0, frame.info.get("duration") or 100.0) / 1000  # as browsers show frames without time
 
 
-def _open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path) -> Image.Image:
     """The image, of which only the header is read yet. Raises UserError with our reason, or anything."""
     status = Path(path).stat()
     if not stat.S_ISREG(status.st_mode):
@@ -255,6 +261,7 @@ class TrainingImages:
         self.class_counts = {name: per_class[number] for number, name in enumerate(self.class_names)}
         names = [samples[index][0] for index in kept] + ["held out"] * bool(held_out) + self._held_out.paths
         self.fingerprint = names_digest(name.removeprefix(folder.root) for name in names)
+        self.identity = {"fingerprint": self.fingerprint, "count": self.count}  # what a resumed run must find again
 
     @property
     def skipped(self) -> list[tuple[Path, str]]:
@@ -281,7 +288,7 @@ class TrainingImages:
         """How much `data.fit=crop` cuts away, by the headers of 200 files; "" where that is little."""
         cut = []
         for path in self._reader.paths[:: -(-len(self._reader.paths) // 200)] if self._fit == "crop" else ():
-            with suppress(Exception), _open_image(path) as image:
+            with suppress(Exception), open_image(path) as image:
                 cut.append(100 - 100 * min(image.size) / max(image.size))
         if sum(cut) < 3 * len(cut) or not cut:
             return ""
@@ -365,19 +372,19 @@ class TrainingImages:
         """
         epoch, start = divmod(first * self.batch_size, self.count)
         device = self.device if self.storage == "device" else torch.device("cpu")
-        ahead = _to(self._epoch_order(epoch)[:, start:], device)
+        ahead = to_device(self._epoch_order(epoch)[:, start:], device)
         while True:
             while ahead.shape[1] < self.batch_size:
                 epoch += 1
-                ahead = torch.cat([ahead, _to(self._epoch_order(epoch), device)], 1)
+                ahead = torch.cat([ahead, to_device(self._epoch_order(epoch), device)], 1)
             yield ahead[0, : self.batch_size][self.shard], ahead[1, : self.batch_size][self.shard]
             ahead = ahead[:, self.batch_size :]
 
     def _to_batch(self, images: Tensor, flip_mask: Tensor | None = None) -> Tensor:
         """uint8 anywhere to float32 in [0, 1] on the device, flipped where the mask is 1 (as uint8: fewer bytes)."""
-        images = _to(images, self.device)
+        images = to_device(images, self.device)
         if self._mirror and flip_mask is not None:
-            images = torch.where(_to(flip_mask, self.device).bool()[:, None, None, None], images.flip(-1), images)
+            images = torch.where(to_device(flip_mask, self.device).bool()[:, None, None, None], images.flip(-1), images)
         return images.float().div_(255)
 
     def _load(self, shape: tuple[int, ...], progress: bool) -> tuple[Tensor, list[int]]:
@@ -471,10 +478,3 @@ def _prepare_worker(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # What cannot be sent, for example for lack of files, is only printed otherwise, and the batch is awaited for ever.
     Queue._on_queue_feeder_error = lambda queue, error, item: queue.put((item[0], (None, [error])))  # type: ignore
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """To the device without waiting for it: only copies from pinned memory run beside the host."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)

@@ -1,4 +1,5 @@
-"""The loss terms, each a pure function with its equation, and DiffAugment. Nothing here samples random numbers.
+"""The loss terms, each a pure function with its equation, the two objectives that they make up, and DiffAugment.
+Nothing here samples random numbers.
 
 Squared errors are *sums* over the values of an image and means over the batch. This matches the critic, whose gradient
 penalty uses the same Euclidean norm of an image.
@@ -10,7 +11,7 @@ https://arxiv.org/abs/1704.00028), Larsen et al. 2016 (VAE/GAN, https://arxiv.or
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -86,11 +87,14 @@ class GeneratorLoss(NamedTuple):
     kl: Tensor
     update: Tensor
     video: Tensor
+    motion: Tensor | None
 
 
 def generator_loss(*, score_fake: Tensor, score_base: Tensor, reconstruction: Tensor, kl: Tensor, update: Tensor,
-                   video: Tensor, lambda_vae: float, weights: LossConfig) -> GeneratorLoss:  # fmt: skip
-    """L = λ_adv · adversarial + λ_base · adversarial_base + λ_vae · (rec + β · KL) + λ_Δ · update + λ_video · video.
+                   video: Tensor, lambda_vae: float, weights: LossConfig, motion: Tensor | None = None
+                   ) -> GeneratorLoss:  # fmt: skip
+    """L = λ_adv · adversarial + λ_base · adversarial_base + λ_vae · (rec + β · KL) + λ_Δ · update + λ_video · video
+    + λ_motion · motion.
 
     The adversarial terms are -mean D(x_fake) and -mean D(x_base) (Gulrajani et al. 2017); together with the VAE's own
     terms this is the VAE/GAN of Larsen et al. 2016.
@@ -100,6 +104,7 @@ def generator_loss(*, score_fake: Tensor, score_base: Tensor, reconstruction: Te
         reconstruction, kl: from `vae_loss`.
         update: mean (Δ / rms θ)², the mean square size of the update relative to the weights it changes.
         video: from `video_loss`, or zero if λ_video is.
+        motion: KL of the motion code that is read from clips; None without clips.
         lambda_vae: a constant, the setting's largest value; as it falls, θ gets a smaller share of the gradient.
         weights: the other factors λ, and β.
     """
@@ -112,7 +117,8 @@ def generator_loss(*, score_fake: Tensor, score_base: Tensor, reconstruction: Te
         + weights.lambda_update * update
         + weights.lambda_video * video
     )
-    return GeneratorLoss(total, adversarial, adversarial_base, reconstruction, kl, update, video)
+    total = total if motion is None else total + weights.lambda_motion * motion
+    return GeneratorLoss(total, adversarial, adversarial_base, reconstruction, kl, update, video, motion)
 
 
 def vae_loss(x: Tensor, x_rec: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,10 +127,13 @@ def vae_loss(x: Tensor, x_rec: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tens
     Kingma & Welling 2013, eq. 10, with a Gaussian decoder: KL = ½ Σ (mu² + e^logvar - 1 - logvar). Images are
     (B, C, H, W), mu and logvar (B, latent_dim).
     """
-    reconstruction = squared_distance(x, x_rec).mean()
+    return squared_distance(x, x_rec).mean(), gaussian_kl(mu, logvar)
+
+
+def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mu, e^logvar) ‖ N(0, 1)), summed over values (B, n), mean over the batch."""
     mu, logvar = at_least_fp32(mu), at_least_fp32(logvar)
-    kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(dim=1).mean()
-    return reconstruction, kl
+    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(dim=1).mean()
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -201,6 +210,104 @@ def _cutout(x: Tensor, numbers: Tensor) -> Tensor:
     near_x = (torch.arange(width, device=x.device) + 0.5 - centre_x).abs() < width / 4
     hole = (near_y[:, None, :, None] & near_x[:, None, None, :]).to(x.dtype)
     return x * (1 - hole) + 0.5 * hole
+
+
+# ------------------------------------------------------------------------------------------------------ the objectives
+
+# `generator`, `critic` and `noise` are a `Generator`, a `Discriminator`, and a `CriticNoise` or `GeneratorNoise`, which
+# are defined where this module may not look.
+
+
+def critic_objective(
+    generator: Any, critic: Any, x_real: Tensor, noise: Any, config: Any,
+    penalty_context: AbstractContextManager[None] | None = None,
+) -> CriticLoss:  # fmt: skip
+    """The critic's loss on real images (B, C, H, W) and as many generated ones: first base, then updated images.
+
+    A critic that never sees base images as fakes doesn't judge them, and they turn grey.
+    """
+    with torch.no_grad():  # this loss trains the critic alone
+        x_fake = generator.fakes(noise.z, noise.motion, noise.frame, noise.base_count)
+    if kinds := config.training.diffaugment:
+        x_real, x_fake = diffaugment(x_real, kinds, noise.augment_real), diffaugment(x_fake, kinds, noise.augment_fake)
+    return critic_loss(critic, x_real, x_fake, noise.epsilon, config.loss, penalty_context)
+
+
+def generator_objective(
+    generator: Any, critic: Any, x_real: Tensor, noise: Any, config: Any
+) -> tuple[GeneratorLoss, Any]:
+    """The loss of θ and the GRU together, on real images (B, C, H, W) and as many generated ones.
+
+    Also what the generator made; None while nothing is updated.
+    """
+    of_clips = clip_losses(generator, noise, noise.clips) if noise.clips is not None else None
+    if noise.motion is None or (noise.alone and config.video.source == "clips"):
+        # x_fake is x_base: scored once, with the weight of both; where nothing is scored, none is needed
+        output, update, video = None, *x_real.new_zeros(2).unbind()
+        x_generated = x_real if noise.alone else generator.decode_base(generator.features(noise.z))
+    else:  # z -> x_base -> synthetic video -> Δ -> x_fake, decoded with θ + Δ
+        output = generator(noise.z, noise.motion, noise.frame, noise.alone)
+        update, video = output.update.mean_square(), weight_driven_video_loss(generator, output, noise, config)
+        x_generated = torch.cat([output.x_fake, output.x_base])
+    if (kinds := config.training.diffaugment) and not noise.alone:
+        x_generated = diffaugment(x_generated, kinds, noise.augment[: len(x_generated)])
+    scores = x_generated.new_zeros(2) if noise.alone else critic(x_generated)
+    score_fake, score_base = scores.chunk(2) if output else (scores, scores)
+    x_vae = x_real[: len(noise.posterior)]
+    terms = vae_loss(x_vae, *generator.vae(x_vae, noise.posterior, noise.decoder_share))
+    reconstruction, kl = terms if noise.vae_share == 1 else (noise.vae_share * term for term in terms)
+    if of_clips:  # half of the VAE's loss is theirs
+        reconstruction, kl = (reconstruction + of_clips.reconstruction) / 2, (kl + of_clips.kl) / 2
+        video = (video + of_clips.video) / 2 if config.video.source == "both" else of_clips.video
+        update = (update + of_clips.update) / 2 if output else of_clips.update
+    loss = generator_loss(
+        score_fake=score_fake, score_base=score_base, reconstruction=reconstruction, kl=kl, update=update, video=video,
+        lambda_vae=noise.lambda_vae, weights=config.loss, motion=of_clips.motion if of_clips else None,
+    )  # fmt: skip
+    return loss, output
+
+
+class ClipLosses(NamedTuple):
+    """What clips add to the terms of `GeneratorLoss`. Scalars."""
+
+    reconstruction: Tensor  # of their first frames, as is
+    kl: Tensor
+    video: Tensor  # of frames after the first, decoded with its z and predicted updates
+    motion: Tensor  # KL of the motion code
+    update: Tensor  # of the last frame
+
+
+def clip_losses(generator: Any, noise: Any, clips: Any) -> ClipLosses:
+    """The losses of a step's clips. Before updates start, the last three are 0."""
+    still = torch.zeros_like(clips.times[:, :1])
+    x = generator.synthesizer(clips.frames.flatten(1, 2), clips.motion, still, full_size=True)[:, 0]
+    x = x.unflatten(1, clips.frames.shape[1:3])
+    x_rec, mu, logvar = generator.vae(x[:, 0], clips.posterior, noise.decoder_share)
+    reconstruction, kl = vae_loss(x[:, 0], x_rec, mu, logvar)
+    video, motion, update = kl.new_zeros(3).unbind()
+    if noise.motion is not None:
+        features = generator.features(mu + (0.5 * logvar).exp() * clips.posterior).detach()
+        states, *code = generator.follow_clips(features, x, clips.code, clips.rollout_count)
+        drawn = generator.decode_frames(features, states, clips.times, frozen=True)
+        index = (1 + clips.times)[:, :, None, None, None].expand_as(drawn)
+        video, motion = video_loss(drawn, x.gather(1, index)), gaussian_kl(*code)
+        update = generator.predict(states[:, -1], frozen=True).mean_square()
+    return ClipLosses(*(clips.share * loss for loss in (reconstruction, kl, video, motion, update)))
+
+
+def weight_driven_video_loss(generator: Any, output: Any, noise: Any, config: Any) -> Tensor:
+    """How far the weight-driven video is from the synthetic one, at sampled frames from T on; a scalar.
+
+    Each frame is decoded with the update predicted one frame before. Zero if λ_video is or nothing is updated.
+    """
+    if not config.loss.lambda_video or noise.motion is None or config.video.source == "clips":
+        return output.x_base.new_zeros(())
+    states = generator.continue_video(output, noise.motion, noise.rollout_count, config.loss.rollout_frames)
+    # θ decodes, but does not learn here: moving an image must not cost the image's own quality.
+    frames = generator.decode_frames(output.features.detach(), states, noise.video_times, frozen=True)
+    times = generator.synthesizer.frames + noise.video_times
+    target = generator.synthesizer(output.x_base.detach(), noise.motion, times, full_size=True)
+    return video_loss(frames, target)
 
 
 # ----------------------------------------------------------------------------------------------------------- schedules

@@ -136,15 +136,14 @@ def _empty_sheet(labels: list[str], rows: int, height: int, width: int) -> tuple
     font = ImageFont.load_default(16)
     texts, text_widths, text_heights = zip(*(_wrapped(label, font, width) for label in labels), strict=True)
     pitch = max(width, *text_widths) + _GAP  # one for all columns: uneven ones look like a mistake
-    labels_bottom = _MARGIN + max(text_heights)
-    top = labels_bottom + _GAP
+    top = _MARGIN + max(text_heights) + _GAP
     page_height = top + rows * (height + _GAP) - _GAP + _MARGIN
     page = Image.new("RGB", (2 * _MARGIN + len(labels) * pitch - _GAP, page_height), _SHEET)
     draw = ImageDraw.Draw(page)
     # An anchor "d" is the bottom of the last line: labels end right above the images, however many lines others have.
     lefts = [_MARGIN + column * pitch + (pitch - _GAP - width) // 2 for column in range(len(labels))]
     for left, text in zip(lefts, texts, strict=True):
-        draw.multiline_text((left + width / 2, labels_bottom), text, _INK, font, anchor="md", align="center")
+        draw.multiline_text((left + width / 2, top - _GAP), text, _INK, font, anchor="md", align="center")
     return np.asarray(page), top, lefts
 
 
@@ -189,7 +188,6 @@ _FORMATS = {
     ".gif": _Format("gif", "gif", "pal8", 65535, 0.00153, 50, {}, {"loop": "0"}),
     ".png": _Format("apng", "apng", "rgb24", 65535, 0.0001, 90, {"pred": "mixed"}, {"plays": "0"}),
 }  # fmt: skip
-
 
 _COLOURS: dict[str, Any] = {"dst_colorspace": Colorspace.ITU709, "dst_color_range": ColorRange.MPEG}
 
@@ -236,13 +234,11 @@ class VideoWriter:
         pixels = to_pixels(frame)
         if pixels.ndim != 3:
             raise ValueError(f"expected one frame, got {tuple(frame.shape)}; write_video takes many")
-        height, width, _ = pixels.shape
         self._shape = self._shape or pixels.shape
-        if pixels.shape != self._shape:
-            size = f"{self._shape[1]} x {self._shape[0]}"
-            raise UserError(f"{self._path}: frame {self.frames} is {width} x {height}, the ones before it {size}")
-        if max(height, width) > self._max_side:
-            size = f"{width} x {height}"
+        size, before = (f"{width} x {height}" for height, width, _ in (pixels.shape, self._shape))
+        if size != before:
+            raise UserError(f"{self._path}: frame {self.frames} is {size}, the ones before it {before}")
+        if max(pixels.shape) > self._max_side:
             raise UserError(f"{self._path}: a frame of {size} pixels is too large, {self._max_side} a side is the most")
         with os_errors_as_user_errors(self._path, av.FFmpegError):
             self._add(pixels)
@@ -374,17 +370,17 @@ def parse_colour(colour: str) -> tuple[int, ...]:
     raise UserError(f"data.background must be a colour such as white or '#ff8800', but is {colour[:60]!r}")
 
 
-def find_images(root: str | Path, setting: str = "data.root") -> tuple[list[str], str]:
+def find_images(root: str | Path, setting: str = "data.root", more: tuple[str, ...] = ()) -> tuple[list[str], str]:
     """Absolute paths of the image files below `root`, sorted, and a line about what is not read, or "".
 
     Hidden files and folders don't count, and folders of runs are not searched: what they hold was generated. Links to
     folders are followed, but no folder is entered twice, so loops of links end; a folder that can be reached directly
-    and through a link counts where it really lies. `setting` is the setting or option that errors name.
+    and through a link counts where it really lies. Errors name the `setting` or option; `more` endings are read too.
 
     Raises UserError: `root` is missing, no folder, a run's or without images, or a folder in it cannot be read.
     """
     top = absolute(root, setting)
-    extensions = ", ".join(extension[1:] for extension in IMAGE_EXTENSIONS)
+    extensions = ", ".join(extension[1:] for extension in IMAGE_EXTENSIONS + more)
     hint = f"(looked for {extensions}); set {setting} to a folder of images"
     if not str(root).strip():  # else it would mean the working directory
         raise UserError(f"{setting} is empty {hint}")
@@ -400,8 +396,7 @@ def find_images(root: str | Path, setting: str = "data.root") -> tuple[list[str]
     pending = deque([str(top)])  # links on the left, to be entered last
     while pending:
         folder = pending.pop()
-        real_path = os.path.realpath(folder)
-        if real_path in entered:
+        if (real_path := os.path.realpath(folder)) in entered:
             continue
         entered.add(real_path)
         try:
@@ -416,7 +411,7 @@ def find_images(root: str | Path, setting: str = "data.root") -> tuple[list[str]
                 continue
             if os.path.isdir(entry.path):
                 (pending.appendleft if entry.is_symlink() else pending.append)(entry.path)
-            elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
+            elif entry.name.lower().endswith(IMAGE_EXTENSIONS + more):
                 files.append(entry.path)
             else:
                 left_out[Path(entry.name).suffix.lower()] += 1
@@ -431,8 +426,7 @@ def _not_read(found: int, left_out: Counter[str], runs: int) -> str:
     heic = " (convert them to jpg, for example with heif-convert or ImageMagick)"
     kinds = [f"{count:,} {shown_path(ending[:12]) or 'without an ending'}{heic * (ending in ('.heic', '.heif'))}"
              for ending, count in left_out.most_common()]  # fmt: skip
-    total = left_out.total()
-    kinds = [*kinds[:5], "..."] if len(kinds) > 5 else kinds
+    total, kinds = left_out.total(), [*kinds[:5], "..."] if len(kinds) > 5 else kinds
     text = f"{total:,} of {found + total:,} files are left out, as these are not read: {', '.join(kinds)}"
     return "; ".join([text] * bool(total) + [f"folders of runs that are not searched: {runs}"] * bool(runs))
 
@@ -464,7 +458,7 @@ def open_folder(root: str | Path, loader: Callable[[str], torch.Tensor]) -> Any:
 
 
 def video_frames(path: str | Path) -> Iterator[tuple[float, Image.Image]]:
-    """The frames of a video file, each with its time in seconds. Raises UserError with our reason, or av's errors."""
+    """The frames of a video file, each with its time in seconds. Raises UserError or av's errors, maybe at its end."""
     # Formats that are lists of other files, or of addresses, are not opened.
     only = {"format_whitelist": "mov,mp4,matroska,webm,avi", "protocol_whitelist": "file"}
     try:
@@ -474,7 +468,13 @@ def video_frames(path: str | Path) -> Iterator[tuple[float, Image.Image]]:
     with container:
         if not container.streams.video:
             raise UserError("it has no video stream")
-        container.streams.video[0].thread_type = "AUTO"
-        for number, frame in enumerate(container.decode(video=0)):
-            image = frame.to_image()
-            yield frame.time or number / 24, image.rotate(frame.rotation, expand=True) if frame.rotation else image
+        stream, number, end = container.streams.video[0], 0, 0.0
+        stream.thread_type = "AUTO"
+        alone = len(container.streams) == 1  # else the container may be as long as its sound
+        length = (stream.duration or 0) * (stream.time_base or 0) or alone * (container.duration or 0) / av.time_base
+        for number, frame in enumerate(container.decode(stream)):
+            image, time = frame.to_image(), frame.time or number / 24
+            end = time + float((frame.duration or 0) * (frame.time_base or 0))
+            yield time, image.rotate(frame.rotation, expand=True) if frame.rotation else image
+        if end * (1 + 2 / (number + 1)) < 0.9 * length:  # FFmpeg ends such files like others
+            raise UserError("it is damaged or cut short")

@@ -18,6 +18,7 @@ from torch.nn import functional
 LEAKY_SLOPE = 0.2
 STAGE_PADDING = 1
 NORM_EPSILON = 1e-3  # added to the first frame's variance: a blank image has none
+MOTION_LOGVAR = -4.0  # of the motion code at the start
 INPUT_GAIN = 0.5  # standard deviation of what the first frame sends to the GRU's gates at the start
 
 
@@ -99,7 +100,8 @@ class PredictorState(NamedTuple):
 
     hidden: Tensor  # (num_layers, B, hidden_size), of the GRU
     scale: Tensor  # (B, 1, 1), 1 / standard deviation of the first frame's values
-    offset: Tensor  # (B, 1, 1), -mean / standard deviation of the first frame's values
+    offset: Tensor  # (B, 1, 1), -mean / standard deviation of the first frame's values; of changes (B, 1, input_size)
+    code: Tensor  # (B, motion_dim), how the image is to move: an input beside each frame
 
 
 class FirstFrameNorm(nn.Module):
@@ -108,19 +110,25 @@ class FirstFrameNorm(nn.Module):
     (frame - mean of the first frame) / deviation of the first frame · gain + bias, gain and bias for each input. With
     statistics of their own, frames would lose what the motion does to brightness and contrast: a linear probe of the
     GRU's states then explained the brightness with R² = 0.65, and with the first frame's statistics 0.95.
+
+    With `changes` the frames after the first are shown as what differs from it, (frame - first frame) / deviation: the
+    GRU need not remember the first frame to see what moved, and understands the motion of images that it never saw.
     """
 
-    def __init__(self, input_size: int) -> None:
+    def __init__(self, input_size: int, changes: bool = False) -> None:
         super().__init__()
+        self.changes = changes
         self.weight = nn.Parameter(torch.ones(input_size))
         self.bias = nn.Parameter(torch.zeros(input_size))
 
     def forward(self, frames: Tensor, statistics: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Frames (B, T, input_size) and the state's scale and offset, (B, 1, 1) each; None: take them from frame 0."""
+        """Frames (B, T, input_size) and the state's scale and offset; None: take them from frame 0."""
         if statistics is None:
             variance, mean = torch.var_mean(frames[:, :1], dim=2, keepdim=True, correction=0)
             scale = (variance + NORM_EPSILON).rsqrt()
-            statistics = scale, -mean * scale
+            statistics = scale, -(frames[:, :1] if self.changes else mean) * scale
+            if self.changes:  # but for the first, which is shown as it is
+                frames = torch.cat([2 * frames[:, :1] - mean, frames[:, 1:]], dim=1)
         scale, offset = statistics
         return torch.addcmul(self.bias, torch.addcmul(offset, frames, scale), self.weight), statistics
 
@@ -134,29 +142,55 @@ class WeightPredictorRNN(nn.Module):
         input_size: C · height · width of one video frame.
         update_size: length of the predicted code; for the head `full`, the number of updated weights.
         hidden_size, num_layers: of the GRU.
+        motion_dim: length of the motion code, numbers that say how the image is to move. A still image can move in
+            many ways, and the mean of all of them stands still. At generation the code is from N(0, I); in training
+            the GRU reads it from the clip whose frames it is to predict, so it is the z of a VAE of motions, as in
+            SVG (Denton & Fergus 2018, https://arxiv.org/abs/1802.07687). 0: there is none.
+        changes: as for `FirstFrameNorm`.
     """
 
-    def __init__(self, input_size: int, update_size: int, hidden_size: int = 128, num_layers: int = 2) -> None:
+    def __init__(self, input_size: int, update_size: int, hidden_size: int = 128, num_layers: int = 2,
+                 motion_dim: int = 0, changes: bool = False) -> None:  # fmt: skip
         super().__init__()
-        self.norm = FirstFrameNorm(input_size)
-        self.gru = nn.GRU(input_size, hidden_size, num_layers, batch_first=True)
+        self.motion_dim = motion_dim
+        self.norm = FirstFrameNorm(input_size, changes)
+        self.gru = nn.GRU(input_size + motion_dim, hidden_size, num_layers, batch_first=True)
         self.to_update = nn.Linear(hidden_size, update_size, bias=False)
         nn.init.zeros_(self.to_update.weight)
         # torch's default depends on hidden_size only: the many pixels of a frame would saturate every gate.
-        nn.init.normal_(self.gru.get_parameter("weight_ih_l0"), std=INPUT_GAIN / math.sqrt(input_size))
+        frame, code = self.gru.get_parameter("weight_ih_l0").split([input_size, motion_dim], dim=1)
+        nn.init.normal_(frame, std=INPUT_GAIN / math.sqrt(input_size))
+        if motion_dim:
+            nn.init.normal_(code, std=INPUT_GAIN / math.sqrt(motion_dim))
+            self.to_motion = nn.Linear(hidden_size, 2 * motion_dim)
+            # As noise of full strength the code would drown the frames, before it says anything.
+            nn.init.constant_(self.to_motion.bias[motion_dim:], MOTION_LOGVAR)
 
-    def encode(self, video: Tensor, state: PredictorState | None = None) -> tuple[Tensor, PredictorState]:
+    def read_motion(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The GRU's state at a clip's end (B, hidden_size) -> mu, logvar of q(code | clip), each (B, motion_dim)."""
+        mu, logvar = self.to_motion(states).chunk(2, dim=1)
+        return mu, logvar
+
+    def encode(
+        self, video: Tensor, state: PredictorState | None = None, code: Tensor | None = None
+    ) -> tuple[Tensor, PredictorState]:
         """Runs the GRU over (more of) a video (B, T, C, height, width) in [0, 1]: its states (B, T, hidden_size), one
         for each frame, and the state after the last. `state` is that after the frames before; None at the beginning,
-        where frame 0 should be the image itself.
+        where frame 0 should be the image itself, and `code` (B, motion_dim) says how it is to move (None: zeros).
         """
+        if state is not None:
+            code = state.code
+        elif code is None:
+            code = self.norm.weight.new_zeros(len(video), self.motion_dim)
         # In fp32 whatever autocast says, which on CUDA would make it fp16, and copy the weights at every call.
         with torch.autocast(video.device.type, enabled=False):
             frames = video.flatten(2)
             frames = frames.to(torch.promote_types(frames.dtype, torch.float32))
-            frames, statistics = self.norm(frames, state and state[1:])
+            frames, statistics = self.norm(frames, state and state[1:3])
+            if self.motion_dim:
+                frames = torch.cat([frames, code.to(frames.dtype)[:, None].expand(-1, frames.shape[1], -1)], dim=2)
             states, hidden = self.gru(frames, state and state.hidden)
-        return states, PredictorState(hidden, *statistics)
+        return states, PredictorState(hidden, statistics[0], statistics[1], code)
 
     def forward(self, video: Tensor) -> Tensor:
         """Video (B, T, C, height, width) in [0, 1] -> update codes (B, T, update_size); the last is the image's."""
@@ -174,7 +208,9 @@ class ConstantUpdate(nn.Module):
         super().__init__()
         self.code = nn.Parameter(torch.zeros(update_size))
 
-    def encode(self, video: Tensor, state: PredictorState | None = None) -> tuple[Tensor, None]:
+    def encode(
+        self, video: Tensor, state: PredictorState | None = None, code: Tensor | None = None
+    ) -> tuple[Tensor, None]:
         """Video (B, T, C, height, width) -> empty states (B, T, 0), and no state to go on from."""
         return video.new_empty(*video.shape[:2], 0), None
 

@@ -32,7 +32,7 @@ sys.path.insert(0, _HERE)  # while ours are imported: a script that imports samp
 from checkpoints import DamagedCheckpointError, load_checkpoint, write_checkpoint
 from configuration import Config, UserError, config_from_dict, config_to_dict, similar_path
 from generator import VIDEO_SIZE, Generator, build_generator, stable_seed
-from image_data import decode_image
+from image_data import decode_image, fit_image, read_frames
 from media import BrokenImageError
 from util import choose_device, expanded, prepare_device, shown_path
 from video_synth import Clip, Motion, VideoSynthesizer, catmull_rom
@@ -104,10 +104,15 @@ class Sampler:
         """Frames after which the motion repeats."""
         return self.generator.synthesizer.frames / self.speed
 
+    @property
+    def rolls_out(self) -> bool:
+        """Whether videos go on from the image alone, on its own frames: the run has learned from clips."""
+        return self.generator.source != "synthetic" and self.tuned is None
+
     def set_motion(self, strengths: Mapping[str, float], speed: float = 1.0) -> None:
         """Replaces the run's own motion in all inputs that are made from now on."""
         own = self.generator.synthesizer
-        self.generator.synthesizer = VideoSynthesizer(own.frames, strengths, own.height, own.width)
+        self.generator.synthesizer = VideoSynthesizer(own.frames, strengths, own.height, own.width, own.motion_dim)
         self.speed = speed
 
     def set_whole_periods(self, frames: int) -> int:
@@ -117,20 +122,24 @@ class Sampler:
         return periods
 
     @torch.no_grad()
-    def inputs(self, seeds: Sequence[int], files: Sequence[str | Path] | None = None) -> SampleInputs:
+    def inputs(
+        self, seeds: Sequence[int], files: Sequence[str | Path] | None = None, motion_seeds: Sequence[int] | None = None
+    ) -> SampleInputs:
         """The latent and motion of each seed, or with `files` those images, moved as the seeds say.
 
         Args:
             seeds: one per image, any integers.
             files: as many image files. They are fitted as the run's own images were, and encoded as mu.
+            motion_seeds: as many, whose motions to take instead of those of `seeds`.
 
         Raises UserError: an image file cannot be read.
         """
         latents, motions = [], []
-        for number, seed in enumerate(seeds):
-            random = torch.Generator().manual_seed(stable_seed("picture", seed))
-            z = torch.randn(self.generator.vae.latent_dim, generator=random)
+        for number, pair in enumerate(zip(seeds, motion_seeds or seeds, strict=True)):
+            randoms = [torch.Generator().manual_seed(stable_seed("picture", seed)) for seed in pair]
+            z, _ = (torch.randn(self.generator.vae.latent_dim, generator=random) for random in randoms)
             latents.append(z if self.tuned is None else self.tuned.z[number % len(self.tuned.z)])
+            random = randoms[1]
             motions.append(self.generator.synthesizer.sample_motion(1, self.generator.vae.image_shape, None, random))
         motion = Motion(*(torch.cat(parts).to(self.device) for parts in zip(*motions, strict=True)))
         if self.tuned and files:
@@ -275,7 +284,8 @@ def begin_sampler(source: str | Path, device: torch.device, size: int | None = N
         what = "is tuned already" if "tuned" in saved else "predicts no update for each image"
         raise UserError(f"{shown_path(path)} {what}: begin with another run, or with the model included")
     sides: dict[str, Any] = {side: min(getattr(config.video, side) or VIDEO_SIZE, size) for side in ("height", "width")}
-    config = replace(config, image=replace(config.image, size=size), video=replace(config.video, **sides),
+    config = replace(config, image=replace(config.image, size=size), data=replace(config.data, clips=None),
+                     video=replace(config.video, source="synthetic", **sides),
                      weight_predictor=replace(settings, update_size="auto"))  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -338,6 +348,16 @@ def take_weights(networks: dict[str, nn.Module], source: str | Path, saved: dict
     return f"began with weights of {path}: {count}" + (f"; new are {shown}" if missed else "")
 
 
+def clip_frames(path: str | Path, config: Config) -> Iterator[tuple[float, Tensor]]:
+    """The frames of a clip, fitted as a run fits its images: the time since the first one in seconds, and uint8
+    (C, size, size). Raises nearly anything where the file is damaged; `image_data.failure_reason` puts it in words.
+    """
+    data, image, began = config.data, config.image, None
+    for moment, frame in read_frames(path):
+        began = moment if began is None else began
+        yield moment - began, fit_image(frame, image.size, image.channels, data.fit, data.background)
+
+
 @torch.no_grad()
 def weight_driven_frames(
     generator: Generator, z: Tensor, motion: Motion | Clip, frames: int,
@@ -347,7 +367,8 @@ def weight_driven_frames(
 
     As in training, the GRU first encodes the base image and then its synthetic video, which is periodic and has no end.
     After `warm_up` frames the yielded video begins: the state at one frame predicts the update of the next. From frame
-    `rollout_after` on the GRU encodes its own decoded frames instead.
+    `rollout_after` on the GRU encodes its own decoded frames instead. A generator that has learned from clips encodes
+    these right after the image, whatever is asked for.
 
     The speed changes neither the synthetic video nor the predictions: prediction k is point k of a smooth path of the
     weights (see `catmull_rom`), and frame t is decoded at point `speed` · t of it.
@@ -358,6 +379,8 @@ def weight_driven_frames(
         warm_up: frames encoded before the first one that is yielded; None: as many as in training; 0: none but the
             image itself, and then the video begins one frame later.
     """
+    if generator.source != "synthetic" and isinstance(motion, Motion):
+        warm_up = rollout_after = 0
     warm_up = generator.synthesizer.frames if warm_up is None else warm_up
     features = generator.features(z)
     x_base = generator.decode_base(features)
@@ -390,8 +413,9 @@ def predictions(
 
     From frame `rollout_from` on the decoded frame (N, C, H, W) comes with the state, before it None.
     """
-    image = motion.at(0) if isinstance(motion, Clip) else x_base
-    states, predictor_state = generator.predictor.encode(generator.downscale(image)[:, None])
+    image, code = (motion.at(0), None) if isinstance(motion, Clip) else (x_base, motion.code)
+    code = None if generator.source == "synthetic" else code
+    states, predictor_state = generator.predictor.encode(generator.downscale(image)[:, None], code=code)
     for k in itertools.count(-warm_up):
         frame = decode(states[:, -1]) if k >= rollout_from else None
         if k >= -1:

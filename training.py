@@ -13,11 +13,12 @@ The same command again resumes a run that was stopped or killed.
 import argparse
 import itertools
 import math
+import os
 import statistics
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +53,32 @@ EARLY = answer_early(read_options) if __name__ == "__main__" else None
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from checkpoints import at_fractions, setting_texts
 from distributed import SINGLE_PROCESS, World, join_processes, report_error
 from generator import Generator, build_critic, build_head, build_predictor, build_synthesizer, build_vae
-from image_data import TrainingImages, open_images
+from image_data import VIDEO_EXTENSIONS, TrainingImages, failure_reason, open_image, open_images
+from media import BrokenImageError, find_images
 from model_definitions import Discriminator
 from quality import QualityCheck, calibrate, calibration_images
 from run_directory import RunDirectory, free_name
-from sampling import take_weights
-from step_runners import build_steps, choose_step
+from sampling import clip_frames, take_weights
+from step_runners import EagerSteps, build_steps, choose_step
 from training_log import CheckpointManager, FixedSamples, Log, StopRequest, describe_time, step_profiler
-from training_step import EagerSteps, NoiseSampler, TrainingState
-from util import choose_device, describe_device, one_line, prepare_device
+from training_step import NoiseSampler, TrainingState
+from util import (
+    Sample,
+    absolute,
+    choose_device,
+    describe_device,
+    names_digest,
+    one_line,
+    prepare_device,
+    shown_path,
+    split_held_out,
+)
+from video_synth import ClipFrames, TrainingClips
 
 
 def build_networks(config: Config) -> tuple[Generator, Discriminator]:
@@ -80,12 +94,14 @@ def build_networks(config: Config) -> tuple[Generator, Discriminator]:
     return generator, critic
 
 
-def iteration(runner: EagerSteps, noise: NoiseSampler, batches: Iterator[Tensor], step: int) -> dict[str, Tensor]:
+def iteration(
+    runner: EagerSteps, noise: NoiseSampler, batches: Iterator[Tensor], step: int, clips: Iterator[Tensor] | None = None
+) -> dict[str, Tensor]:
     """n_critic critic steps and one step of the generator (Gulrajani et al. 2017, algorithm 1).
 
     `step` is the iteration's number, from 1. Of the `batches`, real images (B, C, H, W) in [0, 1], the generator's step
-    takes the last critic step's. Returns the metrics of that one and of the generator's, scalars on the device. Where
-    the predictor learns alone, the critic takes no step.
+    takes the last critic step's, and the next windows of `clips` (N, L, C, H, W). Returns the metrics of that one and
+    of the generator's, scalars on the device. Where the predictor learns alone, the critic takes no step.
     """
     runner.state.set_rates(noise, step)
     alone = noise.is_alone(step)
@@ -96,7 +112,7 @@ def iteration(runner: EagerSteps, noise: NoiseSampler, batches: Iterator[Tensor]
         x_real = next(batches)
         if not alone:
             critic_metrics = runner.critic_step(x_real, noise.critic(step, repeat))
-    return critic_metrics | runner.generator_step(x_real, noise.generator(step))
+    return critic_metrics | runner.generator_step(x_real, noise.generator(step, next(clips) if clips else None))
 
 
 def train(config: Config, accept_changes: bool = False, profile: bool = False, world: World = SINGLE_PROCESS) -> int:
@@ -113,9 +129,9 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
     stop, output = StopRequest(config.training.max_minutes, world), config.output
     run = RunDirectory(config) if world.is_main else None
     saved, notes = run.resume_point(accept_changes) if run else (None, [])
-    state, images, steps, step_kind, step_line = prepare(config, world)
+    state, images, clips, steps, step_kind, step_line = prepare(config, world)
     # Reads images, so that a broken one is found before the run's folder is made.
-    samples = FixedSamples(state, images, last_step=steps)
+    samples = FixedSamples(state, images, steps, next(clips.batches()) if clips else None)
     if run and saved:
         check_images(saved, images, run, accept_changes)
         state.restore(saved)
@@ -134,12 +150,13 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
         run.begin(state.step)
     log = Log(run, steps, config, images, state.step, world)
     noise, runner = NoiseSampler(config, state.device, world, steps), build_steps(step_kind, state, world, log.line)
-    for line in [*notes, *describe_run(state, images, steps, step_line, world), f"writing to {output.folder}/"]:
+    for line in [*notes, *describe_run(state, images, clips, steps, step_line, world), f"writing to {output.folder}/"]:
         log.line(line)
     log.report_skipped()
     log.restore(world.broadcast(saved and saved["log"]), state.device)
     batches = images.batches(first=state.step * config.training.n_critic)
-    manager = CheckpointManager(run, config, images, saved) if run else None
+    windows = clips.batches(first=state.step) if clips else None
+    manager = CheckpointManager(run, config, images.identity, saved) if run else None
     profiler = step_profiler(run.path, log.line) if run and profile else None
     with closing(log.bar), stop, run or nullcontext(), profiler or nullcontext():
         if run and samples_missing:
@@ -150,7 +167,7 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
             step = state.step + 1
             world.set_phase(f"step {step}")
             with log.pause() if runner.is_new else nullcontext():  # it compiles or records first: no measure of speed
-                metrics = iteration(runner, noise, batches, step)
+                metrics = iteration(runner, noise, batches, step, windows)
             state.step = step
             log.collect(step, metrics)
             if profiler:
@@ -183,15 +200,18 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
 # ------------------------------------------------------------------------------------------------------ small helpers
 
 
-def prepare(config: Config, world: World) -> tuple[TrainingState, TrainingImages, int, str, str]:
-    """A new state, the images, the steps of the run, and what `choose_step` gives. Raises UserError."""
+def prepare(config: Config, world: World) -> tuple[TrainingState, TrainingImages, TrainingClips | None, int, str, str]:
+    """A new state, the images, the clips if any, the run's steps, and what `choose_step` gives. Raises UserError."""
     check_processes(config, world)
     device = choose_device(config.runtime.device)
     prepare_device(device)
     step = choose_step(config, device)
     state = TrainingState(*build_networks(config), config, device)
     images = open_shard(config, device, world)
-    return state, images, total_steps(config, images.count), *step
+    noise = NoiseSampler(config, device, world)
+    clips = open_clips(config, device, world, noise.window, noise.clip_count)
+    images.identity |= clips.identity if clips else {}
+    return state, images, clips, total_steps(config, images.count), *step
 
 
 def total_steps(config: Config, image_count: int) -> int:
@@ -204,8 +224,8 @@ def total_steps(config: Config, image_count: int) -> int:
 
 
 def check_processes(config: Config, world: World) -> None:
-    """Refuses what several processes cannot do together. Raises UserError: the batch cannot be divided evenly, or an
-    update would depend on other processes' images.
+    """Refuses what several processes cannot do together. Raises UserError: the batch cannot be divided evenly, has too
+    few clips, or an update would depend on other processes' images.
     """
     batch_size = config.training.batch_size
     if batch_size % world.size:
@@ -213,6 +233,8 @@ def check_processes(config: Config, world: World) -> None:
             f"training.batch_size is {batch_size}, which {world.size} processes cannot split evenly; "
             f"use {max(1, batch_size // world.size) * world.size}, or another number of processes"
         )
+    if config.data.clips and batch_size < 2 * world.size:
+        raise UserError(f"training.batch_size is {batch_size}: data.clips needs {2 * world.size}, two for each process")
     if world.size > 1 and config.weight_predictor.sharing == "shared":
         raise UserError(
             "weight_predictor.sharing is shared, which takes other images of the batch, and no single one of "
@@ -221,16 +243,19 @@ def check_processes(config: Config, world: World) -> None:
 
 
 def check_images(saved: dict[str, Any], images: TrainingImages, run: RunDirectory, accept_changes: bool) -> None:
-    """Refuses another set of images than the run was begun with: its place in the data would mean nothing. Raises
-    UserError: other names or another number of images, unless `accept_changes`.
+    """Refuses another set of images or clips than the run was begun with: its place in the data would mean nothing.
+    Raises UserError: other names or another number of images, unless `accept_changes`.
     """
-    before = saved["images"]
-    if images.fingerprint != before["fingerprint"] and not accept_changes:
-        what = "holds images of other names"
+    before, what = saved["images"], ""
+    if images.identity.get("clips") != before.get("clips"):
+        what = "data.clips now holds clips of other names than"
+    if images.fingerprint != before["fingerprint"]:
+        what = "data.root now holds images of other names than"
         if images.count != before["count"]:
-            what = f"holds {images.count:,} readable images, and held {before['count']:,}"
+            what = f"data.root now holds {images.count:,} readable images, and held {before['count']:,}"
+    if what and not accept_changes:
         raise UserError(
-            f"cannot resume {run.path}: data.root now {what} when the run was begun; bring them back, start a new run "
+            f"cannot resume {run.path}: {what} when the run was begun; bring them back, start a new run "
             "with another output.name, or go on with these on purpose with --accept-changes"
         )
 
@@ -243,11 +268,83 @@ def open_shard(config: Config, device: torch.device, world: World) -> TrainingIm
         config.data, config.image, batch_size=config.training.batch_size, seed=config.training.seed, device=device,
         progress=world.is_main, shard=slice(world.rank, None, world.size),
     )  # fmt: skip
-    may_differ = {"data.root", "output.root", "runtime.device"}  # names that each machine may have of its own
+    may_differ = {"data.root", "data.clips", "output.root", "runtime.device"}  # each machine may have its own names
     settings = {name: value for name, value in setting_texts(config).items() if name not in may_differ}
     files = {"images in data.root": images.count, "names of images, by their SHA-256": images.fingerprint}
     world.check_equal(settings | files | {"torch": torch.__version__})
     return images
+
+
+def find_clips(config: Config, folder: str | None = None) -> tuple[list[Sample], list[Sample], str]:
+    """The clips below `data.clips`, or another folder, to train on and those held out; and a line about files that are
+    not read. A folder that holds still images alone is a clip of these. Raises UserError: as `find_images`.
+    """
+    root = str(folder or config.data.clips or "")
+    files, note = find_images(root, "data.clips" if folder is None else "--clips", VIDEO_EXTENSIONS)
+    found: list[str] = []
+    for place, group in itertools.groupby(sorted(files, key=os.path.dirname), os.path.dirname):
+        inside = [*group]  # sorted by folder: by name, those of a folder in it could lie between them
+        is_clip = len(inside) > 1 and not any(is_moving(file) for file in inside[:: -(-len(inside) // 200)])
+        found += [place] if is_clip else inside
+    return *split_held_out([(path, 0) for path in sorted(found)], str(absolute(root)), config.data.holdout), note
+
+
+def is_moving(path: str) -> bool:
+    """Whether a file is a video or an animated image; where it cannot be read, it says so when it is."""
+    with suppress(Exception), open_image(path) as image:
+        return bool(getattr(image, "is_animated", False))
+    return True
+
+
+def read_clip(path: str, config: Config) -> tuple[Tensor, bool]:
+    """The frames of a clip at `video.fps`, uint8 (T, C, H, W), and whether it repeats. Raises BrokenImageError."""
+    try:
+        times, frames = zip(*clip_frames(path, config), strict=True)
+    except Exception as error:  # damaged files raise nearly anything
+        raise BrokenImageError(path, failure_reason(path, error)) from None
+    clip = ClipFrames(path, [*frames], [*times])
+    if all(torch.equal(frame, frames[0]) for frame in frames):
+        raise BrokenImageError(path, "it is a still image")
+    return clip.resampled(max(2, round(clip.duration * config.video.fps))), clip.repeats
+
+
+def open_clips(config: Config, device: torch.device, world: World, window: int, count: int) -> TrainingClips | None:
+    """The clips that teach motion, of whose windows this process takes its shard; None where `data.clips` is null.
+    Raises UserError: as `find_images`, or the processes see different clips; BrokenImageError as `open_images`.
+    """
+    data = config.data
+    if data.clips is None:
+        return None
+    samples, held_out, note = find_clips(config)
+    kept, lengths, repeats, broken = list[str](), list[int](), list[bool](), list[str]()
+    memory: list[Tensor] | None = []
+    for path, _ in tqdm(samples, desc="decoding", unit="clip", leave=False, disable=None if world.is_main else True):
+        try:
+            frames, again = read_clip(path, config)
+        except BrokenImageError as error:
+            if data.on_broken == "error":
+                raise
+            broken.append(f"{shown_path(path)} ({error.reason})")  # the error itself holds the frames
+            continue
+        kept, lengths, repeats = [*kept, path], [*lengths, len(frames)], [*repeats, again]
+        if memory is not None:
+            memory = [*memory, frames] if sum(lengths) * frames[0].nbytes <= data.memory_gb * 1e9 else None
+    if not kept:
+        raise UserError(f"data.clips: none of {len(samples)} clips can be read; {broken[0]}")
+    clips = TrainingClips(lambda k: read_clip(kept[k], config), lengths, repeats, memory, window=window, count=count,
+                          seed=config.training.seed, device=device, mirror=data.mirror,
+                          shard=slice(world.rank, None, world.size))  # fmt: skip
+    names = [path.removeprefix(str(absolute(data.clips))) for path in kept]
+    classes = {Path(name).parts[1:-1][:1] for name in names}
+    layout = f"in {len(classes)} class folders of" if () not in classes else "from"
+    line = f"{len(kept):,} clips {layout} {shown_path(data.clips)}, {clips.summary} at {config.video.fps:g} a second"
+    line += f", {sum(lengths) / config.video.fps:,.0f} s ({sum(lengths) * frames[0].nbytes / 1e6:,.1f} MB decoded)"
+    line += f"; {len(held_out):,} more are held out for evaluation" * bool(held_out)
+    skipped = f"skipped {len(broken):,} broken: {', '.join(broken[:3])}{', ...' * (len(broken) > 3)}" if broken else ""
+    clips.lines = [line for line in (line, note, skipped) if line]
+    clips.identity = {"clips": names_digest(names)}
+    world.check_equal({"number of clips": len(kept), "names of clips, by their SHA-256": clips.identity["clips"]})
+    return clips
 
 
 def describe_finished(config: Config, step: int) -> str:
@@ -259,9 +356,12 @@ def describe_finished(config: Config, step: int) -> str:
     return f"{further}\nto begin a new run, add output.name={free_name(path)}"
 
 
-def describe_run(state: TrainingState, images: TrainingImages, steps: int, kind: str, world: World) -> Iterator[str]:
+def describe_run(
+    state: TrainingState, images: TrainingImages, clips: TrainingClips | None, steps: int, kind: str, world: World
+) -> Iterator[str]:
     """The lines with which a run begins; `kind` is the one by `choose_step`."""
     yield images.description
+    yield from clips.lines if clips else []
     config, generator, batch = state.config, state.generator, state.config.training.batch_size
     shard = f"; {world.size} processes, each with {batch // world.size} of a batch's images" if world.size > 1 else ""
     yield describe_device(state.device, config.runtime.device) + shard
@@ -283,7 +383,8 @@ def checkpoint_bytes(state: TrainingState) -> int:
     return moments + sum(x.nbytes for x in state.tensors().values())
 
 
-def estimate_time(runner: EagerSteps, noise: NoiseSampler, batches: Iterator[Tensor], done: int, steps: int) -> float:
+def estimate_time(runner: EagerSteps, noise: NoiseSampler, batches: Iterator[Tensor], done: int, steps: int,
+                  clips: Iterator[Tensor] | None = None) -> float:  # fmt: skip
     """Seconds of the steps after step `done`, by some of each stage. Changes the networks."""
     total, ends = 0.0, [min(steps, max(done, math.ceil(steps * min(1.0, end)))) for end in (noise.start, noise.alone)]
     least = 1 if type(runner) is EagerSteps else 2  # others prepare in the first
@@ -292,7 +393,7 @@ def estimate_time(runner: EagerSteps, noise: NoiseSampler, batches: Iterator[Ten
         seconds: list[float] = []
         while count > 0 and len(seconds) < 10 and (len(seconds) < least or sum(seconds) < 10):
             started = time.perf_counter()
-            [*iteration(runner, noise, batches, step).values()][-1].item()  # waits for the device
+            [*iteration(runner, noise, batches, step, clips).values()][-1].item()  # waits for the device
             seconds += runner.world.maximum([time.perf_counter() - started])  # all processes stop together
         total += count * statistics.median(seconds[1:] or seconds) if seconds else 0.0
     return total
@@ -303,9 +404,9 @@ def estimate_time(runner: EagerSteps, noise: NoiseSampler, batches: Iterator[Ten
 
 def dry_run(config: Config, accept_changes: bool, verbose: bool, world: World) -> Iterator[str]:
     """Checks everything, tries some steps, and describes what would run; if `verbose`, all settings. Writes nothing."""
-    state, images, steps, step_kind, step_line = prepare(config, world)
+    state, images, clips, steps, step_kind, step_line = prepare(config, world)
     generator, critic, batch = state.generator, state.critic, next(images.batches())
-    description, *lines = describe_run(state, images, steps, step_line, world)
+    description, *lines = describe_run(state, images, None, steps, step_line, world)
     yield "# settings" + " that differ from the defaults" * (not verbose)
     defaults, settings = setting_texts(Config()), setting_texts(config)
     for name, value in settings.items():
@@ -317,6 +418,7 @@ def dry_run(config: Config, accept_changes: bool, verbose: bool, world: World) -
         yield f"  {name:<24} {count:>8,}"
     if images.crop_note:
         yield f"  {images.crop_note}"
+    yield from clips.lines if clips else []
     low, mean, high = (f"{value:.3f}" for value in (batch.min(), batch.mean(), batch.max()))
     yield f"  first batch {tuple(batch.shape)}, values {low} to {high}, mean {mean}\n"
     yield "# networks                             parameters"
@@ -350,7 +452,7 @@ def dry_run(config: Config, accept_changes: bool, verbose: bool, world: World) -
     else:
         noise = NoiseSampler(config, state.device, world, steps)
         runner = build_steps(step_kind, state, world, lambda _: None)
-        seconds = estimate_time(runner, noise, images.batches(), done, steps)
+        seconds = estimate_time(runner, noise, images.batches(), done, steps, clips.batches() if clips else None)
         yield describe_time(seconds, steps - done, state.device)
     yield from verdict
 

@@ -263,9 +263,13 @@ def _likely_network(what: str) -> str:
 
 
 class FixedSamples:
-    """The same latents, motions and real images through the whole run, decoded by the averaged networks."""
+    """The same latents, motions and real images through the whole run, decoded by the averaged networks; `clips` are
+    real ones (N, L, C, H, W), to be shown beside.
+    """
 
-    def __init__(self, state: TrainingState, images: TrainingImages, last_step: int) -> None:
+    def __init__(
+        self, state: TrainingState, images: TrainingImages, last_step: int, clips: Tensor | None = None
+    ) -> None:
         config, device = state.config, state.device
         self.every, self.last_step = config.output.sample_every, last_step
         self.plotted = 0  # the step of the last loss curves
@@ -273,7 +277,7 @@ class FixedSamples:
         count = config.output.samples
         self.z = torch.randn(count, config.vae.latent_dim, device=device, generator=random)
         self.motion = state.generator.sample_motion(count, random)
-        self.x_real = images.fixed_sample(count)
+        self.x_real, self.clips = images.fixed_sample(count), clips
 
     def missing(self, run: RunDirectory, step: int) -> bool:
         """Whether the samples of `step` are due and not there: a kill may come between a checkpoint and them."""
@@ -293,13 +297,15 @@ class FixedSamples:
         # A shared update is the mean over all samples; otherwise only those that are shown need be decoded.
         shown = slice(len(self.z) if generator.shared else 4)
         motion = type(self.motion)(*(numbers[shown] for numbers in self.motion))
-        videos = weight_driven_frames(generator, self.z[shown], motion, output.video.shape[1])
+        label, video = "synthetic video", output.video[:4]
+        if self.clips is not None:
+            label, video = "clips", self.clips[:4]
+        videos = weight_driven_frames(generator, self.z[shown], motion, video.shape[1])
         frames = torch.stack(list(videos), dim=1)[:4]
-        video = functional.interpolate(output.video.flatten(0, 1), size=frames.shape[-2:])  # as coarse as it is
-        video = video.unflatten(0, output.video.shape[:2])[:4]
+        coarse = functional.interpolate(video.flatten(0, 1), size=frames.shape[-2:])  # as coarse as it is
         # Pixels, not tensors: torch would start a second team of threads in the thread that writes them.
         images = {label: to_pixels(column) for label, column in columns.items()}
-        clip = {"synthetic video": to_pixels(video), "weight-driven video": to_pixels(frames)}
+        clip = {label: to_pixels(coarse.unflatten(0, video.shape[:2])), "weight-driven video": to_pixels(frames)}
         plot_due = step > 0 and (last or step >= 1.5 * self.plotted)
         self.plotted = step if plot_due else self.plotted
 
@@ -322,9 +328,9 @@ class CheckpointManager:
 
     MOST_FAILURES = 3
 
-    def __init__(self, run: RunDirectory, config: Config, images: TrainingImages, saved: dict[str, Any] | None) -> None:
+    def __init__(self, run: RunDirectory, config: Config, images: dict[str, Any], saved: dict[str, Any] | None) -> None:
         self.run, self.config = run, config
-        self.images = {"fingerprint": images.fingerprint, "count": images.count}
+        self.images = images  # what a resumed run must find again
         self.best: dict[str, Any] | None = saved["best"] if saved else None
         self.failures = 0
 

@@ -20,8 +20,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 import losses
 from configuration import Config, UserError
 from distributed import SINGLE_PROCESS, World
-from generator import Generator, GeneratorOutput, build_synthesizer, stable_seed
-from losses import AUGMENTATION_NUMBERS, CriticLoss, GeneratorLoss, diffaugment
+from generator import Generator, build_synthesizer, stable_seed
+from losses import AUGMENTATION_NUMBERS, critic_objective, generator_objective
 from model_definitions import Discriminator, WeightPredictorRNN
 from util import channels_last_on, products_in_tf32
 from video_synth import Motion
@@ -44,6 +44,18 @@ class CriticNoise(NamedTuple):
         return len(self.z) - len(self.motion.phases)
 
 
+class ClipNoise(NamedTuple):
+    """The clips of a generator step, N windows of L frames, and their random numbers."""
+
+    frames: Tensor  #           (N, L, C, H, W) in [0, 1]; the first is the image that moves
+    motion: Motion  #           changes each clip as a whole, as one moment of a synthetic video would, for variety
+    posterior: Tensor  #        (N, latent_dim), reparameterisation noise of z
+    code: Tensor  #             (N, motion_dim), likewise of the motion code
+    times: Tensor  #            (N, K) frames that the video loss compares, counted from frame 1 on
+    rollout_count: int  #       the first `rollout_count` clips are rolled out on their own frames from the first on
+    share: float  #             what their means count; not 1 where processes have different numbers of them
+
+
 class GeneratorNoise(NamedTuple):
     """The random numbers of one generator step."""
 
@@ -58,6 +70,7 @@ class GeneratorNoise(NamedTuple):
     video_times: Tensor  #      (B, K) frames that the video loss compares, counted from frame T on
     augment: Tensor  #          (2 B, AUGMENTATION_NUMBERS), for updated and base images
     alone: bool  #              the predictor and the encoder learn, θ stands still, and nothing is scored
+    clips: ClipNoise | None  #  None where no clips teach motion
 
 
 class NoiseSampler:
@@ -78,8 +91,10 @@ class NoiseSampler:
         self.base_images = round(config.loss.base_fake_fraction * batch)  # of the critic's fakes, with updates
         self.random, self.latent = torch.Generator(device), (batch, config.vae.latent_dim)
         synthesizer, shape = build_synthesizer(config), (image.channels, image.size, image.size)
-        counts, has_gru = {0, batch - self.base_images, batch}, settings.update == "predicted"
+        counts, has_gru = {0, batch - self.base_images, batch, batch // 2}, settings.update == "predicted"
         self.motion_shapes = {n: synthesizer.motion_shapes(n, shape, has_gru) for n in counts}
+        self.clip_count = batch // 2 if config.video.source != "synthetic" else 0  # of the whole batch
+        self.window = 1 + config.video.frames + config.loss.rollout_frames  # frames of each
 
     def fraction(self, step: int) -> float:
         """The fraction of the run that is done when iteration `step` begins: where schedules are read."""
@@ -99,27 +114,27 @@ class NoiseSampler:
         # Images from number `base` on are updated; of these this process has every world.size-th.
         updated = slice((self.world.rank - base) % self.world.size, None, self.world.size)
         self._seed = stable_seed(self.config.training.seed, step, "critic", repeat)
-        *shapes, noise_shape = self.motion_shapes[batch - base]
-        z, *noise = self._sample(torch.randn, self.latent, noise_shape)
+        *shapes, noise_shape, code_shape = self.motion_shapes[batch - base]
+        z, *noise = self._sample(torch.randn, self.latent, noise_shape, code_shape)
         augment = [(batch, AUGMENTATION_NUMBERS)] * 2
         epsilon, augment_real, augment_fake, *path = self._sample(torch.rand, (batch,), *augment, *shapes)
         motion = Motion(*(numbers[updated] for numbers in (*path, *noise)))
         frame = self._adversarial_frame(batch - base, updated)
         return CriticNoise(z[rows], motion, frame, base, epsilon[rows], augment_real[rows], augment_fake[rows])
 
-    def generator(self, step: int) -> GeneratorNoise:
-        """For the generator step of iteration `step`."""
+    def generator(self, step: int, clips: Tensor | None = None) -> GeneratorNoise:
+        """For the generator step of iteration `step`, with this process's windows of clips."""
         batch, loss, rows = self.config.training.batch_size, self.config.loss, self.rows
         updating = self.fraction(step) >= self.start
-        *shapes, noise_shape = self.motion_shapes[batch if updating else 0]
+        *shapes, noise_shape, code_shape = self.motion_shapes[batch if updating else 0]
         self._seed = stable_seed(self.config.training.seed, step, "generator")
-        z, posterior, *noise = self._sample(torch.randn, self.latent, self.latent, noise_shape)
+        z, posterior, *noise = self._sample(torch.randn, self.latent, self.latent, noise_shape, code_shape)
         augment, *path = self._sample(torch.rand, (2, batch, AUGMENTATION_NUMBERS), *shapes)
         motion = Motion(*(numbers[rows] for numbers in (*path, *noise))) if updating else None
         frame = self._adversarial_frame(batch, rows)
         times = self._integers(loss.rollout_frames + 1, batch, loss.video_frames)[rows]
         augment = augment[:, rows].flatten(0, 1)
-        rollout_count = len(range(round(loss.rollout_fraction * batch))[rows])
+        rollout_count = self._rollout_count(step, batch)
         vae_count = math.ceil(loss.vae_fraction * batch)  # of the whole batch
         own = len(range(vae_count)[rows])
         posterior, share = posterior[rows][: max(1, own)], own * self.world.size / vae_count
@@ -127,7 +142,24 @@ class NoiseSampler:
         now = 0.0 if (alone := self.is_alone(step)) else now
         decoder_share = torch.full((), now, device=self.device) if now and isinstance(loss.lambda_vae, dict) else now
         return GeneratorNoise(z[rows], motion, frame, posterior, share, self.lambda_vae, decoder_share, rollout_count,
-                              times, augment, alone)  # fmt: skip
+                              times, augment, alone, None if clips is None else self._clips(step, clips))  # fmt: skip
+
+    def _rollout_count(self, step: int, count: int) -> int:
+        """How many of this process's shard of `count` videos are rolled out in iteration `step`."""
+        fraction = losses.value_at(self.config.loss.rollout_fraction, self.fraction(step))
+        return len(range(round(fraction * count))[self.rows])
+
+    def _clips(self, step: int, clips: Tensor) -> ClipNoise:
+        """The clips with their random numbers, whose seed is of their own."""
+        config, rows, count, frames = self.config, self.rows, self.clip_count, self.window - 1
+        latent, motion_dim, loss = config.vae.latent_dim, config.video.motion_dim, config.loss
+        self._seed = stable_seed(config.training.seed, step, "clips")
+        posterior, code = self._sample(torch.randn, (count, latent), (count, motion_dim))
+        path = self._sample(torch.rand, *self.motion_shapes[count][:2])
+        motion = Motion(*(numbers[rows] for numbers in (*path, posterior[:, :0], posterior[:, :0])))
+        times = self._integers(frames, count, min(loss.video_frames, frames))[rows]
+        share = len(clips) * self.world.size / count
+        return ClipNoise(clips, motion, posterior[rows], code[rows], times, self._rollout_count(step, count), share)
 
     def _sample(self, distribution: Callable[..., Tensor], *shapes: tuple[int, ...]) -> list[Tensor]:
         """Tensors of these shapes, views of one: `distribution` is torch.rand or torch.randn."""
@@ -146,69 +178,6 @@ class NoiseSampler:
     def _adversarial_frame(self, count: int, rows: slice) -> Tensor | None:
         is_random = self.config.loss.adversarial_frame == "random"
         return self._integers(self.config.video.frames, count)[rows] if is_random else None
-
-
-# ------------------------------------------------------------------------------------------------------ the objectives
-
-
-def critic_objective(
-    generator: Generator, critic: Discriminator, x_real: Tensor, noise: CriticNoise, config: Config,
-    penalty_context: AbstractContextManager[None] | None = None,
-) -> CriticLoss:  # fmt: skip
-    """The critic's loss on real images (B, C, H, W) and as many generated ones: first base, then updated images.
-
-    A critic that never sees base images as fakes doesn't judge them, and they turn grey.
-    """
-    with torch.no_grad():  # this loss trains the critic alone
-        x_fake = generator.fakes(noise.z, noise.motion, noise.frame, noise.base_count)
-    if kinds := config.training.diffaugment:
-        x_real, x_fake = diffaugment(x_real, kinds, noise.augment_real), diffaugment(x_fake, kinds, noise.augment_fake)
-    return losses.critic_loss(critic, x_real, x_fake, noise.epsilon, config.loss, penalty_context)
-
-
-def generator_objective(
-    generator: Generator, critic: Discriminator, x_real: Tensor, noise: GeneratorNoise, config: Config
-) -> tuple[GeneratorLoss, GeneratorOutput | None]:
-    """The loss of θ and the GRU together, on real images (B, C, H, W) and as many generated ones.
-
-    Also what the generator made; None while nothing is updated.
-    """
-    if noise.motion is None:  # x_fake is x_base: scored once, with the weight of both
-        output, update, video = None, *x_real.new_zeros(2).unbind()
-        x_generated = generator.decode_base(generator.features(noise.z))
-    else:  # z -> x_base -> synthetic video -> Δ -> x_fake, decoded with θ + Δ
-        output = generator(noise.z, noise.motion, noise.frame, noise.alone)
-        update, video = output.update.mean_square(), weight_driven_video_loss(generator, output, noise, config)
-        x_generated = torch.cat([output.x_fake, output.x_base])
-    if (kinds := config.training.diffaugment) and not noise.alone:
-        x_generated = diffaugment(x_generated, kinds, noise.augment[: len(x_generated)])
-    scores = x_generated.new_zeros(2) if noise.alone else critic(x_generated)
-    score_fake, score_base = scores.chunk(2) if output else (scores, scores)
-    x_vae = x_real[: len(noise.posterior)]
-    terms = losses.vae_loss(x_vae, *generator.vae(x_vae, noise.posterior, noise.decoder_share))
-    reconstruction, kl = terms if noise.vae_share == 1 else (noise.vae_share * term for term in terms)
-    loss = losses.generator_loss(
-        score_fake=score_fake, score_base=score_base, reconstruction=reconstruction, kl=kl, update=update, video=video,
-        lambda_vae=noise.lambda_vae, weights=config.loss,
-    )  # fmt: skip
-    return loss, output
-
-
-def weight_driven_video_loss(
-    generator: Generator, output: GeneratorOutput, noise: GeneratorNoise, config: Config
-) -> Tensor:
-    """How far the weight-driven video is from the synthetic one, at sampled frames from T on; a scalar.
-
-    Each frame is decoded with the update predicted one frame before. Zero if λ_video is or nothing is updated.
-    """
-    if not config.loss.lambda_video or noise.motion is None:
-        return output.x_base.new_zeros(())
-    states = generator.continue_video(output, noise.motion, noise.rollout_count, config.loss.rollout_frames)
-    # θ decodes, but does not learn here: moving an image must not cost the image's own quality.
-    frames = generator.decode_frames(output.features.detach(), states, noise.video_times, frozen=True)
-    times = generator.synthesizer.frames + noise.video_times
-    target = generator.synthesizer(output.x_base.detach(), noise.motion, times, full_size=True)
-    return losses.video_loss(frames, target)
 
 
 # ----------------------------------------------------------------------------------------------------------- the state
@@ -454,9 +423,10 @@ class EagerSteps:
                 loss, output = generator_objective(state.generator, state.critic, x_real, noise, config)
             # Only these: the critic's weights get no gradient here. Zero where the loss doesn't reach (a λ is 0).
             gradients = torch.autograd.grad(loss.total, weights, allow_unused=True, materialize_grads=True)
-        metrics = {f"generator/{name}": value for name, value in loss._asdict().items()}
-        bound = state.generator.head.bound
-        metrics["update/saturated_fraction"] = output.update.saturated_fraction(bound) if output else loss.update
+        metrics = {f"generator/{name}": value for name, value in loss._asdict().items() if value is not None}
+        if output or noise.motion is None:  # then there is no update, and this is 0
+            bound = state.generator.head.bound
+            metrics["update/saturated_fraction"] = output.update.saturated_fraction(bound) if output else loss.update
         return self._pass("generator", metrics, weights, gradients)
 
 
@@ -472,7 +442,9 @@ def out_of_memory(state: TrainingState, world: World) -> str:
         x_real = torch.zeros(size // world.size, *state.generator.vae.image_shape, device=state.device)
         try:
             runner.critic_pass(x_real, noise.critic(2**62, 0))
-            runner.generator_pass(x_real, noise.generator(2**62))
+            shape = noise.clip_count // world.size, noise.window, *x_real.shape[1:]
+            clips = torch.zeros(shape, device=state.device) if noise.clip_count else None
+            runner.generator_pass(x_real, noise.generator(2**62, clips))
         except torch.OutOfMemoryError:
             continue
         return f"{text}, and {size} would fit (tried)"

@@ -17,11 +17,16 @@ a is 1, or in training sampled for each motion of each image, so that the GRU al
 To add a motion, add an entry to `MOTIONS`. `generate.py RUN --video synthetic` shows them, on any image with `--image`.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -65,6 +70,7 @@ class Motion(NamedTuple):
     phases: Tensor  # (B, paths, 2 harmonics), in turns: [0, 1)
     amplitudes: Tensor  # (B, paths), in [0, 1]: the fraction of its strength that each path has
     noise: Tensor  # (B, 2, C, height, width), standard normal; (B, 2, C, 0, 0) where noise is off
+    code: Tensor  # (B, motion_dim), standard normal: how an image moves as the GRU has learned from clips
 
 
 class Clip(NamedTuple):
@@ -78,6 +84,32 @@ class Clip(NamedTuple):
         return self.frames[torch.arange(len(self.frames)), int(time) % self.lengths]
 
 
+class ClipFrames(NamedTuple):
+    """A clip as it was read, or an image: one frame, of no duration."""
+
+    name: str
+    frames: list[Tensor]  # uint8 (C, H, W) each
+    times: list[float]  # of each frame, seconds
+
+    @property
+    def duration(self) -> float:
+        """Seconds, until it would begin again."""
+        return self.times[-1] * len(self.times) / max(1, len(self.times) - 1)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the step from the last frame to the first is like those between."""
+        # Two frames at a time: as floats, all those of a long clip would take gigabytes.
+        steps = [(a.float() - b).square().sum().item() for a, b in pairwise([*self.frames, self.frames[0]])]
+        return steps[-1] <= 2 * max(steps[:-1])
+
+    def resampled(self, count: int) -> Tensor:
+        """`count` frames at equal times: uint8 (count, C, H, W)."""
+        times = np.sort(self.times)  # frames come in order, but those of H.264 in an .avi have other frames' times
+        places = [np.abs(times - k * self.duration / count).argmin() for k in range(count)]
+        return torch.stack([self.frames[i] for i in places])
+
+
 class VideoSynthesizer(nn.Module):
     """Makes the synthetic video (B, T, C, height, width) of a batch of images (B, C, H, W).
 
@@ -88,12 +120,13 @@ class VideoSynthesizer(nn.Module):
         frames: T, the frames of one closed path.
         strengths: name in `MOTIONS` -> how far it goes at most; a kind that is missing has its own default.
         height, width: size of the video; None keeps the image's. Must not exceed the image's.
+        motion_dim: length of the code of a `Motion`, which this class doesn't read.
     """
 
     def __init__(self, frames: int = 8, strengths: Mapping[str, float] | None = None, height: int | None = None,
-                 width: int | None = None) -> None:  # fmt: skip
+                 width: int | None = None, motion_dim: int = 0) -> None:  # fmt: skip
         super().__init__()
-        self.frames = frames
+        self.frames, self.motion_dim = frames, motion_dim
         self.strengths = {name: kind.strength for name, kind in MOTIONS.items()} | dict(strengths or {})
         self.paths = [name for name, kind in MOTIONS.items() for _ in range(kind.paths)]  # of which motion each is
         self.height = height
@@ -105,14 +138,14 @@ class VideoSynthesizer(nn.Module):
 
     def motion_shapes(
         self, batch: int, image_shape: tuple[int, ...] | torch.Size, noise: bool = True
-    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Shapes of a `Motion` of `batch` videos of images of shape (C, H, W), for who samples its numbers together
-        with others: phases, in turns, and amplitudes are uniform in [0, 1), noise is standard normal;
-        `noise=False` for a caller that needs none.
+        with others: phases, in turns, and amplitudes are uniform in [0, 1), noise and code are standard normal;
+        `noise=False` for a caller that needs no noise.
         """
         height, width = self.video_size(image_shape) if self.strengths["noise"] and noise else (0, 0)
-        paths = len(self.paths)
-        return (batch, paths, len(PATH_WEIGHTS)), (batch, paths), (batch, 2, image_shape[-3], height, width)
+        paths, grain = len(self.paths), (batch, 2, image_shape[-3], height, width)
+        return (batch, paths, len(PATH_WEIGHTS)), (batch, paths), grain, (batch, self.motion_dim)
 
     def sample_motion(
         self, batch: int, image_shape: tuple[int, ...] | torch.Size, device: torch.device | str | None = None,
@@ -121,11 +154,10 @@ class VideoSynthesizer(nn.Module):
         """Samples the motion of `batch` videos of images of shape (C, H, W), at full strength. A
         `generator`, on the same device, makes it repeatable.
         """
-        phases, amplitudes, noise = self.motion_shapes(batch, image_shape)
+        phases, amplitudes, *normal = self.motion_shapes(batch, image_shape)
         options: dict[str, Any] = {"generator": generator, "device": device}
-        return Motion(
-            torch.rand(phases, **options), torch.ones(amplitudes, device=device), torch.randn(noise, **options)
-        )
+        uniform = torch.rand(phases, **options), torch.ones(amplitudes, device=device)
+        return Motion(*uniform, *(torch.randn(shape, **options) for shape in normal))
 
     def forward(self, images: Tensor, motion: Motion, times: Tensor | None = None, full_size: bool = False,
                 noise: bool | None = None) -> Tensor:  # fmt: skip
@@ -207,6 +239,94 @@ def _warp(images: Tensor, paths: Sequence[Tensor], strengths: Mapping[str, float
     tall = grid.view(batch, count * height, width, 2)
     warped = functional.grid_sample(images, tall.to(images.dtype), padding_mode="border", align_corners=False)
     return warped.view(batch, channels, count, height, width).transpose(1, 2)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device without waiting for it: only copies from pinned memory run beside the host."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+class TrainingClips:
+    """Clips as endless batches of windows, which are runs of neighbouring frames.
+
+    A clip is played again and again; one that doesn't end where it began, forth and back. What a batch holds depends on
+    the seed and the batch's number alone: not on where the frames are kept, nor on where a run was resumed.
+
+    Args:
+        read: number of a clip -> its frames, uint8 (T, C, H, W), and whether it repeats.
+        lengths, repeats: of each clip: T, and whether it repeats.
+        frames: of each clip; None: a clip is read again when a window of it is due.
+        window, count: frames of a window, and windows of a batch, of which this process takes its `shard`.
+        mirror: flip windows left to right at random.
+    """
+
+    def __init__(
+        self, read: Callable[[int], tuple[Tensor, bool]], lengths: Sequence[int], repeats: Sequence[bool],
+        frames: Sequence[Tensor] | None, *, window: int, count: int, seed: int, device: torch.device | str = "cpu",
+        shard: slice = slice(None), mirror: bool = False,
+    ) -> None:  # fmt: skip
+        self.lengths, self.repeats = np.array(lengths), np.array(repeats)  # host and device each do their own
+        self.window, self.count, self.shard, self.mirror = window, count, shard, mirror
+        self.seed, self.device = seed, torch.device(device)
+        self.lines: list[str] = []  # for the log
+        self.identity: dict[str, Any] = {}  # what a resumed run must find again
+        self._read, self._frames = read, frames
+        self._row: Tensor | None = None  # uint8 (all frames, C, H, W), one clip after the other, on the GPU
+        size, on_gpu = sum(clip.nbytes for clip in frames or ()), self.device.type == "cuda"
+        # At most half of what is free there, as of images. In memory there is no row: to make it would take both.
+        if frames and on_gpu and size <= torch.cuda.mem_get_info(self.device)[0] / 2:
+            self._row = frames[0].new_empty((sum(lengths), *frames[0].shape[1:]), device=self.device)
+            for part, clip in zip(self._row.split([*lengths]), frames, strict=True):
+                part.copy_(clip)
+            self._frames = None
+        self._order = lru_cache(maxsize=4)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(lengths)))
+
+    @property
+    def summary(self) -> str:
+        """Where they are kept, and how many frames they have."""
+        frames, back = int(self.lengths.sum()), int((~self.repeats).sum())
+        place = "kept in memory" if self._frames else f"kept on {self.device}" if self._row is not None else "streamed"
+        text = f"{place}, {back:,} of them forth and back since they end elsewhere" if back else place
+        return f"{text}: {frames:,} frames"
+
+    def batches(self, first: int = 0) -> Iterator[Tensor]:
+        """Batches number `first`, `first` + 1, ... without end: float32 (N, window, C, H, W) in [0, 1] on the device.
+        Raises UserError: a clip that is read again cannot be.
+        """
+        with ThreadPoolExecutor(4) as pool:
+            ahead = deque(self._prepare(number, pool) for number in (first, first + 1))
+            for number in itertools.count(first + 2):
+                frames, flip = ahead.popleft()
+                windows = frames if isinstance(frames, Tensor) else torch.stack([one.result() for one in frames])
+                windows = to_device(windows, self.device)
+                yield torch.where(flip, windows.flip(-1), windows).float() / 255
+                ahead.append(self._prepare(number, pool))
+
+    def places(self, clips: np.ndarray, begin: np.ndarray) -> np.ndarray:
+        """Which of its frames each window shows: the clips (N,) from frame `begin` (N,) on -> (N, window)."""
+        length, repeats = self.lengths[clips][:, None], self.repeats[clips][:, None]
+        period = np.where(repeats, length, 2 * length - 2)
+        place = (begin[:, None] + np.arange(self.window)) % period
+        return np.where(place < length, place, period - place)
+
+    def _prepare(self, number: int, pool: ThreadPoolExecutor) -> tuple[Any, Tensor]:
+        """Of a batch's shard the windows, uint8, or what will be each of them; and which to flip, (N, 1, 1, 1, 1)."""
+        row = [divmod(number * self.count + k, len(self.lengths)) for k in range(self.count)]
+        random = np.random.default_rng([self.seed, number, 1])
+        clips = np.array([self._order(epoch)[place] for epoch, place in row])[self.shard]
+        begin, flips = (random.integers(0, end, self.count)[self.shard] for end in (2**31, 2))
+        places = self.places(clips, begin)
+        flip = to_device(torch.from_numpy((flips * self.mirror)[:, None, None, None, None] > 0), self.device)
+        if self._row is not None:
+            offsets = (self.lengths.cumsum() - self.lengths)[clips][:, None]
+            return self._row[to_device(torch.from_numpy(offsets + places), self.device)], flip
+        rows = zip(clips.tolist(), places, strict=True)
+        return [pool.submit(self._read_window, *one) for one in rows], flip
+
+    def _read_window(self, clip: int, places: np.ndarray) -> Tensor:
+        return (self._frames[clip] if self._frames else self._read(clip)[0])[places]
 
 
 # ------------------------------------------------------------------------------ videos to be tuned to, and their states

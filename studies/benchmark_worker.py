@@ -27,11 +27,11 @@ from torch.utils.module_tracker import ModuleTracker
 from configuration import Config, load_config
 from image_data import open_images
 from model_definitions import WeightPredictorRNN
-from step_runners import CompiledSteps, CudaGraphSteps, has_bf16
+from step_runners import CompiledSteps, CudaGraphSteps, EagerSteps, has_bf16
 from studies.textbook import Textbook, textbook_batches
 from training import build_networks, iteration
 from training_log import peak_memory_gb
-from training_step import EagerSteps, NoiseSampler, TrainingState
+from training_step import NoiseSampler, TrainingState
 
 RUNNERS = {"eager": EagerSteps, "compiled": CompiledSteps, "cuda_graph": CudaGraphSteps}
 

@@ -40,6 +40,7 @@ from training import build_networks, iteration
 from training_log import Log
 from training_step import NoiseSampler, TrainingState
 from util import CommandParser, run_command
+from video_synth import TrainingClips
 
 FILES, CUDA = {str(path) for path in Path(__file__).parent.parent.glob("*.py")}, torch.device("cuda", 0)
 
@@ -51,12 +52,13 @@ BF16, SHARED, AUGMENTED, OFF, FULL, PER_CHANNEL = (
     "runtime.precision=bf16", "weight_predictor.sharing=shared", "training.diffaugment=[color,translation,cutout]",
     "weight_predictor.update=off", "weight_predictor.head=full", "weight_predictor.head=per_channel",
 )
+CLIPS = "data.clips=x video.source=clips video.motion_dim=4 video.input=changes"
 CONFIGURATIONS = ["", JOINT, ALONE, f"{JOINT} {BF16}", OFF, " ".join(SOURCE)] + [f"{QUICK} {settings}" for settings in (
     f"{FULL} weight_predictor.layers=[decoder.stage1.*]", f"{FULL} {BF16}", PER_CHANNEL, f"{PER_CHANNEL} {BF16}",
     AUGMENTED, f"{AUGMENTED} {BF16}", SHARED, f"{SHARED} {BF16}", OFF, f"{OFF} {BF16}", "image.channels=1",
     "weight_predictor.update=constant", "loss.lambda_video=0", "loss.rollout_fraction=1", "loss.rollout_fraction=0",
     "loss.rollout_frames=0", "loss.adversarial_frame=random", "loss.base_fake_fraction=1", "loss.base_fake_fraction=0",
-    "video.detach=false data.mirror=true", "training.clip=1",
+    "video.detach=false data.mirror=true", "training.clip=1", CLIPS, f"{CLIPS} {BF16}", f"{CLIPS} {ALONE}",
     "video.shift=0 video.zoom=0 video.rotation=0 video.brightness=0 video.contrast=0 video.noise=0",
 )]
 """Overrides, the empty ones first: the defaults."""
@@ -261,10 +263,16 @@ def _train(config: Config, watch: Watch) -> None:
         setattr(runner, run.__name__, watch.during(f"{kind} pass", _once(run, weights, watch)))
         setattr(runner, step.__name__, watch.during(f"{kind} step", step))
         setattr(noise, kind, watch.during(f"{kind} noise", getattr(noise, kind)))
-    next_batch = watch.during("data", images.batches().__next__)
+    next_batch, clips = watch.during("data", images.batches().__next__), None
+    if noise.clip_count:
+        shape = config.image.channels, config.image.size, config.image.size
+        frames = torch.empty(12, *shape, dtype=torch.uint8)
+        windows = TrainingClips(mock.Mock(), [6] * 2, [True, False], frames.split(6), window=noise.window,
+                                count=noise.clip_count, seed=0, device=CUDA)  # fmt: skip
+        clips = iter(watch.during("data", windows.batches().__next__), None)
     for number in (1, 2):
         watch.launches = Counter({key: count for key, count in watch.launches.items() if key[0].endswith("pass")})
-        watch.during("log", log.collect)(number, iteration(runner, noise, iter(next_batch, None), number))
+        watch.during("log", log.collect)(number, iteration(runner, noise, iter(next_batch, None), number, clips))
 
 
 def _images(config: Config) -> TrainingImages:

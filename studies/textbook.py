@@ -16,10 +16,10 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from configuration import Config
-from losses import GeneratorLoss, generator_loss, vae_loss, value_at
+from losses import GeneratorLoss, generator_loss, vae_loss, value_at, weight_driven_video_loss
 from model_definitions import LEAKY_SLOPE, Discriminator, conv_stages
 from training import build_networks
-from training_step import CriticNoise, GeneratorNoise, weight_driven_video_loss
+from training_step import CriticNoise, GeneratorNoise
 
 
 class TextbookCritic(nn.Module):
@@ -108,7 +108,7 @@ class Textbook:
         loss = self.generator_loss(x_real, noise)
         loss.total.backward()
         self.optimizer.step()
-        return {f"generator/{name}": value.item() for name, value in loss._asdict().items()}
+        return {f"generator/{name}": value.item() for name, value in loss._asdict().items() if value is not None}
 
 
 def textbook_batches(config: Config, device: torch.device) -> Iterator[Tensor]:

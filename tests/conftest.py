@@ -1,6 +1,7 @@
 """Small images, settings, networks and runs; commands as a user runs them; and several processes."""
 
 import json
+import math
 import multiprocessing
 import os
 import subprocess
@@ -29,7 +30,8 @@ from model_definitions import Discriminator
 from quality import ImageFeatures
 from run_directory import RunDirectory
 from sampling import Sampler, load_sampler
-from training_step import EagerSteps, NoiseSampler, TrainingState
+from step_runners import EagerSteps
+from training_step import NoiseSampler, TrainingState
 
 ROOT = Path(__file__).parent.parent
 
@@ -132,6 +134,35 @@ def read_video(path: str | Path) -> np.ndarray:
             return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     with Image.open(path) as image:
         return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
+
+
+def moving_square(frames: int, size: int = 32, closed: bool = True) -> list[Image.Image]:
+    """A red square that goes round on white, or away."""
+    images, blank = [], np.full((size, size, 3), 255, np.uint8)
+    for t in range(frames):
+        turn, pixels = 2 * math.pi * t / frames * (1 if closed else 0.4), blank.copy()
+        x, y = (round(size / 2 - 5 + 8 * function(turn)) for function in (math.cos, math.sin))
+        pixels[y : y + 10, x : x + 10] = (220, 30, 30)
+        images.append(Image.fromarray(pixels))
+    return images
+
+
+def write_clip(path: Path, images: list[Image.Image], codec: str = "libx264", rate: int = 10) -> Path:
+    if path.suffix in (".gif", ".webp", ".png"):
+        options = {"lossless": True} if path.suffix == ".webp" else {}
+        images[0].save(path, save_all=True, append_images=images[1:], duration=1000 // rate, loop=0, **options)
+    elif not path.suffix:
+        path.mkdir()
+        for number, image in enumerate(images):
+            image.save(path / f"{number:03}.png")
+    else:
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream(codec, rate=rate)
+            stream.width, stream.height, stream.pix_fmt = *images[0].size, "yuv420p"
+            for image in images:
+                container.mux(stream.encode(av.VideoFrame.from_image(image).reformat(format="yuv420p")))
+            container.mux(stream.encode(None))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """animate.py: tuning, what it saves, every kind of clip, mistakes in one line, and the command as a user runs it."""
 
 import hashlib
-import math
 import struct
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import Done, assert_one_line, frames_of, read_video, run_command
+from conftest import Done, assert_one_line, frames_of, moving_square, read_video, run_command, write_clip
 from PIL import Image
 
 import animate
@@ -24,38 +23,8 @@ from video_synth import Clip, Motion, VideoSynthesizer
 CPU = torch.device("cpu")
 
 
-def moving_square(frames: int, size: int = 32, closed: bool = True) -> list[Image.Image]:
-    """A red square that goes round on white, or away."""
-    images = []
-    for t in range(frames):
-        pixels = np.full((size, size, 3), 255, np.uint8)
-        turn = 2 * math.pi * t / frames * (1 if closed else 0.4)
-        x, y = (round(size / 2 - 5 + 8 * function(turn)) for function in (math.cos, math.sin))
-        pixels[y : y + 10, x : x + 10] = (220, 30, 30)
-        images.append(Image.fromarray(pixels))
-    return images
-
-
 def as_tensor(images: list[Image.Image]) -> torch.Tensor:
     return torch.stack([torch.from_numpy(np.asarray(image).copy()).movedim(2, 0) for image in images]).float() / 255
-
-
-def write_clip(path: Path, images: list[Image.Image], codec: str = "libx264", rate: int = 10) -> Path:
-    if path.suffix in (".gif", ".webp", ".png"):
-        options = {"lossless": True} if path.suffix == ".webp" else {}
-        images[0].save(path, save_all=True, append_images=images[1:], duration=1000 // rate, loop=0, **options)
-    elif not path.suffix:
-        path.mkdir()
-        for number, image in enumerate(images):
-            image.save(path / f"{number:03}.png")
-    else:
-        with av.open(str(path), "w") as container:
-            stream = container.add_stream(codec, rate=rate)
-            stream.width, stream.height, stream.pix_fmt = *images[0].size, "yuv420p"
-            for image in images:
-                container.mux(stream.encode(av.VideoFrame.from_image(image).reformat(format="yuv420p")))
-            container.mux(stream.encode(None))
-    return path
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import yaml
 from conftest import ROOT
 
 import configuration
+from checkpoints import resume_effect
 from configuration import SECTIONS, Config, UserError, config_from_dict, config_to_dict, config_to_yaml, load_config
 
 KEYS = [(section, setting.name) for section, cls in SECTIONS.items() for setting in fields(cls)]
@@ -47,6 +48,8 @@ def test_config_yaml_is_what_the_fields_describe() -> None:
 def test_presets_are_valid_and_the_source_has_its_own_numbers_and_no_addition() -> None:
     names = {path.stem: load_config(path).output.name for path in (ROOT / "configs").glob("*.yaml")}
     assert names == {"quick": "quick", "motion": "motion", "source": "source", "64": "emoji-64"}
+    clips = load_config(ROOT / "config_clips.yaml")
+    assert (clips.output.name, clips.video.source, clips.data.clips) == ("clips", "clips", "data/animated_emoji")
     source = load_config(ROOT / "configs" / "source.yaml")
     video, loss, training, predictor = source.video, source.loss, source.training, source.weight_predictor
     assert (training.batch_size, source.image.channels, video.height, video.width) == (16, 3, 128, 128)
@@ -103,15 +106,15 @@ def test_resolved_settings_round_trip(write) -> None:
 
 def test_what_a_resumed_run_makes_of_each_setting() -> None:
     listed = {
-        "free": "data.root data.on_broken data.memory_gb data.workers training.steps training.epochs "
+        "free": "data.root data.clips data.on_broken data.memory_gb data.workers training.steps training.epochs "
         "training.max_minutes runtime.* output.*",
-        "architecture": "image.* vae.* critic.* video.height video.width weight_predictor.update "
-        "weight_predictor.layers weight_predictor.update_size weight_predictor.head weight_predictor.rank "
-        "weight_predictor.hidden_size weight_predictor.num_layers",
+        "architecture": "image.* vae.* critic.* video.height video.width video.input video.motion_dim "
+        "weight_predictor.update weight_predictor.layers weight_predictor.update_size weight_predictor.head "
+        "weight_predictor.rank weight_predictor.hidden_size weight_predictor.num_layers",
     }
     for name in (f"{section}.{key}" for section, key in KEYS):
         effects = [effect for effect, names in listed.items() if any(fnmatch(name, one) for one in names.split())]
-        assert [configuration.resume_effect(name)] == (effects or ["learning"]), name
+        assert [resume_effect(name)] == (effects or ["learning"]), name
 
 
 WRONG = {

@@ -38,7 +38,8 @@ from checkpoints import load_checkpoint
 from configuration import RuntimeConfig, UserError, load_config
 from distributed import SINGLE_PROCESS, World, join_processes, rendezvous
 from quality import QualityCheck, calibrate
-from training_step import EagerSteps, NoiseSampler, TrainingState
+from step_runners import EagerSteps
+from training_step import NoiseSampler, TrainingState
 
 CPU = torch.device("cpu")
 

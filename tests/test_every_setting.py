@@ -17,7 +17,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Colours, metrics_of, new_state, refused, same, small, train, training_images, write_image
+from conftest import (
+    Colours,
+    metrics_of,
+    moving_square,
+    new_state,
+    random_images,
+    refused,
+    same,
+    small,
+    train,
+    training_images,
+    write_clip,
+    write_image,
+)
 from PIL import Image
 
 import distributed
@@ -26,7 +39,8 @@ import run_directory
 import training
 from configuration import SECTIONS, load_config
 from distributed import SINGLE_PROCESS
-from training_step import EagerSteps, NoiseSampler
+from step_runners import EagerSteps
+from training_step import NoiseSampler
 
 NOWHERE = Path("nowhere")
 KEYS = [f"{section}.{setting.name}" for section, cls in SECTIONS.items() for setting in dataclasses.fields(cls)]
@@ -53,6 +67,7 @@ FIRST_CHANGED = {
         "vae.latent_dim=7", "vae.channels=[4,9]", "critic.channels=[4,9]", "weight_predictor.update=constant",
         "weight_predictor.layers=[decoder.stage1.*]", "weight_predictor.head=full", "weight_predictor.rank=1",
         "weight_predictor.hidden_size=9", "weight_predictor.num_layers=1", "video.height=4", "video.width=4",
+        "video.motion_dim=2",
     ],
     "random numbers": [
         "weight_predictor.sharing=shared", "loss.base_fake_fraction=0.25", "loss.video_frames=3",
@@ -62,6 +77,7 @@ FIRST_CHANGED = {
     "gradients": [
         "weight_predictor.bound=2", "video.frames=4", "video.shift=0.2", "video.zoom=0.2", "video.rotation=20",
         "video.brightness=0.4", "video.contrast=0.3", "video.noise=0.05", "video.detach=false", "loss.lambda_gp=5",
+        "video.input=changes",
         "loss.epsilon_drift=0.01", "loss.lambda_adv=2", "loss.lambda_base=2", "loss.beta=2",
         "loss.lambda_update=2", "loss.lambda_video=2", "training.diffaugment=[color]", "runtime.precision=bf16",
     ],
@@ -263,6 +279,25 @@ def test_other_processes_are_waited_for_so_long(folders: list[Path], monkeypatch
         overrides = small(NOWHERE, folders[0], *BASE, f"runtime.timeout_minutes={minutes}")
         assert training.main(overrides) == 2
     assert waits == [60, 120]
+
+
+@own("data.clips")
+@own("video.source")
+@own("video.fps")
+@own("loss.lambda_motion")
+def test_clips_teach_motion_at_their_pace(folders: list[Path], tmp_path: Path) -> None:
+    write_clip(tmp_path / "clip.gif", moving_square(12))
+    clips = [f"data.clips={tmp_path}", "video.source=clips", "video.motion_dim=2"]
+    base = small(NOWHERE, folders[0], *BASE, *clips)
+    totals = []
+    for changed in ([], ["video.source=both"], ["video.fps=4"], ["loss.lambda_motion=3"]):
+        config = load_config(None, [*base, *changed])
+        noise, state = NoiseSampler(config, torch.device("cpu")), new_state(config)
+        windows = training.open_clips(config, state.device, SINGLE_PROCESS, noise.window, noise.clip_count)
+        numbers = noise.generator(1, next(windows.batches()))
+        totals.append(EagerSteps(state).generator_pass(random_images(0), numbers).metrics["generator/total"].item())
+        assert windows.lengths.tolist() == [5 if "video.fps=4" in changed else 10]
+    assert len(set(totals)) == 4
 
 
 # ---------------------------------------------------------------------------------------------------------- all of them

@@ -20,7 +20,7 @@ SMALL = f"{QUICK} training.n_critic=2"
 @pytest.mark.parametrize("settings", [
     BF16, FULL, f"{PER_CHANNEL} {BF16}", SHARED, OFF, AUGMENTED, "weight_predictor.update=constant",
     "video.detach=false loss.adversarial_frame=random data.mirror=true",
-    "training.clip=1",
+    "training.clip=1", f"{fake_cuda.CLIPS} video.input=frames", f"{fake_cuda.CLIPS} video.source=both",
 ])  # fmt: skip
 def test_an_iteration_stays_on_the_gpu_and_never_waits(settings: str) -> None:
     watch = look_at(load_config(None, f"{SMALL} {settings}".split()))

@@ -53,6 +53,18 @@ def test_images_are_those_of_their_seeds(command, sampler: Sampler) -> None:
     assert np.abs(np.asarray(Image.open("folder/seed_000074.png")).astype(int) - x_base).max() <= 1
 
 
+def test_motion_seeds_move_an_image_in_several_ways(command) -> None:
+    command("--video weights --out ways --seed 5 --motion-seeds 5-7 --frames 5 --grid 1x3 --scale 1")
+    command("--video weights --out one --seed 5 --frames 5 --grid 1x1 --scale 1")
+    command("--video weights --out swapped --seeds 5-6 --motion-seeds 6,5 --frames 5 --grid 1x2 --scale 1")
+    ways, one, swapped = (read_video(name).astype(int) for name in ("ways", "one", "swapped"))
+    assert np.abs(ways[:, :16, :16] - one).max() <= 1
+    assert np.abs(ways[:, :16, 20:36] - one).max() > 1
+    assert np.abs(swapped[:, :16, :16] - ways[:, :16, 20:36]).max() <= 1
+    assert_one_line(command("--out x.mp4 --seeds 1-3 --motion-seeds 1-2", fails=True), ["--motion-seeds names 2"])
+    assert_one_line(command("--out x.png --motion-seeds 1-2", fails=True), ["--motion-seeds means nothing for images"])
+
+
 def test_the_same_command_gives_the_same_bytes(command) -> None:
     for arguments in ("--images 4 --out {}.png", "--rollout --frames 12 --grid 2x2 --out {}.mp4"):
         for name, seed in (("a", 0), ("b", 0), ("c", 1)):

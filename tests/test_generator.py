@@ -11,9 +11,10 @@ import weight_updates
 from checkpoints import load_checkpoint
 from configuration import load_config
 from generator import Generator, GeneratorOutput, motion_rows, state_rows
+from losses import weight_driven_video_loss
 from sampling import load_sampler, weight_driven_frames
 from training import build_networks
-from training_step import critic_objective, generator_objective, weight_driven_video_loss
+from training_step import critic_objective, generator_objective
 from video_synth import Motion, VideoSynthesizer
 from weight_updates import HEADS
 
@@ -95,7 +96,7 @@ def test_gradients_reach_theta_and_the_gru_and_match_finite_differences(
     monkeypatch.setattr(weight_updates.UpdateSpec, "scales", lambda *_: scales)
     # What the GRU encodes is detached from θ: it is held too.
     x_base, encode_video = generator.vae.decode(z).detach(), generator.encode_video
-    monkeypatch.setattr(generator, "encode_video", lambda _, motion: encode_video(x_base, motion))
+    monkeypatch.setattr(generator, "encode_video", lambda _, *others: encode_video(x_base, *others))
 
     def loss() -> torch.Tensor:
         output = generator(z, motion)
@@ -118,7 +119,7 @@ def test_gradients_reach_theta_and_the_gru_and_match_finite_differences(
 def test_video_detach_decides_whether_theta_is_reached_through_the_video(detach: bool) -> None:
     generator = generator_of(f"video.detach={detach}")
     x_base = torch.rand(2, 3, 16, 16, requires_grad=True)
-    _, states, _ = generator.encode_video(x_base, generator.sample_motion(2))
+    _, states, _ = generator.encode_video(x_base, generator.sample_motion(2), torch.empty(2, 0))
     assert states.requires_grad
     (gradient,) = torch.autograd.grad(states.sum(), x_base, allow_unused=True)
     assert (gradient is None) == detach
@@ -128,15 +129,15 @@ def test_the_image_is_encoded_first_and_no_state_knows_a_later_frame(monkeypatch
     generator = small_generator("video.frames=4")
     _, motion, output = path_of(generator)
     videos, encode = [], generator.predictor.encode
-    monkeypatch.setattr(generator.predictor, "encode", lambda video: videos.append(video) or encode(video))
-    _, states, _ = generator.encode_video(output.x_base, motion)
+    monkeypatch.setattr(generator.predictor, "encode", lambda video, **_: videos.append(video) or encode(video))
+    _, states, _ = generator.encode_video(output.x_base, motion, output.features)
     assert torch.equal(videos[0], torch.cat([output.x_base[:, None], output.video], dim=1))
     assert torch.equal(states, output.states)
     for t in range(3):
         changed = output.video.clone()
         changed[:, t + 1] = 1 - changed[:, t + 1]
         monkeypatch.setattr(generator.synthesizer, "forward", lambda *_, changed=changed: changed)
-        _, others, _ = generator.encode_video(output.x_base, motion)
+        _, others, _ = generator.encode_video(output.x_base, motion, output.features)
         assert torch.allclose(others[:, : t + 1], states[:, : t + 1], atol=1e-6)
         assert (others[:, t + 1] - states[:, t + 1]).abs().max() > 1e-3
 

@@ -15,7 +15,7 @@ from conftest import VARIED, before_step, fast_outputs, final, metrics_of, refus
 
 from checkpoints import Checkpoints, load_checkpoint
 from configuration import UserError
-from training_step import EagerSteps
+from step_runners import EagerSteps
 
 pytestmark = pytest.mark.usefixtures("without_slow_outputs")
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import training
 from configuration import UserError, config_to_yaml, load_config
 from losses import value_at
-from step_runners import PreparedSteps
-from training_step import EagerSteps, NoiseSampler, generator_objective
+from step_runners import EagerSteps, PreparedSteps
+from training_step import NoiseSampler, generator_objective
 
 FRACTIONS = st.floats(0, 1, width=32)
 STAGES = ["training.steps=8", "weight_predictor.start=0.5", "weight_predictor.alone=0.75"]

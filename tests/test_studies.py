@@ -12,14 +12,11 @@ from PIL import Image
 from studies import gpu_acceptance, loss_curves
 
 WRONG = {
-    "ablation": [
-        (["--arms", "of"], "there is no arm 'of'"), (["--seeds", "0,0"], "--seeds must be different"),
-        (["training.seed=3"], "training.seed is set by the ablation itself"), (["--jbos", "2"], "--jbos"),
-    ],
     "benchmark": [
         (["--rounds=0"], "--rounds must be"), (["--device=cuda:99"], "cuda:99"),
         (["--quick", "data.root=nowhere"], "nowhere"), (["training.diffaugment=[color]"], "training.diffaugment"),
     ],
+    "clip_motion": [(["nowhere"], "nowhere"), (["run", "--videos=3"], "20 to 4")],
     "fake_cuda": [(["image.size=33"], "image.size must be a power of two"), (["--what"], "--what")],
     "gpu_acceptance": [(["--out=x", "--only=speed"], "unknown part 'speed'"), (["--small"], "--out")],
     "hostile_images": [(["folder", "--what"], "--what")],

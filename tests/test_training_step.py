@@ -18,7 +18,8 @@ from configuration import LossConfig, UserError, load_config
 from distributed import World
 from generator import Generator, stable_seed
 from model_definitions import Discriminator
-from training_step import EagerSteps, NoiseSampler, TrainingState, critic_objective, generator_objective
+from step_runners import EagerSteps
+from training_step import NoiseSampler, TrainingState, critic_objective, generator_objective
 
 CPU = torch.device("cpu")
 
@@ -85,14 +86,14 @@ def numbers_of(noise: tuple) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_numbers_of_all_processes_are_the_whole_batchs(size: int) -> None:
     options = ["training.batch_size=8", "loss.base_fake_fraction=0.35", "loss.vae_fraction=0.5"]  # 3 and 4 of 8
-    config = load_config(None, [*SMALL, *VARIED, *options])
+    config = load_config(None, [*SMALL, *VARIED, *options, "video.motion_dim=2"])
     alone = NoiseSampler(config, CPU)
     shards = [NoiseSampler(config, CPU, World(rank, size)) for rank in range(size)]
     assert [noise.critic(5, 1).base_count for noise in shards] == [len(range(rank, 3, size)) for rank in range(size)]
     for kind, arguments in (("critic", (5, 1)), ("generator", (5,))):
         parts = [numbers_of(getattr(noise, kind)(*arguments)) for noise in shards]
         for name, expected in numbers_of(getattr(alone, kind)(*arguments)).items():
-            only_updated = kind == "critic" and name in ("phases", "amplitudes", "noise", "frame")
+            only_updated = kind == "critic" and name in ("phases", "amplitudes", "noise", "code", "frame")
             if name == "decoder_share":
                 assert all(torch.equal(part[name], expected) for part in parts)
                 continue
@@ -358,10 +359,9 @@ def test_the_time_of_each_of_three_stages_is_estimated(monkeypatch: pytest.Monke
     runner, clock, tried = EagerSteps(new_state(noise.config)), [0.0], list[int]()
 
     def iteration(*arguments: object) -> dict[str, torch.Tensor]:
-        clock[0] += (3 if arguments[-1] > 90 else 4 if arguments[-1] > 50 else 1) * (
-            1 if arguments[-1] in tried else 2
-        )  # the first warms up
-        tried.append(arguments[-1])
+        step = arguments[3]
+        clock[0] += (3 if step > 90 else 4 if step > 50 else 1) * (1 if step in tried else 2)  # the first warms up
+        tried.append(step)
         return {"x": torch.zeros(())}
 
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])

@@ -15,7 +15,8 @@ import evaluate
 from configuration import UserError, WeightPredictorConfig
 from generator import build_generator, motion_rows
 from model_definitions import VAE
-from training_step import EagerSteps, TrainingState
+from step_runners import EagerSteps
+from training_step import TrainingState
 from weight_updates import HEADS, DenseUpdate, UpdateHead, bounded_update, build_update_spec, check_update_size
 
 LAYERS = {
