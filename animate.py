@@ -75,7 +75,7 @@ from tqdm import tqdm
 
 import generate
 from configuration import Config
-from generator import Generator
+from generator import Generator, state_rows
 from image_data import failure_reason
 from losses import squared_distance
 from media import save_image, video_format
@@ -198,8 +198,7 @@ class _Tuning:
     @torch.no_grad()
     def _roll(self, rows: Tensor, times: Tensor) -> Tensor:
         """The window of some streams, each frame drawn from the state before it: (n, WINDOW, C, height, width)."""
-        generator, (hidden, *others) = self.generator, self.state
-        state = PredictorState(hidden[:, rows].contiguous(), *(numbers[rows] for numbers in others))
+        generator, state = self.generator, state_rows(self.state, rows)
         noise = self.target.noise(self.streams, times, generator.video_size)[rows]
         features = generator.features(self.z)[self.streams[0][rows]]
         return generator.rollout(features, state.hidden[-1][:, None], state, WINDOW, noise)

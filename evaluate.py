@@ -155,9 +155,10 @@ def decode_generators(sampler: Sampler, seeds: Sequence[int]) -> Iterator[tuple[
     for batch in seed_batches(seeds):
         inputs = sampler.inputs(batch)
         output = generator(inputs.z, inputs.motion)
-        end = torch.full_like(inputs.z[:, :1], generator.synthesizer.frames)  # the time whose update decodes x_fake
-        moved = generator.synthesizer(output.x_base, inputs.motion, end, full_size=True)[:, 0]
-        images = {"base": output.x_base, "updated": output.x_fake} | ({} if sampler.rolls_out else {"moved": moved})
+        images = {"base": output.x_base, "updated": output.x_fake}
+        if not sampler.rolls_out:  # else nothing is followed
+            end = torch.full_like(inputs.z[:, :1], generator.synthesizer.frames)  # the time whose update decodes x_fake
+            images["moved"] = generator.synthesizer(output.x_base, inputs.motion, end, full_size=True)[:, 0]
         update = torch.stack([output.update.mean_square(), output.update.saturated_fraction(generator.head.bound)])
         yield {name: as_bytes(x) for name, x in images.items()}, update.cpu() * len(batch)
 

@@ -281,7 +281,7 @@ def motion_rows(motion: Motion, rows: slice) -> Motion:
     return Motion(*(numbers[rows] for numbers in motion))
 
 
-def state_rows(state: PredictorState, rows: slice) -> PredictorState:
+def state_rows(state: PredictorState, rows: slice | Tensor) -> PredictorState:
     """The predictor's state of some of the videos."""
     hidden, *others = state
     return PredictorState(hidden[:, rows].contiguous(), *(numbers[rows] for numbers in others))

@@ -39,8 +39,7 @@ from media import BrokenImageError, find_images, open_folder, parse_colour, vide
 from util import LARGEST_FILE, Sample, absolute, names_digest, shown_path, split_held_out
 from video_synth import to_device
 
-VIDEO_EXTENSIONS = (".apng", ".mp4", ".mov", ".webm", ".mkv", ".avi")
-"""Endings of the files that count as clips, besides those of images."""
+VIDEO_EXTENSIONS = (".apng", ".mp4", ".mov", ".webm", ".mkv", ".avi")  # of clips, besides those of images
 
 # Only these decoders: Pillow also opens EPS, which runs an external program, and a renamed file would reach it.
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
@@ -88,8 +87,6 @@ def decode_image(path: str | Path, size: int, channels: int = 3, fit: str = "cro
         with open_image(path) as image:
             return fit_image(image, size, channels, fit, background)
     except Exception as error:  # damaged files raise nearly anything: OSError, SyntaxError, EOFError, struct.error, ...
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            raise  # the system's limits are no fault of the image
         raise BrokenImageError(path, failure_reason(path, error)) from None
 
 
@@ -136,6 +133,9 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def failure_reason(path: str | Path, error: Exception) -> str:
+    """Why a file cannot be read, in our words. Raises `error` itself: the system's limits are no fault of the file."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        raise error
     if isinstance(error, UserError) or (isinstance(error, OSError) and error.strerror):
         return getattr(error, "strerror", None) or str(error)
     text = f"{type(error).__name__}: {error}"

@@ -381,7 +381,7 @@ def find_images(root: str | Path, setting: str = "data.root", more: tuple[str, .
     """
     top = absolute(root, setting)
     extensions = ", ".join(extension[1:] for extension in IMAGE_EXTENSIONS + more)
-    hint = f"(looked for {extensions}); set {setting} to a folder of images"
+    hint = f"(looked for {extensions}); set {setting} to a folder of {'clips' if more else 'images'}"
     if not str(root).strip():  # else it would mean the working directory
         raise UserError(f"{setting} is empty {hint}")
     if not os.path.isdir(top):

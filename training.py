@@ -275,12 +275,12 @@ def open_shard(config: Config, device: torch.device, world: World) -> TrainingIm
     return images
 
 
-def find_clips(config: Config, folder: str | None = None) -> tuple[list[Sample], list[Sample], str]:
-    """The clips below `data.clips`, or another folder, to train on and those held out; and a line about files that are
-    not read. A folder that holds still images alone is a clip of these. Raises UserError: as `find_images`.
+def find_clips(config: Config) -> tuple[list[Sample], list[Sample], str]:
+    """The clips below `data.clips`, to train on and those held out; and a line about files that are not read. A folder
+    that holds still images alone is a clip of these. Raises UserError: as `find_images`.
     """
-    root = str(folder or config.data.clips or "")
-    files, note = find_images(root, "data.clips" if folder is None else "--clips", VIDEO_EXTENSIONS)
+    root = config.data.clips or ""
+    files, note = find_images(root, "data.clips", VIDEO_EXTENSIONS)
     found: list[str] = []
     for place, group in itertools.groupby(sorted(files, key=os.path.dirname), os.path.dirname):
         inside = [*group]  # sorted by folder: by name, those of a folder in it could lie between them
@@ -316,8 +316,8 @@ def open_clips(config: Config, device: torch.device, world: World, window: int, 
     if data.clips is None:
         return None
     samples, held_out, note = find_clips(config)
-    kept, lengths, repeats, broken = list[str](), list[int](), list[bool](), list[str]()
-    memory: list[Tensor] | None = []
+    found, memory, broken = list[tuple[str, int, bool]](), list[Tensor](), list[str]()
+    size, limit = 0, data.memory_gb * 1e9  # bytes of all frames
     for path, _ in tqdm(samples, desc="decoding", unit="clip", leave=False, disable=None if world.is_main else True):
         try:
             frames, again = read_clip(path, config)
@@ -326,19 +326,20 @@ def open_clips(config: Config, device: torch.device, world: World, window: int, 
                 raise
             broken.append(f"{shown_path(path)} ({error.reason})")  # the error itself holds the frames
             continue
-        kept, lengths, repeats = [*kept, path], [*lengths, len(frames)], [*repeats, again]
-        if memory is not None:
-            memory = [*memory, frames] if sum(lengths) * frames[0].nbytes <= data.memory_gb * 1e9 else None
-    if not kept:
+        found.append((path, len(frames), again))
+        size += frames.nbytes
+        memory = [*memory, frames] if size <= limit else []
+    if not found:
         raise UserError(f"data.clips: none of {len(samples)} clips can be read; {broken[0]}")
-    clips = TrainingClips(lambda k: read_clip(kept[k], config), lengths, repeats, memory, window=window, count=count,
-                          seed=config.training.seed, device=device, mirror=data.mirror,
+    kept, lengths, repeats = zip(*found, strict=True)
+    clips = TrainingClips(lambda k: read_clip(kept[k], config), lengths, repeats, memory or None, window=window,
+                          count=count, seed=config.training.seed, device=device, mirror=data.mirror,
                           shard=slice(world.rank, None, world.size))  # fmt: skip
     names = [path.removeprefix(str(absolute(data.clips))) for path in kept]
     classes = {Path(name).parts[1:-1][:1] for name in names}
     layout = f"in {len(classes)} class folders of" if () not in classes else "from"
     line = f"{len(kept):,} clips {layout} {shown_path(data.clips)}, {clips.summary} at {config.video.fps:g} a second"
-    line += f", {sum(lengths) / config.video.fps:,.0f} s ({sum(lengths) * frames[0].nbytes / 1e6:,.1f} MB decoded)"
+    line += f", {sum(lengths) / config.video.fps:,.0f} s ({size / 1e6:,.1f} MB decoded)"
     line += f"; {len(held_out):,} more are held out for evaluation" * bool(held_out)
     skipped = f"skipped {len(broken):,} broken: {', '.join(broken[:3])}{', ...' * (len(broken) > 3)}" if broken else ""
     clips.lines = [line for line in (line, note, skipped) if line]

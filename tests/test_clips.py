@@ -1,5 +1,6 @@
 """Clips from a folder to windows of frames: order, resume, processes, formats, broken ones; and a run with them."""
 
+import errno
 import os
 import shutil
 from fractions import Fraction
@@ -25,6 +26,7 @@ from conftest import (
 )
 from PIL import Image
 
+import image_data
 from animate import tune
 from configuration import Config, UserError, load_config
 from distributed import World
@@ -251,6 +253,15 @@ def test_of_many_skipped_clips_three_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none of 4 clips can be read") as error:
         opened(tmp_path, "data.on_broken=skip")
     assert str(error.value).isprintable()
+
+
+def test_the_systems_limits_are_no_fault_of_a_clip(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_many(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(image_data, "open_image", too_many)
+    with pytest.raises(OSError, match="Too many open files"):  # not left out as broken
+        opened(folder, "data.on_broken=skip")
 
 
 def test_no_folder_of_clips_is_one_clear_line(tmp_path: Path) -> None:
