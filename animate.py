@@ -79,10 +79,10 @@ from generator import Generator, state_rows
 from image_data import failure_reason
 from losses import squared_distance
 from media import save_image, video_format
-from model_definitions import PredictorState, WeightPredictorRNN
+from model_definitions import ClipTarget, ImageTarget, PredictorState, Streams, WeightPredictorRNN
 from sampling import BATCH, Sampler, Tuned, begin_sampler, clip_frames
 from util import atomic_write, command_device
-from video_synth import Clip, ClipFrames, ClipTarget, ImageTarget, Motion, Streams
+from video_synth import Clip, ClipFrames, Motion
 
 # --------------------------------------------------------------------------------------------------------------- tuning
 

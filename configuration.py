@@ -104,9 +104,9 @@ class VideoConfig:
     noise: float = setting(0.02, "0 to 1", "standard deviation of the added noise, for values in [0, 1]")
     detach: bool = setting(True, "", "keep gradients from flowing through the video into the base image")
     fps: float = setting(8.0, "0.1 to 90", "pace at which frames of data.clips are taken, frames per second")
-    source: str = setting("synthetic", "synthetic | clips | both", "what teaches motion: synthetic videos, data.clips")
+    source: str = setting("synthetic", "synthetic | clips | both", "what moves images: all above, data.clips, or both")
     input: str = network("frames", "frames | changes", "what the GRU sees after the image: frames, or what changed")
-    motion_dim: int = network(0, "0 to 65536", "length of the motion code, which says how an image moves; 0: none")
+    motions: int = network(128, "1 to 1024", "motions that are learned from clips; an image moves by one of them")
 
 @dataclass
 class LossConfig:
@@ -124,7 +124,6 @@ class LossConfig:
     rollout_frames: int = setting(8, "0 to 1024", "frames after the video that the GRU encodes for the video loss")
     rollout_fraction: Schedule = setting(0.125, "0 to 1",
         "fraction of images whose frames after the video are their own decoded ones (a rollout)")
-    lambda_motion: float = setting(0.1, "0 or more", "weight of the KL of the motion code that is read from clips")
     adversarial_frame: str = setting("last", "last | random", "the frame whose update decodes what the critic scores")
 
 @dataclass

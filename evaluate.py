@@ -155,11 +155,10 @@ def decode_generators(sampler: Sampler, seeds: Sequence[int]) -> Iterator[tuple[
     for batch in seed_batches(seeds):
         inputs = sampler.inputs(batch)
         output = generator(inputs.z, inputs.motion)
-        images = {"base": output.x_base, "updated": output.x_fake}
-        if not sampler.rolls_out:  # else nothing is followed
-            end = torch.full_like(inputs.z[:, :1], generator.synthesizer.frames)  # the time whose update decodes x_fake
-            images["moved"] = generator.synthesizer(output.x_base, inputs.motion, end, full_size=True)[:, 0]
+        end = torch.full_like(inputs.z[:, :1], generator.synthesizer.frames)  # the time whose update decodes x_fake
+        moved = generator.synthesizer(output.x_base, inputs.motion, end, full_size=True)[:, 0]
         update = torch.stack([output.update.mean_square(), output.update.saturated_fraction(generator.head.bound)])
+        images = {"base": output.x_base, "updated": output.x_fake, "moved": moved}
         yield {name: as_bytes(x) for name, x in images.items()}, update.cpu() * len(batch)
 
 
@@ -202,7 +201,7 @@ def evaluate(
     psnr, ssim, reconstructed = reconstruction(sampler, real.held_out)  # first: a missing package shows before the work
     seeds = evaluation_seeds(images + len(real.held_out))  # the images that the critic scores come last
     decoded, updates = zip(*progress(decode_generators(sampler, seeds), len(seeds), "decoding"), strict=True)
-    generated = {name: torch.cat([batch[name] for batch in decoded]) for name in decoded[0]}
+    generated = {name: torch.cat([batch[name] for batch in decoded]) for name in LABELS}
     mean_square, saturated_fraction = (sum(updates) / len(seeds)).tolist()
 
     def features_of(x: Tensor, doing: str) -> Tensor:
@@ -237,7 +236,7 @@ def evaluate(
     figures = {
         "checkpoint": str(sampler.path), "step": sampler.step, "features": features.name,
         "images": images, "real_images": count, "held_out_images": len(real.held_out),
-        "moved": rows.pop("moved", None), "generators": rows, "held_out": real_row,
+        "moved": rows.pop("moved"), "generators": rows, "held_out": real_row,
         "update_relative_size": math.sqrt(mean_square), "update_saturated_fraction": saturated_fraction,
         "reconstruction_psnr_db": psnr, "reconstruction_ssim": ssim,
         "probability_ece": calibration.error, "probability_ece_if_perfect": calibration.expected_error,
@@ -256,7 +255,7 @@ def tables(figures: dict[str, Any]) -> Iterator[str]:
     yield f"{figures['images']:,} generated, {figures['real_images']:,} real images; features: {figures['features']}.\n"
     measures = f"KID ± spread | Fréchet distance | precision | recall | to the nearest of the {column} | critic's gap"
     yield f"| decoded with | {measures} |\n{7 * '|---'}|"
-    rows = {LABELS[name]: row for name, row in (figures["generators"] | {"moved": figures["moved"]}).items() if row}
+    rows = {LABELS[name]: row for name, row in (figures["generators"] | {"moved": figures["moved"]}).items()}
     for label, row in (rows | {"held-out real images": figures["held_out"]}).items():
         kid = f"{row['kid']:.4f} ± {row['kid_std']:.4f}" if "kid" in row else "–"
         cells = [f"{row[key]:{form}}" if key in row else "–" for key, form in formats.items()]
@@ -266,8 +265,7 @@ def tables(figures: dict[str, Any]) -> Iterator[str]:
     yield (
         "\nSmaller is nearer to real, but for precision and recall. Gaps: mean score of held-out real images minus "
         f"that of fresh generated ones. Nearest: median distance of features to the nearest of the {among}; {copied}. "
-        + f"*{LABELS['moved']}*: what θ + Δ is to decode where loss.lambda_video is not 0.\n"
-        * bool(figures["moved"])
+        f"*{LABELS['moved']}*: what θ + Δ is to decode where loss.lambda_video is not 0.\n"
     )
     yield (
         f"Δ / rms θ: {figures['update_relative_size']:.2%} (root mean square), "
@@ -294,7 +292,7 @@ def draw_sheet(evaluation: Evaluation) -> np.ndarray:
     known = evaluation.figures["nearest_among"] == TRAINING_IMAGES  # a folder's name may have any letters
     near = f"one of the {TRAINING_IMAGES if known else 'images of --data'} (above), and that one (below)"
     pages = [np.asarray(labelled_grid(columns, scale=1)) for columns in (
-        {title: tiles(4, x) for title, x in zip(TITLES, evaluation.samples.values(), strict=False)},
+        {title: tiles(4, x) for title, x in zip(TITLES, evaluation.samples.values(), strict=True)},
         {f"updated images nearest to {near}, {distances[0]:.1f} to {distances[-1]:.1f} apart":
          tiles(2, generated, reference)},
         {"held-out images (above) and their reconstructions (below)": tiles(2, *evaluation.reconstructed)},

@@ -32,7 +32,6 @@ from util import CommandParser, UserError, answer_early, int_between, print_line
 
 # Default numbers of images, of rows with `--show triples`, of periods or frames, and of a latent walk's keyframes.
 IMAGES, TRIPLES, PERIODS, ROLLOUT_FRAMES, KEYFRAMES = 16, 8, 4, 200, 5
-ROLLOUT_SECONDS = 6.0  # of a run that learned from clips
 FPS, PERIOD_SECONDS = 24.0, 4 / 3  # no single frame is seen, and the motion looks calm
 VIDEO_ENDINGS = (".mp4", ".webp", ".gif")
 
@@ -264,10 +263,8 @@ def make_video(options: Namespace, sampler: Sampler, kind: str) -> str:
     fps = options.fps or FPS
     # At speed 1: more frames than the GRU predicts are decoded with weights between two predictions, also in a rollout.
     seconds, settings = sampler.tuned.seconds if sampler.tuned else PERIOD_SECONDS, sampler.config.video
-    if sampler.rolls_out:
-        seconds = settings.frames / settings.fps
-        if options.loop or options.rollout or options.rollout_after:
-            raise UserError("--loop, --rollout: a run that learned from clips always rolls out; leave these out")
+    if sampler.generator.synthesizer.fields is not None:
+        seconds = settings.frames / settings.fps  # as the clips
     sampler.speed *= min(1.0, sampler.generator.synthesizer.frames / (seconds * fps))
     rollout_after = options.rollout_after or (max(1, round(sampler.period)) if options.rollout else None)
     if rollout_after and options.loop:
@@ -291,7 +288,6 @@ def make_video(options: Namespace, sampler: Sampler, kind: str) -> str:
         raise UserError(f"{len(seeds)} videos at once are too many, {BATCH} are the most: give a smaller --grid")
     keyframes = options.keyframes or KEYFRAMES
     default = keyframes * fps if kind == "latent" else ROLLOUT_FRAMES if rollout_after else PERIODS * sampler.period
-    default = ROLLOUT_SECONDS * fps if sampler.rolls_out and kind == "weights" else default
     count = options.frames or max(1, round(default))
     if options.loop and kind != "latent":  # a walk through latent space is closed anyway
         before, periods = sampler.period / fps, pluralize(sampler.set_whole_periods(count), "whole period")
@@ -326,7 +322,7 @@ def moving_columns(
         still = {"input": inputs.images, "reconstruction": still["base image"]}
     moving = {}
     is_clip = isinstance(inputs.motion, Clip)
-    if kind == "synthetic" or (options.compare and (is_clip or not (rollout_after or sampler.rolls_out))):
+    if kind == "synthetic" or (options.compare and (is_clip or not rollout_after)):
         name = "clip" if is_clip else "synthetic video"
         moving[name] = sampler.synthetic(inputs, count, noise=kind == "synthetic")
     if kind == "weights":

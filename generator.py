@@ -54,7 +54,7 @@ class Generator(nn.Module):
         synthesizer: makes the video that the predictor encodes.
         predictor: a GRU, or the constant-update baseline.
         head: turns the predicted code into an update.
-        config: `weight_predictor` (update, sharing) and `video` (source, detach) are read.
+        config: `weight_predictor` (update, sharing) and `video` are read.
     """
 
     def __init__(self, vae: VAE, synthesizer: VideoSynthesizer, predictor: WeightPredictorRNN | ConstantUpdate,
@@ -68,7 +68,7 @@ class Generator(nn.Module):
         self.spec = head.spec
         self.update_kind = settings.update
         self.shared = settings.sharing == "shared"
-        self.source = config.video.source if settings.update == "predicted" else "synthetic"
+        self.clip_changes = build_synthesizer(config, learned=False)
         self.detach_video = config.video.detach
         self.video_size = synthesizer.video_size(vae.image_shape)
         if self.update_kind == "off":  # a constant that stays at zero
@@ -94,7 +94,7 @@ class Generator(nn.Module):
         x_base = self.decode_base(features)
         if predictor_alone:
             features, x_base = features.detach(), x_base.detach()
-        video, states, predictor_state = self.encode_video(x_base, motion, features)
+        video, states, predictor_state = self.encode_video(x_base, motion)
         update = self.predict(states_at(states, frame), frozen=predictor_alone)
         x_fake = x_base if self.update_kind == "off" or predictor_alone else self.decode(features, update)
         return GeneratorOutput(features, x_base, video, states, predictor_state, update, x_fake)
@@ -111,7 +111,7 @@ class Generator(nn.Module):
         x_base = self.decode_base(features)
         if n_base == len(x_base):
             return x_base
-        _, states, _ = self.encode_video(x_base[n_base:], motion, features[n_base:])
+        _, states, _ = self.encode_video(x_base[n_base:], motion)
         x_updated = self.decode(features[n_base:], self.predict(states_at(states, frame)))
         return torch.cat([x_base[:n_base], x_updated])
 
@@ -125,12 +125,9 @@ class Generator(nn.Module):
         """`features` -> x_base (B, C, H, W), decoded with θ."""
         return self.vae.decoder[self._split :](features)
 
-    def encode_video(
-        self, x_base: Tensor, motion: Motion, features: Tensor
-    ) -> tuple[Tensor, Tensor, PredictorState | None]:
-        """The GRU encodes the image itself, x_base (B, C, H, W) decoded from `features`, and then its synthetic video,
-        to compare motion with the still image. Where clips alone teach motion (`video.source=clips`), the frames after
-        the image are its own instead, as at generation.
+    def encode_video(self, x_base: Tensor, motion: Motion) -> tuple[Tensor, Tensor, PredictorState | None]:
+        """The GRU encodes the image itself, x_base (B, C, H, W), and then its synthetic video, to compare motion with
+        the still image.
 
         Returns the video (B, T, C, height, width), the GRU's hidden states at its frames (B, T, hidden_size), and the
         predictor's state. The hidden state at frame t predicts the update that decodes frame t + 1; the last one, at
@@ -140,39 +137,15 @@ class Generator(nn.Module):
         if self.update_kind != "predicted":
             video = images[:, None].expand(-1, self.synthesizer.frames, -1, -1, -1)
             return video, *self.predictor.encode(video)
-        image = self.downscale(images)[:, None]
-        if self.source == "clips":
-            code = motion.code
-            states, state = self.predictor.encode(image, code=code)
-            video = self.rollout(features, states, state, self.synthesizer.frames)
-        else:
-            code, video = None, self.synthesizer(images, motion)
-        states, state = self.predictor.encode(torch.cat([image, video], dim=1), code=code)
+        video = self.synthesizer(images, motion)
+        states, state = self.predictor.encode(torch.cat([self.downscale(images)[:, None], video], dim=1))
         return video, states[:, 1:], state
 
-    def follow_clips(
-        self, features: Tensor, clips: Tensor, noise: Tensor, rollout_count: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The GRU watches clips (N, L, C, H, W), and then predicts their frames, with a motion code that it has read
-        from the whole clip: code = mu + e^(logvar / 2) · `noise` (N, motion_dim).
-
-        Of the first `rollout_count` clips it encodes its own frames after the first, each decoded from `features`
-        (N, ...) and its predictions; of the others the clip's. Returns its states (N, L - 1, hidden_size), of which
-        number t predicts the update that decodes frame t + 1, and mu and logvar (N, motion_dim).
+    def watch(self, clips: Tensor) -> Tensor:
+        """The GRU's states (N, L - 1, hidden_size) at frames of clips (N, L, C, H, W); number t predicts the update
+        that decodes frame t + 1.
         """
-        assert isinstance(self.predictor, WeightPredictorRNN)
-        frames, code = self.downscale(clips.flatten(0, 1)).unflatten(0, clips.shape[:2]), None
-        mu = logvar = noise
-        if self.predictor.motion_dim:
-            mu, logvar = self.predictor.read_motion(self.predictor.encode(frames)[0][:, -1])
-            code = mu + (0.5 * logvar).exp() * noise
-        frames = frames[:, :-1]
-        if rollout_count:
-            own, image = slice(rollout_count), frames[:rollout_count, :1]
-            states, state = self.predictor.encode(image, code=None if code is None else code[own])
-            rolled = self.rollout(features[own], states, state, frames.shape[1] - 1)
-            frames = torch.cat([torch.cat([image, rolled], dim=1), frames[rollout_count:]])
-        return self.predictor.encode(frames, code=code)[0], mu, logvar
+        return self.predictor.encode(self.downscale(clips[:, :-1].flatten(0, 1)).unflatten(0, (len(clips), -1)))[0]
 
     def continue_video(self, output: GeneratorOutput, motion: Motion, rollout_count: int, frames: int) -> Tensor:
         """The GRU's hidden states (B, frames + 1, hidden_size) while it encodes `frames` more frames after the video.
@@ -395,11 +368,14 @@ def build_vae(config: Config) -> VAE:
     return VAE(config.image.size, config.image.channels, config.vae.latent_dim, config.vae.channels)
 
 
-def build_synthesizer(config: Config) -> VideoSynthesizer:
-    """What makes the synthetic video; it holds no weights."""
+def build_synthesizer(config: Config, learned: bool = True) -> VideoSynthesizer:
+    """What makes the synthetic video, with the motions that are `learned` from clips, if any, or without."""
     video, side = config.video, min(config.image.size, VIDEO_SIZE)
-    strengths = {name: getattr(video, name) for name in MOTIONS if hasattr(video, name)}
-    return VideoSynthesizer(video.frames, strengths, video.height or side, video.width or side, video.motion_dim)
+    learned = learned and video.source != "synthetic"
+    on = 0.0 if learned and video.source == "clips" else 1.0  # then images move in no other way
+    strengths = {name: on * getattr(video, name) for name in MOTIONS if hasattr(video, name)}
+    size = video.height or side, video.width or side
+    return VideoSynthesizer(video.frames, strengths, *size, video.motions if learned else 0)
 
 
 def build_head(config: Config, vae: VAE) -> UpdateHead:
@@ -422,10 +398,8 @@ def build_predictor(
         return ConstantUpdate(update_size)
     height, width = synthesizer.video_size((image.size, image.size))
     frame_size = image.channels * height * width
-    return WeightPredictorRNN(
-        frame_size, update_size, settings.hidden_size, settings.num_layers, config.video.motion_dim,
-        changes=config.video.input == "changes",
-    )  # fmt: skip
+    changes = config.video.input == "changes"
+    return WeightPredictorRNN(frame_size, update_size, settings.hidden_size, settings.num_layers, changes)
 
 
 def build_generator(config: Config) -> Generator:

@@ -87,14 +87,11 @@ class GeneratorLoss(NamedTuple):
     kl: Tensor
     update: Tensor
     video: Tensor
-    motion: Tensor | None
 
 
 def generator_loss(*, score_fake: Tensor, score_base: Tensor, reconstruction: Tensor, kl: Tensor, update: Tensor,
-                   video: Tensor, lambda_vae: float, weights: LossConfig, motion: Tensor | None = None
-                   ) -> GeneratorLoss:  # fmt: skip
-    """L = λ_adv · adversarial + λ_base · adversarial_base + λ_vae · (rec + β · KL) + λ_Δ · update + λ_video · video
-    + λ_motion · motion.
+                   video: Tensor, lambda_vae: float, weights: LossConfig) -> GeneratorLoss:  # fmt: skip
+    """L = λ_adv · adversarial + λ_base · adversarial_base + λ_vae · (rec + β · KL) + λ_Δ · update + λ_video · video.
 
     The adversarial terms are -mean D(x_fake) and -mean D(x_base) (Gulrajani et al. 2017); together with the VAE's own
     terms this is the VAE/GAN of Larsen et al. 2016.
@@ -104,7 +101,6 @@ def generator_loss(*, score_fake: Tensor, score_base: Tensor, reconstruction: Te
         reconstruction, kl: from `vae_loss`.
         update: mean (Δ / rms θ)², the mean square size of the update relative to the weights it changes.
         video: from `video_loss`, or zero if λ_video is.
-        motion: KL of the motion code that is read from clips; None without clips.
         lambda_vae: a constant, the setting's largest value; as it falls, θ gets a smaller share of the gradient.
         weights: the other factors λ, and β.
     """
@@ -117,8 +113,7 @@ def generator_loss(*, score_fake: Tensor, score_base: Tensor, reconstruction: Te
         + weights.lambda_update * update
         + weights.lambda_video * video
     )
-    total = total if motion is None else total + weights.lambda_motion * motion
-    return GeneratorLoss(total, adversarial, adversarial_base, reconstruction, kl, update, video, motion)
+    return GeneratorLoss(total, adversarial, adversarial_base, reconstruction, kl, update, video)
 
 
 def vae_loss(x: Tensor, x_rec: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,13 +122,9 @@ def vae_loss(x: Tensor, x_rec: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tens
     Kingma & Welling 2013, eq. 10, with a Gaussian decoder: KL = ½ Σ (mu² + e^logvar - 1 - logvar). Images are
     (B, C, H, W), mu and logvar (B, latent_dim).
     """
-    return squared_distance(x, x_rec).mean(), gaussian_kl(mu, logvar)
-
-
-def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mu, e^logvar) ‖ N(0, 1)), summed over values (B, n), mean over the batch."""
     mu, logvar = at_least_fp32(mu), at_least_fp32(logvar)
-    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(dim=1).mean()
+    kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(dim=1)
+    return squared_distance(x, x_rec).mean(), kl.mean()
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -241,10 +232,9 @@ def generator_objective(
     Also what the generator made; None while nothing is updated.
     """
     of_clips = clip_losses(generator, noise, noise.clips) if noise.clips is not None else None
-    if noise.motion is None or (noise.alone and config.video.source == "clips"):
-        # x_fake is x_base: scored once, with the weight of both; where nothing is scored, none is needed
+    if noise.motion is None:  # x_fake is x_base: scored once, with the weight of both
         output, update, video = None, *x_real.new_zeros(2).unbind()
-        x_generated = x_real if noise.alone else generator.decode_base(generator.features(noise.z))
+        x_generated = generator.decode_base(generator.features(noise.z))
     else:  # z -> x_base -> synthetic video -> Δ -> x_fake, decoded with θ + Δ
         output = generator(noise.z, noise.motion, noise.frame, noise.alone)
         update, video = output.update.mean_square(), weight_driven_video_loss(generator, output, noise, config)
@@ -258,11 +248,10 @@ def generator_objective(
     reconstruction, kl = terms if noise.vae_share == 1 else (noise.vae_share * term for term in terms)
     if of_clips:  # half of the VAE's loss is theirs
         reconstruction, kl = (reconstruction + of_clips.reconstruction) / 2, (kl + of_clips.kl) / 2
-        video = (video + of_clips.video) / 2 if config.video.source == "both" else of_clips.video
-        update = (update + of_clips.update) / 2 if output else of_clips.update
+        video, update = (video + of_clips.video) / 2, (update + of_clips.update) / 2
     loss = generator_loss(
         score_fake=score_fake, score_base=score_base, reconstruction=reconstruction, kl=kl, update=update, video=video,
-        lambda_vae=noise.lambda_vae, weights=config.loss, motion=of_clips.motion if of_clips else None,
+        lambda_vae=noise.lambda_vae, weights=config.loss,
     )  # fmt: skip
     return loss, output
 
@@ -273,26 +262,27 @@ class ClipLosses(NamedTuple):
     reconstruction: Tensor  # of their first frames, as is
     kl: Tensor
     video: Tensor  # of frames after the first, decoded with its z and predicted updates
-    motion: Tensor  # KL of the motion code
     update: Tensor  # of the last frame
 
 
 def clip_losses(generator: Any, noise: Any, clips: Any) -> ClipLosses:
-    """The losses of a step's clips. Before updates start, the last three are 0."""
+    """The losses of a step's clips. Before updates start, the last two are 0."""
     still = torch.zeros_like(clips.times[:, :1])
-    x = generator.synthesizer(clips.frames.flatten(1, 2), clips.motion, still, full_size=True)[:, 0]
+    x = generator.clip_changes(clips.frames.flatten(1, 2), clips.motion, still, full_size=True)[:, 0]
     x = x.unflatten(1, clips.frames.shape[1:3])
     x_rec, mu, logvar = generator.vae(x[:, 0], clips.posterior, noise.decoder_share)
     reconstruction, kl = vae_loss(x[:, 0], x_rec, mu, logvar)
-    video, motion, update = kl.new_zeros(3).unbind()
+    video, update = kl.new_zeros(2).unbind()
     if noise.motion is not None:
         features = generator.features(mu + (0.5 * logvar).exp() * clips.posterior).detach()
-        states, *code = generator.follow_clips(features, x, clips.code, clips.rollout_count)
+        states = generator.watch(x)
         drawn = generator.decode_frames(features, states, clips.times, frozen=True)
         index = (1 + clips.times)[:, :, None, None, None].expand_as(drawn)
-        video, motion = video_loss(drawn, x.gather(1, index)), gaussian_kl(*code)
+        # It is to move the image as it is decoded: what the VAE cannot draw, the update isn't to draw for it.
+        x_base = generator.decode_base(features).detach()
+        video = video_loss(drawn, (x_base[:, None] + x.gather(1, index) - x[:, :1]).clamp(0, 1))
         update = generator.predict(states[:, -1], frozen=True).mean_square()
-    return ClipLosses(*(clips.share * loss for loss in (reconstruction, kl, video, motion, update)))
+    return ClipLosses(*(clips.share * loss for loss in (reconstruction, kl, video, update)))
 
 
 def weight_driven_video_loss(generator: Any, output: Any, noise: Any, config: Any) -> Tensor:
@@ -300,7 +290,7 @@ def weight_driven_video_loss(generator: Any, output: Any, noise: Any, config: An
 
     Each frame is decoded with the update predicted one frame before. Zero if λ_video is or nothing is updated.
     """
-    if not config.loss.lambda_video or noise.motion is None or config.video.source == "clips":
+    if not config.loss.lambda_video or noise.motion is None:
         return output.x_base.new_zeros(())
     states = generator.continue_video(output, noise.motion, noise.rollout_count, config.loss.rollout_frames)
     # θ decodes, but does not learn here: moving an image must not cost the image's own quality.

@@ -1,4 +1,5 @@
-"""The three networks: `VAE`, whose decoder makes images, `WeightPredictorRNN`, and `Discriminator`, the critic.
+"""The three networks: `VAE`, whose decoder makes images, `WeightPredictorRNN`, and `Discriminator`, the critic; and the
+states that `animate.py` asks of the GRU.
 
 `generator.Generator` is the path that leads through the first two.
 """
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from video_synth import Clip, Motion, VideoSynthesizer, catmull_rom
+
 LEAKY_SLOPE = 0.2
 STAGE_PADDING = 1
 NORM_EPSILON = 1e-3  # added to the first frame's variance: a blank image has none
-MOTION_LOGVAR = -4.0  # of the motion code at the start
 INPUT_GAIN = 0.5  # standard deviation of what the first frame sends to the GRU's gates at the start
 
 
@@ -101,7 +103,6 @@ class PredictorState(NamedTuple):
     hidden: Tensor  # (num_layers, B, hidden_size), of the GRU
     scale: Tensor  # (B, 1, 1), 1 / standard deviation of the first frame's values
     offset: Tensor  # (B, 1, 1), -mean / standard deviation of the first frame's values; of changes (B, 1, input_size)
-    code: Tensor  # (B, motion_dim), how the image is to move: an input beside each frame
 
 
 class FirstFrameNorm(nn.Module):
@@ -142,55 +143,31 @@ class WeightPredictorRNN(nn.Module):
         input_size: C · height · width of one video frame.
         update_size: length of the predicted code; for the head `full`, the number of updated weights.
         hidden_size, num_layers: of the GRU.
-        motion_dim: length of the motion code, numbers that say how the image is to move. A still image can move in
-            many ways, and the mean of all of them stands still. At generation the code is from N(0, I); in training
-            the GRU reads it from the clip whose frames it is to predict, so it is the z of a VAE of motions, as in
-            SVG (Denton & Fergus 2018, https://arxiv.org/abs/1802.07687). 0: there is none.
         changes: as for `FirstFrameNorm`.
     """
 
     def __init__(self, input_size: int, update_size: int, hidden_size: int = 128, num_layers: int = 2,
-                 motion_dim: int = 0, changes: bool = False) -> None:  # fmt: skip
+                 changes: bool = False) -> None:  # fmt: skip
         super().__init__()
-        self.motion_dim = motion_dim
         self.norm = FirstFrameNorm(input_size, changes)
-        self.gru = nn.GRU(input_size + motion_dim, hidden_size, num_layers, batch_first=True)
+        self.gru = nn.GRU(input_size, hidden_size, num_layers, batch_first=True)
         self.to_update = nn.Linear(hidden_size, update_size, bias=False)
         nn.init.zeros_(self.to_update.weight)
         # torch's default depends on hidden_size only: the many pixels of a frame would saturate every gate.
-        frame, code = self.gru.get_parameter("weight_ih_l0").split([input_size, motion_dim], dim=1)
-        nn.init.normal_(frame, std=INPUT_GAIN / math.sqrt(input_size))
-        if motion_dim:
-            nn.init.normal_(code, std=INPUT_GAIN / math.sqrt(motion_dim))
-            self.to_motion = nn.Linear(hidden_size, 2 * motion_dim)
-            # As noise of full strength the code would drown the frames, before it says anything.
-            nn.init.constant_(self.to_motion.bias[motion_dim:], MOTION_LOGVAR)
+        nn.init.normal_(self.gru.get_parameter("weight_ih_l0"), std=INPUT_GAIN / math.sqrt(input_size))
 
-    def read_motion(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """The GRU's state at a clip's end (B, hidden_size) -> mu, logvar of q(code | clip), each (B, motion_dim)."""
-        mu, logvar = self.to_motion(states).chunk(2, dim=1)
-        return mu, logvar
-
-    def encode(
-        self, video: Tensor, state: PredictorState | None = None, code: Tensor | None = None
-    ) -> tuple[Tensor, PredictorState]:
+    def encode(self, video: Tensor, state: PredictorState | None = None) -> tuple[Tensor, PredictorState]:
         """Runs the GRU over (more of) a video (B, T, C, height, width) in [0, 1]: its states (B, T, hidden_size), one
         for each frame, and the state after the last. `state` is that after the frames before; None at the beginning,
-        where frame 0 should be the image itself, and `code` (B, motion_dim) says how it is to move (None: zeros).
+        where frame 0 should be the image itself.
         """
-        if state is not None:
-            code = state.code
-        elif code is None:
-            code = self.norm.weight.new_zeros(len(video), self.motion_dim)
         # In fp32 whatever autocast says, which on CUDA would make it fp16, and copy the weights at every call.
         with torch.autocast(video.device.type, enabled=False):
             frames = video.flatten(2)
             frames = frames.to(torch.promote_types(frames.dtype, torch.float32))
-            frames, statistics = self.norm(frames, state and state[1:3])
-            if self.motion_dim:
-                frames = torch.cat([frames, code.to(frames.dtype)[:, None].expand(-1, frames.shape[1], -1)], dim=2)
+            frames, statistics = self.norm(frames, state and state[1:])
             states, hidden = self.gru(frames, state and state.hidden)
-        return states, PredictorState(hidden, statistics[0], statistics[1], code)
+        return states, PredictorState(hidden, *statistics)
 
     def forward(self, video: Tensor) -> Tensor:
         """Video (B, T, C, height, width) in [0, 1] -> update codes (B, T, update_size); the last is the image's."""
@@ -208,9 +185,7 @@ class ConstantUpdate(nn.Module):
         super().__init__()
         self.code = nn.Parameter(torch.zeros(update_size))
 
-    def encode(
-        self, video: Tensor, state: PredictorState | None = None, code: Tensor | None = None
-    ) -> tuple[Tensor, None]:
+    def encode(self, video: Tensor, state: PredictorState | None = None) -> tuple[Tensor, None]:
         """Video (B, T, C, height, width) -> empty states (B, T, 0), and no state to go on from."""
         return video.new_empty(*video.shape[:2], 0), None
 
@@ -316,6 +291,108 @@ class ScoreCalibration(nn.Module):
             solution = solution - torch.linalg.solve(hessian, gradient)
         self.slope.copy_(solution[0] / spread)
         self.intercept.copy_(solution[1] - solution[0] * centre / spread)
+
+
+# ------------------------------------------------------------------------------ videos to be tuned to, and their states
+
+Streams = tuple[Tensor, ...]
+"""Videos in training: which image or clip each shows (B,), and of a synthetic video the numbers of its `Motion`."""
+
+
+class ImageTarget(nn.Module):
+    """Images and their synthetic videos. The state that draws a frame is a function of where its motions are, so that
+    it holds for any phase of the motion: a small network, needed only while the GRU learns to be in these states.
+    """
+
+    ASKED = 0.8  # fraction of the training videos that move as the seeds say; the others move in other phases
+
+    def __init__(self, synthesizer: VideoSynthesizer, hidden_size: int, images: Tensor, motion: Motion,
+                 drive: Clip | None, random: torch.Generator) -> None:  # fmt: skip
+        super().__init__()
+        self.synthesizer, self.images, self.motion, self.drive = synthesizer, images, motion, drive
+        layers: list[nn.Module] = []
+        for wide, narrow in pairwise((len(synthesizer.paths), 128, 128, hidden_size)):
+            layers += [layer := nn.Linear(wide, narrow), nn.ReLU()]
+            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=random)
+            nn.init.zeros_(layer.bias)
+        layers[-1] = nn.Tanh()
+        self.to_state = nn.Sequential(*layers)
+        # One frame doesn't tell how an image will move: before it has seen more, the GRU isn't judged, but at rest.
+        self.seen_first, self.blind = synthesizer.frames, 0 if drive else 2
+        self.pace = 0.5 if drive else 1.0  # of training videos; clips are slower than synthetic ones
+
+    def begin(self, count: int, random: torch.Generator) -> Streams:
+        """Streams of random images, most with the motion of their seeds."""
+        rows = torch.randint(len(self.images), (count,), generator=random)
+        motion = self.synthesizer.sample_motion(count, self.images.shape[1:], None, random)
+        if self.drive:  # motions that begin at rest, of any strength: what a clip's first frame shows is the image
+            phases = (2 * motion.phases).floor() / 2
+            motion = motion._replace(phases=phases, amplitudes=torch.rand(motion.amplitudes.shape, generator=random))
+        else:
+            asked = torch.rand(count, 1, 1, generator=random) < self.ASKED
+            motion = motion._replace(phases=torch.where(asked, self.motion.phases.cpu()[rows], motion.phases))
+        return tuple(x.to(self.images.device) for x in (rows, *motion))
+
+    def video(self, streams: Streams, times: Tensor, full_size: bool = False) -> Tensor:
+        """Frames at `times` (B, K): those to be drawn, at full size, or those that the GRU watches."""
+        images = self.images[streams[0]]
+        if self.drive and not full_size:
+            images = self.first_frames(streams)
+        return self.synthesizer(images, Motion(*streams[1:]), times, full_size)
+
+    def first_frames(self, streams: Streams) -> Tensor:
+        """What the GRU sees before the video: (B, C, H, W)."""
+        return self.drive.frames[streams[0] % len(self.drive.frames), 0] if self.drive else self.images[streams[0]]
+
+    def states(self, streams: Streams, times: Tensor) -> Tensor:
+        """The states at which the frames at `times` (B, K) are drawn: (B, K, hidden_size) in [-1, 1]."""
+        return self.to_state(self.synthesizer.path(Motion(*streams[1:]), times))
+
+    def noise(self, streams: Streams, times: Tensor, size: tuple[int, int]) -> Tensor:
+        """What is added to frames at `times` (B, K) that the GRU watches: (B, K, C, *size), or of a shape alike."""
+        return self.synthesizer.noise(Motion(*streams[1:]), times, size)
+
+    def times(self, streams: Streams, random: torch.Generator) -> Tensor:
+        """Random times, (B, 1)."""
+        return self.synthesizer.frames * torch.rand(len(streams[0]), 1, generator=random).to(self.images.device)
+
+
+class ClipTarget(nn.Module):
+    """Clips that repeat: each frame that a prediction draws has a state of its own, free numbers at first. Frames
+    between are drawn from states on the curve through these, as they are when a video is shown. Its methods do what
+    those of `ImageTarget` do.
+    """
+
+    seen_first, blind, pace, drive = 1, 0, 1.0, None
+
+    def __init__(
+        self, hidden_size: int, frames: Tensor, lengths: Tensor, between: int, random: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.frames, self.lengths, self.between, self.images = frames, lengths, between, frames[:, 0]
+        self.free = nn.Parameter(0.5 * torch.randn(len(frames), int(lengths.max()), hidden_size, generator=random))
+
+    def begin(self, count: int, random: torch.Generator) -> Streams:
+        return (torch.randint(len(self.images), (count,), generator=random).to(self.images.device),)
+
+    def video(self, streams: Streams, times: Tensor, full_size: bool = False) -> Tensor:
+        places = (times * self.between).round().long() % (self.between * self.lengths[streams[0], None])
+        return self.frames[streams[0][:, None], places]
+
+    def first_frames(self, streams: Streams) -> Tensor:
+        return self.images[streams[0]]
+
+    def noise(self, streams: Streams, times: Tensor, size: tuple[int, int]) -> Tensor:
+        return times.new_zeros(*times.shape, 1, 1, 1)
+
+    def states(self, streams: Streams, times: Tensor) -> Tensor:
+        whole, rows, lengths = times.floor(), streams[0][:, None], self.lengths[streams[0], None]
+        points = [self.free[rows, (whole.long() + k) % lengths].tanh() for k in (-1, 0, 1, 2)]
+        return catmull_rom(points, (times - whole)[..., None])
+
+    def times(self, streams: Streams, random: torch.Generator) -> Tensor:
+        times = torch.rand(len(streams[0]), 1, generator=random).to(self.images.device)
+        return (times * self.between * self.lengths[streams[0], None]).floor() / self.between
 
 
 # ----------------------------------------------------------------------------------------------------------- building

@@ -35,7 +35,7 @@ from generator import VIDEO_SIZE, Generator, build_generator, stable_seed
 from image_data import decode_image, fit_image, read_frames
 from media import BrokenImageError
 from util import choose_device, expanded, prepare_device, shown_path
-from video_synth import Clip, Motion, VideoSynthesizer, catmull_rom
+from video_synth import Clip, Motion, catmull_rom
 
 sys.path.remove(_HERE)
 
@@ -104,15 +104,9 @@ class Sampler:
         """Frames after which the motion repeats."""
         return self.generator.synthesizer.frames / self.speed
 
-    @property
-    def rolls_out(self) -> bool:
-        """Whether videos go on from the image alone, on its own frames: the run has learned from clips."""
-        return self.generator.source != "synthetic" and self.tuned is None
-
     def set_motion(self, strengths: Mapping[str, float], speed: float = 1.0) -> None:
         """Replaces the run's own motion in all inputs that are made from now on."""
-        own = self.generator.synthesizer
-        self.generator.synthesizer = VideoSynthesizer(own.frames, strengths, own.height, own.width, own.motion_dim)
+        self.generator.synthesizer = self.generator.synthesizer.with_strengths(strengths)
         self.speed = speed
 
     def set_whole_periods(self, frames: int) -> int:
@@ -367,8 +361,7 @@ def weight_driven_frames(
 
     As in training, the GRU first encodes the base image and then its synthetic video, which is periodic and has no end.
     After `warm_up` frames the yielded video begins: the state at one frame predicts the update of the next. From frame
-    `rollout_after` on the GRU encodes its own decoded frames instead. A generator that has learned from clips encodes
-    these right after the image, whatever is asked for.
+    `rollout_after` on the GRU encodes its own decoded frames instead.
 
     The speed changes neither the synthetic video nor the predictions: prediction k is point k of a smooth path of the
     weights (see `catmull_rom`), and frame t is decoded at point `speed` · t of it.
@@ -379,8 +372,6 @@ def weight_driven_frames(
         warm_up: frames encoded before the first one that is yielded; None: as many as in training; 0: none but the
             image itself, and then the video begins one frame later.
     """
-    if generator.source != "synthetic" and isinstance(motion, Motion):
-        warm_up = rollout_after = 0
     warm_up = generator.synthesizer.frames if warm_up is None else warm_up
     features = generator.features(z)
     x_base = generator.decode_base(features)
@@ -413,9 +404,8 @@ def predictions(
 
     From frame `rollout_from` on the decoded frame (N, C, H, W) comes with the state, before it None.
     """
-    image, code = (motion.at(0), None) if isinstance(motion, Clip) else (x_base, motion.code)
-    code = None if generator.source == "synthetic" else code
-    states, predictor_state = generator.predictor.encode(generator.downscale(image)[:, None], code=code)
+    image = motion.at(0) if isinstance(motion, Clip) else x_base
+    states, predictor_state = generator.predictor.encode(generator.downscale(image)[:, None])
     for k in itertools.count(-warm_up):
         frame = decode(states[:, -1]) if k >= rollout_from else None
         if k >= -1:

@@ -116,15 +116,13 @@ def iteration(
 
 
 def train(config: Config, accept_changes: bool = False, profile: bool = False, world: World = SINGLE_PROCESS) -> int:
-    """Runs the training that the settings describe, from its newest checkpoint on if it has one.
+    """Runs the training that the settings describe, from its newest checkpoint on. Returns the exit status:
+    0, or 128 + the number of the signal that stopped it.
 
     Args:
         accept_changes: resume a run although settings that change what is learned have changed.
         profile: leave a trace of two steps in the run's folder.
         world: the processes that share each batch. All go through this function in step; only rank 0 writes.
-
-    Returns:
-        The exit status: 0, or 128 + the number of the signal that stopped it.
     """
     stop, output = StopRequest(config.training.max_minutes, world), config.output
     run = RunDirectory(config) if world.is_main else None
@@ -137,6 +135,8 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
         state.restore(saved)
     elif run and config.training.init_from:
         notes.append(take_weights(state.networks(), config.training.init_from))
+    if run and clips and not saved:
+        notes.append(state.learn_motions(clips))
     if world.size > 1:  # only the first process has read the checkpoint
         state.restore(world.broadcast(state.to_dict()))
     quality_check, calibration_set = QualityCheck(config, images, world), calibration_images(images)

@@ -7,6 +7,7 @@ after it: averaging over processes, clipping, Adam, the moving average. `EagerSt
 
 import copy
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -24,7 +25,7 @@ from generator import Generator, build_synthesizer, stable_seed
 from losses import AUGMENTATION_NUMBERS, critic_objective, generator_objective
 from model_definitions import Discriminator, WeightPredictorRNN
 from util import channels_last_on, products_in_tf32
-from video_synth import Motion
+from video_synth import Motion, TrainingClips, fit_fields
 
 
 class CriticNoise(NamedTuple):
@@ -50,9 +51,7 @@ class ClipNoise(NamedTuple):
     frames: Tensor  #           (N, L, C, H, W) in [0, 1]; the first is the image that moves
     motion: Motion  #           changes each clip as a whole, as one moment of a synthetic video would, for variety
     posterior: Tensor  #        (N, latent_dim), reparameterisation noise of z
-    code: Tensor  #             (N, motion_dim), likewise of the motion code
     times: Tensor  #            (N, K) frames that the video loss compares, counted from frame 1 on
-    rollout_count: int  #       the first `rollout_count` clips are rolled out on their own frames from the first on
     share: float  #             what their means count; not 1 where processes have different numbers of them
 
 
@@ -114,11 +113,11 @@ class NoiseSampler:
         # Images from number `base` on are updated; of these this process has every world.size-th.
         updated = slice((self.world.rank - base) % self.world.size, None, self.world.size)
         self._seed = stable_seed(self.config.training.seed, step, "critic", repeat)
-        *shapes, noise_shape, code_shape = self.motion_shapes[batch - base]
-        z, *noise = self._sample(torch.randn, self.latent, noise_shape, code_shape)
+        *shapes, noise_shape = self.motion_shapes[batch - base]
+        z, noise = self._sample(torch.randn, self.latent, noise_shape)
         augment = [(batch, AUGMENTATION_NUMBERS)] * 2
         epsilon, augment_real, augment_fake, *path = self._sample(torch.rand, (batch,), *augment, *shapes)
-        motion = Motion(*(numbers[updated] for numbers in (*path, *noise)))
+        motion = Motion(*(numbers[updated] for numbers in (*path, noise)))
         frame = self._adversarial_frame(batch - base, updated)
         return CriticNoise(z[rows], motion, frame, base, epsilon[rows], augment_real[rows], augment_fake[rows])
 
@@ -126,11 +125,11 @@ class NoiseSampler:
         """For the generator step of iteration `step`, with this process's windows of clips."""
         batch, loss, rows = self.config.training.batch_size, self.config.loss, self.rows
         updating = self.fraction(step) >= self.start
-        *shapes, noise_shape, code_shape = self.motion_shapes[batch if updating else 0]
+        *shapes, noise_shape = self.motion_shapes[batch if updating else 0]
         self._seed = stable_seed(self.config.training.seed, step, "generator")
-        z, posterior, *noise = self._sample(torch.randn, self.latent, self.latent, noise_shape, code_shape)
+        z, posterior, noise = self._sample(torch.randn, self.latent, self.latent, noise_shape)
         augment, *path = self._sample(torch.rand, (2, batch, AUGMENTATION_NUMBERS), *shapes)
-        motion = Motion(*(numbers[rows] for numbers in (*path, *noise))) if updating else None
+        motion = Motion(*(numbers[rows] for numbers in (*path, noise))) if updating else None
         frame = self._adversarial_frame(batch, rows)
         times = self._integers(loss.rollout_frames + 1, batch, loss.video_frames)[rows]
         augment = augment[:, rows].flatten(0, 1)
@@ -152,14 +151,13 @@ class NoiseSampler:
     def _clips(self, step: int, clips: Tensor) -> ClipNoise:
         """The clips with their random numbers, whose seed is of their own."""
         config, rows, count, frames = self.config, self.rows, self.clip_count, self.window - 1
-        latent, motion_dim, loss = config.vae.latent_dim, config.video.motion_dim, config.loss
         self._seed = stable_seed(config.training.seed, step, "clips")
-        posterior, code = self._sample(torch.randn, (count, latent), (count, motion_dim))
+        [posterior] = self._sample(torch.randn, (count, config.vae.latent_dim))
         path = self._sample(torch.rand, *self.motion_shapes[count][:2])
         motion = Motion(*(numbers[rows] for numbers in (*path, posterior[:, :0], posterior[:, :0])))
-        times = self._integers(frames, count, min(loss.video_frames, frames))[rows]
+        times = self._integers(frames, count, min(config.loss.video_frames, frames))[rows]
         share = len(clips) * self.world.size / count
-        return ClipNoise(clips, motion, posterior[rows], code[rows], times, self._rollout_count(step, count), share)
+        return ClipNoise(clips, motion, posterior[rows], times, share)
 
     def _sample(self, distribution: Callable[..., Tensor], *shapes: tuple[int, ...]) -> list[Tensor]:
         """Tensors of these shapes, views of one: `distribution` is torch.rand or torch.randn."""
@@ -216,6 +214,15 @@ class TrainingState:
         self.optimizers = {"generator": torch.optim.Adam(groups[:2], fused=True)}
         self.optimizers["critic"] = torch.optim.Adam(groups[2:], fused=True)
         self.set_rates()
+
+    def learn_motions(self, clips: TrainingClips) -> str:
+        """Fits the motion fields of the synthetic video to the clips, and says how well they explain how these move."""
+        began, count = time.monotonic(), self.config.video.motions
+        learned, share = fit_fields(clips.periods(count))
+        for generator in (self.generator, self.generator_ema):
+            generator.synthesizer.get_buffer("fields").copy_(learned[torch.arange(count) % len(learned)])
+        return (f"learned the motions of {len(learned)} clips in {time.monotonic() - began:.0f} s: a first frame "
+                f"warped by its clip's motion explains {share:.0%} of how it moves")  # fmt: skip
 
     def set_rates(self, noise: NoiseSampler | None = None, step: int = 1) -> None:
         """Gives Adam its decay rates, and the learning rates of iteration `step`."""

@@ -14,9 +14,13 @@ a is 1, or in training sampled for each motion of each image, so that the GRU al
     contrast    multiplies the distance from the image's mean by 1 + contrast · p
     noise       adds noise · (cos 2πs · n₁ + sin 2πs · n₂): grain that changes smoothly, with the same strength at any t
 
+Motion can also be learned from clips: for each of some clips a *motion field*, displacements on a grid of 4 x 4 points
+that lead from its first frame to each of the others, is fitted once. Any image can then be warped by them.
+
 To add a motion, add an entry to `MOTIONS`. `generate.py RUN --video synthetic` shows them, on any image with `--image`.
 """
 
+import copy
 import itertools
 import math
 from collections import deque
@@ -31,6 +35,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+FIELD_SIDE, FIELD_FRAMES = 4, 24
+"""Points of a motion field, per side and per period. 4 x 4 explain three quarters of how animated emoji move, 2 x 2 a
+half, 8 x 8 four fifths."""
+FIT_SIZE, FIT_STEPS = 16, 100  # fields are fitted to small frames: motion is coarse
+FIT_PENALTY = 0.75  # on rough, large and sudden displacements, beside the squared error of pixels
+BEGINNING = 2.0**-12  # of a period, where a field begins at the image itself: not 0, which might be rounded down
 PATH_WEIGHTS = (0.75, 0.25)  # of the first and second harmonic; they sum to 1, so a path never leaves [-1, 1]
 
 
@@ -69,8 +79,9 @@ class Motion(NamedTuple):
 
     phases: Tensor  # (B, paths, 2 harmonics), in turns: [0, 1)
     amplitudes: Tensor  # (B, paths), in [0, 1]: the fraction of its strength that each path has
+    choice: Tensor  # (B, 1), in [0, 1): by which motion that was learned from clips, and where it begins in its period;
+    #                 (B, 0) where none are learned
     noise: Tensor  # (B, 2, C, height, width), standard normal; (B, 2, C, 0, 0) where noise is off
-    code: Tensor  # (B, motion_dim), standard normal: how an image moves as the GRU has learned from clips
 
 
 class Clip(NamedTuple):
@@ -113,24 +124,39 @@ class ClipFrames(NamedTuple):
 class VideoSynthesizer(nn.Module):
     """Makes the synthetic video (B, T, C, height, width) of a batch of images (B, C, H, W).
 
-    It holds no weights and samples no random numbers while running: `sample_motion` samples them, `forward` is a pure
-    and differentiable function of images and motion, so that a training step can be compiled, captured and repeated.
+    It holds no weights but the motion fields that were learned from clips, if any, and samples no random numbers while
+    running: `sample_motion` samples them, `forward` is a pure and differentiable function of images and motion, so that
+    a training step can be compiled, captured and repeated.
 
     Args:
         frames: T, the frames of one closed path.
         strengths: name in `MOTIONS` -> how far it goes at most; a kind that is missing has its own default.
         height, width: size of the video; None keeps the image's. Must not exceed the image's.
-        motion_dim: length of the code of a `Motion`, which this class doesn't read.
+        motions: how many fields are learned from clips; an image then moves by one of them.
+
+    Attributes:
+        fields: (motions, FIELD_FRAMES, 2, FIELD_SIDE²), how far from its own place a frame's point was in the first
+            frame, in x and y, in units of half a side; zeros until they are learned. None: there are none.
     """
 
+    fields: Tensor | None
+
     def __init__(self, frames: int = 8, strengths: Mapping[str, float] | None = None, height: int | None = None,
-                 width: int | None = None, motion_dim: int = 0) -> None:  # fmt: skip
+                 width: int | None = None, motions: int = 0) -> None:  # fmt: skip
         super().__init__()
-        self.frames, self.motion_dim = frames, motion_dim
+        self.frames = frames
         self.strengths = {name: kind.strength for name, kind in MOTIONS.items()} | dict(strengths or {})
         self.paths = [name for name, kind in MOTIONS.items() for _ in range(kind.paths)]  # of which motion each is
         self.height = height
         self.width = width
+        shape = (motions, FIELD_FRAMES, 2, FIELD_SIDE**2)
+        self.register_buffer("fields", torch.zeros(shape) if motions else None)
+
+    def with_strengths(self, strengths: Mapping[str, float]) -> "VideoSynthesizer":
+        """The same with other strengths of motions; what was learned stays."""
+        other = copy.copy(self)
+        other.strengths = {name: kind.strength for name, kind in MOTIONS.items()} | dict(strengths)
+        return other
 
     def video_size(self, image_shape: tuple[int, ...] | torch.Size) -> tuple[int, int]:
         """(height, width) of the video made of images of shape (..., H, W)."""
@@ -140,24 +166,26 @@ class VideoSynthesizer(nn.Module):
         self, batch: int, image_shape: tuple[int, ...] | torch.Size, noise: bool = True
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Shapes of a `Motion` of `batch` videos of images of shape (C, H, W), for who samples its numbers together
-        with others: phases, in turns, and amplitudes are uniform in [0, 1), noise and code are standard normal;
+        with others: phases, in turns, amplitudes and choice are uniform in [0, 1), noise is standard normal;
         `noise=False` for a caller that needs no noise.
         """
         height, width = self.video_size(image_shape) if self.strengths["noise"] and noise else (0, 0)
         paths, grain = len(self.paths), (batch, 2, image_shape[-3], height, width)
-        return (batch, paths, len(PATH_WEIGHTS)), (batch, paths), grain, (batch, self.motion_dim)
+        return (batch, paths, len(PATH_WEIGHTS)), (batch, paths), (batch, int(self.fields is not None)), grain
 
     def sample_motion(
         self, batch: int, image_shape: tuple[int, ...] | torch.Size, device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Motion:  # fmt: skip
-        """Samples the motion of `batch` videos of images of shape (C, H, W), at full strength. A
-        `generator`, on the same device, makes it repeatable.
+        """Samples the motion of `batch` videos of images of shape (C, H, W), at full strength; those learned from clips
+        begin where the clips do, at the image itself. A `generator`, on the same device, makes it repeatable.
         """
-        phases, amplitudes, *normal = self.motion_shapes(batch, image_shape)
+        *shapes, grain = self.motion_shapes(batch, image_shape)
         options: dict[str, Any] = {"generator": generator, "device": device}
-        uniform = torch.rand(phases, **options), torch.ones(amplitudes, device=device)
-        return Motion(*uniform, *(torch.randn(shape, **options) for shape in normal))
+        phases, noise = torch.rand(shapes[0], **options), torch.randn(grain, **options)
+        choice, count = torch.rand(shapes[2], **options), 1 if self.fields is None else len(self.fields)
+        choice = ((choice * count).floor() + BEGINNING) / count
+        return Motion(phases, torch.ones(shapes[1], device=device), choice, noise)
 
     def forward(self, images: Tensor, motion: Motion, times: Tensor | None = None, full_size: bool = False,
                 noise: bool | None = None) -> Tensor:  # fmt: skip
@@ -184,8 +212,8 @@ class VideoSynthesizer(nn.Module):
                 times = torch.arange(self.frames, device=images.device).expand(len(images), -1)
             paths = self.path(motion, times).unbind(dim=-1)  # each (B, K)
 
-            if strengths["shift"] or strengths["zoom"] or strengths["rotation"]:
-                video = _warp(images, paths, strengths, aspect)
+            if strengths["shift"] or strengths["zoom"] or strengths["rotation"] or self.fields is not None:
+                video = _warp(images, paths, strengths, aspect, self.field(motion, times))
             else:
                 video = images[:, None].expand(-1, times.shape[1], -1, -1, -1)  # exact copies, and no memory for them
             for name, path in zip(self.paths, paths, strict=True):
@@ -203,6 +231,17 @@ class VideoSynthesizer(nn.Module):
         first, second = torch.sin(angles).unbind(dim=-1)
         return torch.lerp(second, first, PATH_WEIGHTS[0]) * motion.amplitudes[:, None]
 
+    def field(self, motion: Motion, times: Tensor) -> Tensor | None:
+        """The learned displacements at `times` (B, K): (B, K, 2, FIELD_SIDE, FIELD_SIDE); None if there are none."""
+        if self.fields is None:
+            return None
+        choice = motion.choice * len(self.fields)
+        clip = choice.long()
+        place = times * (FIELD_FRAMES / self.frames) + FIELD_FRAMES * (choice - clip)
+        before = place.floor()
+        begin, end = (self.fields[clip, (before.long() + k) % FIELD_FRAMES] for k in (0, 1))
+        return torch.lerp(begin, end, (place - before)[..., None, None]).unflatten(-1, (FIELD_SIDE, FIELD_SIDE))
+
     def noise(self, motion: Motion, times: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
         """What the noise adds at `times` (B, K): (B, K, C, *size), or zeros of a shape that broadcasts to it."""
         if not self.strengths["noise"]:
@@ -218,13 +257,14 @@ class VideoSynthesizer(nn.Module):
         return times * (2 * math.pi / self.frames)
 
 
-def _warp(images: Tensor, paths: Sequence[Tensor], strengths: Mapping[str, float], aspect: float) -> Tensor:
-    """Shifts, zooms and rotates: (B, C, H, W) -> (B, K, C, H, W). Beyond its border an image goes on as its edge.
+def _warp(images: Tensor, paths: Sequence[Tensor], strengths: Mapping[str, float], aspect: float,
+          field: Tensor | None) -> Tensor:  # fmt: skip
+    """Shifts, zooms, rotates, and displaces by a `field` (B, K, 2, h, w): (B, C, H, W) -> (B, K, C, H, W).
 
     `aspect` is the image's height / width: rotations stay rotations where the video's sides are in another proportion.
     """
     path_x, path_y, path_zoom, path_rotation = paths[:4]  # shift, zoom and rotation come first in `MOTIONS`
-    (batch, channels, height, width), count = images.shape, path_zoom.shape[1]
+    (batch, _, height, width), count = images.shape, path_zoom.shape[1]
     angle = math.radians(strengths["rotation"]) * path_rotation
     inverse_zoom = 1 / (1 + strengths["zoom"] * path_zoom)
     cos, sin = angle.cos() * inverse_zoom, angle.sin() * inverse_zoom
@@ -235,10 +275,58 @@ def _warp(images: Tensor, paths: Sequence[Tensor], strengths: Mapping[str, float
     row_y = torch.stack([-sin_y, cos, sin_y * shift_x - cos * shift_y], dim=-1)
     theta = torch.stack([row_x, row_y], dim=-2)
     grid = functional.affine_grid(theta.flatten(0, 1), [batch * count, 1, height, width], align_corners=False)
+    return _sampled(images, grid if field is None else grid + _upscaled(field, (height, width)), count)
+
+
+def _upscaled(field: Tensor, size: tuple[int, int]) -> Tensor:
+    """A smooth field through the displacements of a coarse one: (B, K, 2, h, w) -> (B K, height, width, 2)."""
+    upscaled = functional.interpolate(field.flatten(0, 1), size=size, mode="bicubic", align_corners=True)
+    return upscaled.permute(0, 2, 3, 1)
+
+
+def _sampled(images: Tensor, grid: Tensor, count: int) -> Tensor:
+    """Frames of which each pixel is taken from the place in its image that `grid` (B K, H, W, 2) says: images
+    (B, C, H, W) -> (B, K, C, H, W). Beyond its border an image goes on as its edge.
+    """
+    (batch, channels), (height, width) = images.shape[:2], grid.shape[1:3]
     # The frames of one image stand below each other in one tall grid, so the image is never copied K times.
-    tall = grid.view(batch, count * height, width, 2)
+    tall = grid.reshape(batch, count * height, width, 2)
     warped = functional.grid_sample(images, tall.to(images.dtype), padding_mode="border", align_corners=False)
     return warped.view(batch, channels, count, height, width).transpose(1, 2)
+
+
+def fit_fields(clips: Tensor) -> tuple[Tensor, float]:
+    """How clips move: for each frame the smooth displacements that lead to it from the clip's first frame.
+
+    Registration by gradient descent (as Lucas and Kanade 1981), from blurred to sharp frames, with a penalty on
+    displacements that differ from neighbouring points', from those a frame earlier, or from 0.
+
+    Clips (N, FIELD_FRAMES, C, H, W) in [0, 1], each one closed period -> fields (N, FIELD_FRAMES, 2,
+    FIELD_SIDE²), and the share of the squared distance to the first frame that they explain at the size of the fit.
+    """
+    size = min(FIT_SIZE, *clips.shape[-2:])
+    small = functional.interpolate(clips.flatten(0, 1), size=(size, size), mode="area").unflatten(0, clips.shape[:2])
+    count, identity = clips.shape[1], torch.eye(2, 3, device=clips.device).expand(len(small.flatten(0, 1)), 2, 3)
+    grid = functional.affine_grid(identity, [len(identity), 1, size, size], align_corners=False)
+    fields = small.new_zeros(*clips.shape[:2], 2, FIELD_SIDE, FIELD_SIDE).requires_grad_()
+    optimizer = torch.optim.Adam([fields], lr=0.02)
+
+    def error(reach: int) -> Tensor:
+        if not reach:
+            blurred = small
+        else:
+            padded = functional.pad(small.flatten(0, 1), [reach] * 4, mode="replicate")
+            blurred = functional.avg_pool2d(padded, 2 * reach + 1, 1).view_as(small)
+        return (_sampled(blurred[:, 0], grid + _upscaled(fields, (size, size)), count) - blurred).square().sum()
+
+    for step in range(FIT_STEPS):
+        rough = [fields.diff(dim=dim).square().sum() for dim in (1, 3, 4)]
+        loss = error((2, 1, 1, 0, 0)[step * 5 // FIT_STEPS]) + FIT_PENALTY * (sum(rough) + 0.3 * fields.square().sum())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    fields = (fields - fields[:, :1]).detach()  # the first frame is the image itself
+    return fields.flatten(3), 1 - (error(0) / (small - small[:, :1]).square().sum().clamp_min(1e-9)).item()
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -311,6 +399,26 @@ class TrainingClips:
         place = (begin[:, None] + np.arange(self.window)) % period
         return np.where(place < length, place, period - place)
 
+    def periods(self, count: int) -> Tensor:
+        """One period of each of at most `count` clips, taken evenly: (N, FIELD_FRAMES, C, H, W) in [0, 1] on the
+        device. Of a clip more than twice as long its first part, forth and back.
+        """
+        periods = []
+        kept = min(count, len(self.lengths))
+        for clip in (k * len(self.lengths) // kept for k in range(kept)):
+            length, repeats = int(self.lengths[clip]), bool(self.repeats[clip])
+            period = length if repeats else 2 * length - 2
+            if period > 2 * FIELD_FRAMES:
+                period, length = FIELD_FRAMES, FIELD_FRAMES // 2 + 1
+            places = np.arange(FIELD_FRAMES) * period // FIELD_FRAMES
+            places = np.where(places < length, places, period - places)
+            if self._row is not None:
+                frames = self._row[int(self.lengths[:clip].sum()) :]
+            else:
+                frames = self._frames[clip] if self._frames else self._read(clip)[0]
+            periods.append(frames[places].to(self.device))
+        return torch.stack(periods).float() / 255
+
     def _prepare(self, number: int, pool: ThreadPoolExecutor) -> tuple[Any, Tensor]:
         """Of a batch's shard the windows, uint8, or what will be each of them; and which to flip, (N, 1, 1, 1, 1)."""
         row = [divmod(number * self.count + k, len(self.lengths)) for k in range(self.count)]
@@ -329,70 +437,6 @@ class TrainingClips:
         return (self._frames[clip] if self._frames else self._read(clip)[0])[places]
 
 
-# ------------------------------------------------------------------------------ videos to be tuned to, and their states
-
-Streams = tuple[Tensor, ...]
-"""Videos in training: which image or clip each shows (B,), and of a synthetic video the numbers of its `Motion`."""
-
-
-class ImageTarget(nn.Module):
-    """Images and their synthetic videos. The state that draws a frame is a function of where its motions are, so that
-    it holds for any phase of the motion: a small network, needed only while the GRU learns to be in these states.
-    """
-
-    ASKED = 0.8  # fraction of the training videos that move as the seeds say; the others move in other phases
-
-    def __init__(self, synthesizer: VideoSynthesizer, hidden_size: int, images: Tensor, motion: Motion,
-                 drive: Clip | None, random: torch.Generator) -> None:  # fmt: skip
-        super().__init__()
-        self.synthesizer, self.images, self.motion, self.drive = synthesizer, images, motion, drive
-        layers: list[nn.Module] = []
-        for wide, narrow in pairwise((len(synthesizer.paths), 128, 128, hidden_size)):
-            layers += [layer := nn.Linear(wide, narrow), nn.ReLU()]
-            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=random)
-            nn.init.zeros_(layer.bias)
-        layers[-1] = nn.Tanh()
-        self.to_state = nn.Sequential(*layers)
-        # One frame doesn't tell how an image will move: before it has seen more, the GRU isn't judged, but at rest.
-        self.seen_first, self.blind = synthesizer.frames, 0 if drive else 2
-        self.pace = 0.5 if drive else 1.0  # of training videos; clips are slower than synthetic ones
-
-    def begin(self, count: int, random: torch.Generator) -> Streams:
-        """Streams of random images, most with the motion of their seeds."""
-        rows = torch.randint(len(self.images), (count,), generator=random)
-        motion = self.synthesizer.sample_motion(count, self.images.shape[1:], None, random)
-        if self.drive:  # motions that begin at rest, of any strength: what a clip's first frame shows is the image
-            phases = (2 * motion.phases).floor() / 2
-            motion = motion._replace(phases=phases, amplitudes=torch.rand(motion.amplitudes.shape, generator=random))
-        else:
-            asked = torch.rand(count, 1, 1, generator=random) < self.ASKED
-            motion = motion._replace(phases=torch.where(asked, self.motion.phases.cpu()[rows], motion.phases))
-        return tuple(x.to(self.images.device) for x in (rows, *motion))
-
-    def video(self, streams: Streams, times: Tensor, full_size: bool = False) -> Tensor:
-        """Frames at `times` (B, K): those to be drawn, at full size, or those that the GRU watches."""
-        images = self.images[streams[0]]
-        if self.drive and not full_size:
-            images = self.first_frames(streams)
-        return self.synthesizer(images, Motion(*streams[1:]), times, full_size)
-
-    def first_frames(self, streams: Streams) -> Tensor:
-        """What the GRU sees before the video: (B, C, H, W)."""
-        return self.drive.frames[streams[0] % len(self.drive.frames), 0] if self.drive else self.images[streams[0]]
-
-    def states(self, streams: Streams, times: Tensor) -> Tensor:
-        """The states at which the frames at `times` (B, K) are drawn: (B, K, hidden_size) in [-1, 1]."""
-        return self.to_state(self.synthesizer.path(Motion(*streams[1:]), times))
-
-    def noise(self, streams: Streams, times: Tensor, size: tuple[int, int]) -> Tensor:
-        """What is added to frames at `times` (B, K) that the GRU watches: (B, K, C, *size), or of a shape alike."""
-        return self.synthesizer.noise(Motion(*streams[1:]), times, size)
-
-    def times(self, streams: Streams, random: torch.Generator) -> Tensor:
-        """Random times, (B, 1)."""
-        return self.synthesizer.frames * torch.rand(len(streams[0]), 1, generator=random).to(self.images.device)
-
-
 def catmull_rom(points: Sequence[Tensor], fraction: Any) -> Tensor:
     """The point that lies `fraction`, a number or a tensor, of the way from the second to the third of four points.
 
@@ -402,41 +446,3 @@ def catmull_rom(points: Sequence[Tensor], fraction: Any) -> Tensor:
     square, cube = fraction**2, fraction**3
     weights = (2 * square - fraction - cube, 2 - 5 * square + 3 * cube, fraction + 4 * square - 3 * cube, cube - square)
     return sum((0.5 * weight * point for weight, point in zip(weights, points, strict=True)), points[0].new_zeros(()))
-
-
-class ClipTarget(nn.Module):
-    """Clips that repeat: each frame that a prediction draws has a state of its own, free numbers at first. Frames
-    between are drawn from states on the curve through these, as they are when a video is shown. Its methods do what
-    those of `ImageTarget` do.
-    """
-
-    seen_first, blind, pace, drive = 1, 0, 1.0, None
-
-    def __init__(
-        self, hidden_size: int, frames: Tensor, lengths: Tensor, between: int, random: torch.Generator
-    ) -> None:
-        super().__init__()
-        self.frames, self.lengths, self.between, self.images = frames, lengths, between, frames[:, 0]
-        self.free = nn.Parameter(0.5 * torch.randn(len(frames), int(lengths.max()), hidden_size, generator=random))
-
-    def begin(self, count: int, random: torch.Generator) -> Streams:
-        return (torch.randint(len(self.images), (count,), generator=random).to(self.images.device),)
-
-    def video(self, streams: Streams, times: Tensor, full_size: bool = False) -> Tensor:
-        places = (times * self.between).round().long() % (self.between * self.lengths[streams[0], None])
-        return self.frames[streams[0][:, None], places]
-
-    def first_frames(self, streams: Streams) -> Tensor:
-        return self.images[streams[0]]
-
-    def noise(self, streams: Streams, times: Tensor, size: tuple[int, int]) -> Tensor:
-        return times.new_zeros(*times.shape, 1, 1, 1)
-
-    def states(self, streams: Streams, times: Tensor) -> Tensor:
-        whole, rows, lengths = times.floor(), streams[0][:, None], self.lengths[streams[0], None]
-        points = [self.free[rows, (whole.long() + k) % lengths].tanh() for k in (-1, 0, 1, 2)]
-        return catmull_rom(points, (times - whole)[..., None])
-
-    def times(self, streams: Streams, random: torch.Generator) -> Tensor:
-        times = torch.rand(len(streams[0]), 1, generator=random).to(self.images.device)
-        return (times * self.between * self.lengths[streams[0], None]).floor() / self.between

@@ -9,9 +9,11 @@ frames, 0.5 + (x_t+1 - x_t) / 2, of which a clip's are averaged: it is of one cl
 """
 
 import argparse
+import itertools
 import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
 
 from util import CommandParser, UserError, command_device, int_between, print_line, run_command
 
@@ -22,7 +24,7 @@ from torch import Tensor
 import quality
 from sampling import BATCH, Sampler, load_sampler, weight_driven_frames
 from training import find_clips, read_clip
-from video_synth import Motion
+from video_synth import BEGINNING, FIELD_FRAMES, fit_fields
 
 FRAMES = 24  # of a clip that are compared
 ROLLED = 1000  # frames of a long rollout; its last `FRAMES` count
@@ -42,41 +44,47 @@ def step_size(frames: Tensor) -> Tensor:
     return frames.diff(dim=1).square().flatten(1).mean(1).sqrt()
 
 
-@torch.no_grad()
 def on_clips(sampler: Sampler, clips: Tensor) -> dict[str, float]:
-    """How clips (N, T, C, H, W) that training never saw are followed, and rolled out from their first frame."""
-    generator, noise = sampler.generator, clips.new_zeros(len(clips), sampler.config.video.motion_dim)
-    z, _ = generator.vae.encode(clips[:, 0])
-    features = generator.features(z)
-    still, times = generator.decode_base(features), torch.arange(clips.shape[1] - 1).expand(len(clips), -1)
-    encoded, _ = generator.vae.encode(clips.flatten(0, 1))
-    alone = generator.vae.decode(encoded).unflatten(0, clips.shape[:2])
-    figures = {"each frame through the VAE": drawn_share(alone[:, 1:], alone[:, 0], clips).median().item()}
-    small = generator.downscale(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
-    shown = {"watched, code 0": generator.predictor.encode(small[:, :-1])[0]}
-    shown["watched, code read"], code, _ = generator.follow_clips(features, clips, noise, 0)
-    shown["rolled out, code read"], _, _ = generator.follow_clips(features, clips, noise, len(clips))
-    for name, states in shown.items():
-        figures[name] = drawn_share(generator.decode_frames(features, states, times), still, clips).median().item()
-    motion = sampler.inputs(range(len(clips))).motion
-    assert isinstance(motion, Motion)
-    motion = motion._replace(code=code)
-    *_, last = chunks(weight_driven_frames(generator, z, motion, ROLLED))
+    """How clips (N, T, C, H, W) that training never saw are followed, watching them, and how their first frames move by
+    the motion that is fitted to each, as an image from noise does by a motion that was learned.
+    """
+    generator, own_way = sampler.generator, sampler.generator.synthesizer
+    synthesizer = generator.synthesizer = own_way.with_strengths(dict.fromkeys(own_way.strengths, 0.0))
+    fields, explained = fit_fields(clips[:, torch.arange(FIELD_FRAMES) * clips.shape[1] // FIELD_FRAMES])
+    synthesizer.fields, own = fields, torch.arange(len(clips), device=clips.device)[:, None]
+    motion = generator.sample_motion(len(clips))._replace(choice=(own + BEGINNING) / len(clips))
+    figures = {"share of the motion that the fitted fields explain": explained}
+    with torch.no_grad():
+        z, _ = generator.vae.encode(clips[:, 0])
+        features = generator.features(z)
+        still, times = generator.decode_base(features), torch.arange(clips.shape[1] - 1).expand(len(clips), -1)
+        encoded, _ = generator.vae.encode(clips.flatten(0, 1))
+        alone = generator.vae.decode(encoded).unflatten(0, clips.shape[:2])
+        warped = synthesizer(still, motion, (1 + times) * (synthesizer.frames / clips.shape[1]), full_size=True)
+        found = {
+            "each frame through the VAE": drawn_share(alone[:, 1:], alone[:, 0], clips),
+            "motion drawn, watching": drawn_share(
+                generator.decode_frames(features, generator.watch(clips), times), still, clips
+            ),
+            "the first frame, decoded, warped by its fitted motion": drawn_share(warped, still, clips),
+        }
+        frames = weight_driven_frames(generator, z, motion, ROLLED, speed=synthesizer.frames / clips.shape[1])
+        first, last = ends(frames)
+        found["the same, drawn by predicted weights"] = drawn_share(first[:, 1:], still, clips)
     ratio = step_size(last) / step_size(clips).clamp_min(1e-6)
     alive = ((ratio > ALIVE[0]) & (ratio < ALIVE[1])).float().mean().item()
     distance = torch.cdist(last.flatten(2).mean(1), clips.flatten(2).mean(1))
-    own = (distance.argmin(1) == torch.arange(len(clips))).float().mean().item()
-    return figures | {f"motion after {ROLLED} frames / the clip's, median": ratio.median().item(),
-                      f"between {ALIVE[0]} and {ALIVE[1]} of it": alive, "nearest to its own clip": own}  # fmt: skip
+    nearest = (distance.argmin(1) == own[:, 0]).float().mean().item()
+    return figures | {name: share.median().item() for name, share in found.items()} | {
+        f"motion after {ROLLED} frames / the clip's, median": ratio.median().item(),
+        f"between {ALIVE[0]} and {ALIVE[1]} of it": alive, "nearest to its own clip": nearest}  # fmt: skip
 
 
-def chunks(frames: Any) -> Any:
-    """Runs of `FRAMES` frames (N, FRAMES, C, H, W), as the last may be needed alone."""
-    part: list[Tensor] = []
-    for frame in frames:
-        part = [*part, frame][-FRAMES:]
-        if len(part) == FRAMES:
-            yield torch.stack(part, dim=1)
+def ends(frames: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The first and the last `FRAMES` frames, each (N, FRAMES, C, H, W)."""
+    frames = iter(frames)
+    yield torch.stack(list(itertools.islice(frames, FRAMES)), dim=1)
+    yield torch.stack(list(deque(frames, maxlen=FRAMES)), dim=1)
 
 
 @torch.no_grad()
@@ -132,7 +140,8 @@ def report(options: argparse.Namespace) -> int:
         rows = [x[torch.arange(FRAMES) % len(x)] for x in clips]
         return torch.stack(rows).to(sampler.device).float() / 255
 
-    rows = on_clips(sampler, stack(unseen)) | generated(sampler, stack(seen), options.videos)
+    rows = generated(sampler, stack(seen), options.videos)  # first: the others' motions are put in place of its own
+    rows = on_clips(sampler, stack(unseen)) | rows
     print_line(f"{sampler.path}, step {sampler.step:,}: {len(unseen)} clips kept apart, {len(seen)} compared with\n")
     print_line("| | |\n|---|---|")
     for name, value in rows.items():

@@ -52,7 +52,7 @@ BF16, SHARED, AUGMENTED, OFF, FULL, PER_CHANNEL = (
     "runtime.precision=bf16", "weight_predictor.sharing=shared", "training.diffaugment=[color,translation,cutout]",
     "weight_predictor.update=off", "weight_predictor.head=full", "weight_predictor.head=per_channel",
 )
-CLIPS = "data.clips=x video.source=clips video.motion_dim=4 video.input=changes"
+CLIPS = "data.clips=x video.source=clips video.input=changes"
 CONFIGURATIONS = ["", JOINT, ALONE, f"{JOINT} {BF16}", OFF, " ".join(SOURCE)] + [f"{QUICK} {settings}" for settings in (
     f"{FULL} weight_predictor.layers=[decoder.stage1.*]", f"{FULL} {BF16}", PER_CHANNEL, f"{PER_CHANNEL} {BF16}",
     AUGMENTED, f"{AUGMENTED} {BF16}", SHARED, f"{SHARED} {BF16}", OFF, f"{OFF} {BF16}", "image.channels=1",

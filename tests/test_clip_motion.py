@@ -26,9 +26,10 @@ def test_step_size_is_the_root_mean_square_of_neighbouring_differences() -> None
     assert torch.allclose(clip_motion.step_size(frames), torch.full((2,), expected))
 
 
-def test_chunks_are_the_latest_frames_at_every_moment() -> None:
-    *_, last = clip_motion.chunks(torch.full((1, 1, 1, 1), float(t)) for t in range(30))
-    assert last.flatten().tolist() == list(range(6, 30))
+def test_the_ends_of_a_video() -> None:
+    first, last = clip_motion.ends(torch.full((1, 1, 1, 1), float(t)) for t in range(50))
+    assert first.flatten().tolist() == list(range(24))
+    assert last.flatten().tolist() == list(range(26, 50))
 
 
 @pytest.mark.parametrize("source", ["clips", "synthetic"])
@@ -36,11 +37,11 @@ def test_the_report_of_a_run(tmp_path: Path, image_folder: Path, monkeypatch, ca
     (tmp_path / "clips").mkdir()
     for number in range(29):
         write_clip(tmp_path / "clips" / f"{number}.webp", moving_square(4 + number))
-    clips = [f"data.clips={tmp_path / 'clips'}", "video.source=clips", "video.motion_dim=2", "data.holdout=0.2"]
+    clips = [f"data.clips={tmp_path / 'clips'}", "video.source=clips", "video.motions=2", "data.holdout=0.2"]
     with fast_outputs():
         assert train(*small(tmp_path, image_folder, "training.steps=2", *(clips if source == "clips" else []))) == 0
     monkeypatch.setattr(quality, "load_features", Colours)
-    monkeypatch.setattr(clip_motion, "ROLLED", 30)
+    monkeypatch.setattr(clip_motion, "ROLLED", 60)
     run = [str(tmp_path / "run"), "--videos", "24", "--device", "cpu"]
     if source == "synthetic":
         assert clip_motion.main(run) == 2
@@ -49,5 +50,10 @@ def test_the_report_of_a_run(tmp_path: Path, image_folder: Path, monkeypatch, ca
     assert clip_motion.main(run) == 0
     out, _ = capsys.readouterr()
     assert ("6 clips kept apart, 23" if source == "clips" else "29 clips kept apart, 29") + " compared with" in out
-    for row in ("watched, code 0", "rolled out, code read", "KID x 1000 of frames", "motion distance (Fréchet)"):
+    for row in (
+        "motion drawn, watching",
+        "the same, drawn by predicted weights",
+        "KID x 1000 of frames",
+        "motion distance (Fréchet)",
+    ):
         assert f"| {row} |" in out

@@ -14,7 +14,6 @@ from conftest import (
     VARIED,
     assert_one_line,
     final,
-    metrics_of,
     moving_square,
     refused,
     same,
@@ -36,7 +35,7 @@ from training import find_clips, open_clips, read_clip
 from video_synth import TrainingClips
 
 CPU = torch.device("cpu")
-FROM_CLIPS = ["video.source=clips", "video.motion_dim=2", "video.input=changes", "loss.rollout_frames=2",
+FROM_CLIPS = ["video.source=clips", "video.motions=3", "video.input=changes", "loss.rollout_frames=2",
               "loss.rollout_fraction=0.5", "video.height=8", "video.width=8"]  # fmt: skip
 
 
@@ -301,21 +300,22 @@ def test_a_run_with_clips_resumes_bit_for_bit(tmp_path: Path, image_folder: Path
     assert train(*small(tmp_path, image_folder, *overrides, name="part")) == 0
     assert same(final(tmp_path / "part"), final(tmp_path / "whole"))
     assert untimed_metrics(tmp_path / "part")[-2:] == untimed_metrics(tmp_path / "whole")[-2:]
-    assert metrics_of(tmp_path / "whole")[3]["generator/motion"] > 0
+    fields = final(tmp_path / "whole")["generator_ema"]["synthesizer.fields"]
+    assert torch.equal(fields, final(tmp_path / "whole")["generator"]["synthesizer.fields"])
+    assert fields.abs().amax((1, 2, 3)).min() > 0.05  # squares that go round
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     (other / "0.webp").rename(other / "zero.webp")
     words = refused(*small(tmp_path, image_folder, *overrides, f"data.clips={other}", name="part"))
     assert "data.clips now holds clips of other names" in words
     sampler = load_sampler(tmp_path / "whole", "cpu")
-    assert sampler.rolls_out
     one, other_way = (sampler.inputs([3], None, [seed]) for seed in (3, 4))
-    assert torch.equal(one.motion.code, sampler.inputs([3]).motion.code)
+    assert torch.equal(one.motion.choice, sampler.inputs([3]).motion.choice)
     assert torch.equal(one.z, other_way.z)
     tuned = tune(begin_sampler(tmp_path / "whole", CPU)[0], torch.rand(1, 3, 16, 16), seconds=0.3)
-    assert not tuned.rolls_out
+    assert tuned.generator.synthesizer.fields is None
     assert len(list(tuned.weight_driven(tuned.inputs([0]), 3))) == 3
-    assert not torch.equal(one.motion.code, other_way.motion.code)
+    assert len(sampler.inputs([3] * 30, None, range(30)).motion.choice.unique()) == 3
 
 
 def test_a_dry_run_tells_of_the_clips(run_training, image_folder: Path, folder: Path, tmp_path: Path) -> None:

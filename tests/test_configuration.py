@@ -108,7 +108,7 @@ def test_what_a_resumed_run_makes_of_each_setting() -> None:
     listed = {
         "free": "data.root data.clips data.on_broken data.memory_gb data.workers training.steps training.epochs "
         "training.max_minutes runtime.* output.*",
-        "architecture": "image.* vae.* critic.* video.height video.width video.input video.motion_dim "
+        "architecture": "image.* vae.* critic.* video.height video.width video.input video.motions "
         "weight_predictor.update weight_predictor.layers weight_predictor.update_size weight_predictor.head "
         "weight_predictor.rank weight_predictor.hidden_size weight_predictor.num_layers",
     }

@@ -67,7 +67,6 @@ FIRST_CHANGED = {
         "vae.latent_dim=7", "vae.channels=[4,9]", "critic.channels=[4,9]", "weight_predictor.update=constant",
         "weight_predictor.layers=[decoder.stage1.*]", "weight_predictor.head=full", "weight_predictor.rank=1",
         "weight_predictor.hidden_size=9", "weight_predictor.num_layers=1", "video.height=4", "video.width=4",
-        "video.motion_dim=2",
     ],
     "random numbers": [
         "weight_predictor.sharing=shared", "loss.base_fake_fraction=0.25", "loss.video_frames=3",
@@ -284,16 +283,17 @@ def test_other_processes_are_waited_for_so_long(folders: list[Path], monkeypatch
 @own("data.clips")
 @own("video.source")
 @own("video.fps")
-@own("loss.lambda_motion")
+@own("video.motions")
 def test_clips_teach_motion_at_their_pace(folders: list[Path], tmp_path: Path) -> None:
     write_clip(tmp_path / "clip.gif", moving_square(12))
-    clips = [f"data.clips={tmp_path}", "video.source=clips", "video.motion_dim=2"]
+    clips = [f"data.clips={tmp_path}", "video.source=clips", "video.motions=2"]
     base = small(NOWHERE, folders[0], *BASE, *clips)
     totals = []
-    for changed in ([], ["video.source=both"], ["video.fps=4"], ["loss.lambda_motion=3"]):
+    for changed in ([], ["video.source=both"], ["video.fps=4"], ["video.motions=3"]):
         config = load_config(None, [*base, *changed])
         noise, state = NoiseSampler(config, torch.device("cpu")), new_state(config)
         windows = training.open_clips(config, state.device, SINGLE_PROCESS, noise.window, noise.clip_count)
+        state.learn_motions(windows)
         numbers = noise.generator(1, next(windows.batches()))
         totals.append(EagerSteps(state).generator_pass(random_images(0), numbers).metrics["generator/total"].item())
         assert windows.lengths.tolist() == [5 if "video.fps=4" in changed else 10]

@@ -119,7 +119,7 @@ def test_gradients_reach_theta_and_the_gru_and_match_finite_differences(
 def test_video_detach_decides_whether_theta_is_reached_through_the_video(detach: bool) -> None:
     generator = generator_of(f"video.detach={detach}")
     x_base = torch.rand(2, 3, 16, 16, requires_grad=True)
-    _, states, _ = generator.encode_video(x_base, generator.sample_motion(2), torch.empty(2, 0))
+    _, states, _ = generator.encode_video(x_base, generator.sample_motion(2))
     assert states.requires_grad
     (gradient,) = torch.autograd.grad(states.sum(), x_base, allow_unused=True)
     assert (gradient is None) == detach
@@ -130,14 +130,14 @@ def test_the_image_is_encoded_first_and_no_state_knows_a_later_frame(monkeypatch
     _, motion, output = path_of(generator)
     videos, encode = [], generator.predictor.encode
     monkeypatch.setattr(generator.predictor, "encode", lambda video, **_: videos.append(video) or encode(video))
-    _, states, _ = generator.encode_video(output.x_base, motion, output.features)
+    _, states, _ = generator.encode_video(output.x_base, motion)
     assert torch.equal(videos[0], torch.cat([output.x_base[:, None], output.video], dim=1))
     assert torch.equal(states, output.states)
     for t in range(3):
         changed = output.video.clone()
         changed[:, t + 1] = 1 - changed[:, t + 1]
         monkeypatch.setattr(generator.synthesizer, "forward", lambda *_, changed=changed: changed)
-        _, others, _ = generator.encode_video(output.x_base, motion, output.features)
+        _, others, _ = generator.encode_video(output.x_base, motion)
         assert torch.allclose(others[:, : t + 1], states[:, : t + 1], atol=1e-6)
         assert (others[:, t + 1] - states[:, t + 1]).abs().max() > 1e-3
 

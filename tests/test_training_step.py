@@ -86,14 +86,14 @@ def numbers_of(noise: tuple) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_numbers_of_all_processes_are_the_whole_batchs(size: int) -> None:
     options = ["training.batch_size=8", "loss.base_fake_fraction=0.35", "loss.vae_fraction=0.5"]  # 3 and 4 of 8
-    config = load_config(None, [*SMALL, *VARIED, *options, "video.motion_dim=2"])
+    config = load_config(None, [*SMALL, *VARIED, *options, "data.clips=x", "video.source=both"])
     alone = NoiseSampler(config, CPU)
     shards = [NoiseSampler(config, CPU, World(rank, size)) for rank in range(size)]
     assert [noise.critic(5, 1).base_count for noise in shards] == [len(range(rank, 3, size)) for rank in range(size)]
     for kind, arguments in (("critic", (5, 1)), ("generator", (5,))):
         parts = [numbers_of(getattr(noise, kind)(*arguments)) for noise in shards]
         for name, expected in numbers_of(getattr(alone, kind)(*arguments)).items():
-            only_updated = kind == "critic" and name in ("phases", "amplitudes", "noise", "code", "frame")
+            only_updated = kind == "critic" and name in ("phases", "amplitudes", "choice", "noise", "frame")
             if name == "decoder_share":
                 assert all(torch.equal(part[name], expected) for part in parts)
                 continue
