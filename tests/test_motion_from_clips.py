@@ -93,7 +93,7 @@ def test_fitted_fields_find_the_motion_that_clips_were_made_with() -> None:
     other = moving(*fields)
     again = other(images, other.sample_motion(3, (3, 16, 16))._replace(choice=motion.choice))
     assert (again - clips).square().sum() < 0.15 * (clips[:, :1] - clips).square().sum()
-    assert fit_fields(images[:, None].expand(-1, FIELD_FRAMES, -1, -1, -1))[1] <= 1  # nothing moves: a number still
+    assert -1e9 < fit_fields(images[:, None].expand(-1, FIELD_FRAMES, -1, -1, -1))[1] <= 1  # nothing moves
 
 
 def test_a_period_of_a_clip_that_repeats_or_not_is_short_or_long() -> None:
