@@ -322,7 +322,7 @@ def moving_columns(
         still = {"input": inputs.images, "reconstruction": still["base image"]}
     moving = {}
     is_clip = isinstance(inputs.motion, Clip)
-    if kind == "synthetic" or (options.compare and (is_clip or not rollout_after)):
+    if kind == "synthetic" or (options.compare and (is_clip or not rollout_after)):  # else a rollout follows nothing
         name = "clip" if is_clip else "synthetic video"
         moving[name] = sampler.synthetic(inputs, count, noise=kind == "synthetic")
     if kind == "weights":

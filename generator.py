@@ -177,12 +177,12 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def rollout(
-        self, features: Tensor, states: Tensor, state: PredictorState | None, count: int, noise: Tensor | None = None,
+        self, features: Tensor, states: Tensor, state: PredictorState | None, count: int, noise: Tensor,
         prepared: Prepared | None = None,
     ) -> Tensor:  # fmt: skip
         """The next `count` frames of images (R, ...), each decoded with the update predicted from those before it:
         (R, count, C, height, width). `states` (R, T, hidden_size) end with `state`. Without gradients, which go back
-        through the GRU's states, not through its input; with `noise`, as the frames of a synthetic video have it.
+        through the GRU's states, not through its input; with `noise`, as the frames of a synthetic video.
         """
         hidden, prepared = states[:, -1], self.prepare() if prepared is None else prepared
         frames: list[Tensor] = []
@@ -191,7 +191,7 @@ class Generator(nn.Module):
                 encoded, state = self.predictor.encode(frames[-1], state)
                 hidden = encoded[:, 0]
             frame = self.downscale(self.decode(features, self.predict(hidden, prepared=prepared)))
-            frames.append((frame if noise is None else (frame + noise[:, k]).clamp(0, 1))[:, None])
+            frames.append((frame + noise[:, k]).clamp(0, 1)[:, None])
         return torch.cat(frames, dim=1)
 
     def downscale(self, images: Tensor) -> Tensor:

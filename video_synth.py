@@ -400,8 +400,8 @@ class TrainingClips:
         return np.where(place < length, place, period - place)
 
     def periods(self, count: int) -> Tensor:
-        """One period of each of at most `count` clips, taken evenly: (N, FIELD_FRAMES, C, H, W) in [0, 1] on the
-        device. Of a clip more than twice as long its first part, forth and back.
+        """One period of each of at most `count` clips, taken evenly: (N, FIELD_FRAMES, C, H, W) in [0, 1], on
+        the CPU: a GPU would fit slightly other motions each time. Of long clips the first part, forth and back.
         """
         periods = []
         kept = min(count, len(self.lengths))
@@ -416,7 +416,7 @@ class TrainingClips:
                 frames = self._row[int(self.lengths[:clip].sum()) :]
             else:
                 frames = self._frames[clip] if self._frames else self._read(clip)[0]
-            periods.append(frames[places].to(self.device))
+            periods.append(frames[places].cpu())
         return torch.stack(periods).float() / 255
 
     def _prepare(self, number: int, pool: ThreadPoolExecutor) -> tuple[Any, Tensor]:

@@ -57,7 +57,8 @@ def on_clips(sampler: Sampler, clips: Tensor) -> dict[str, float]:
     with torch.no_grad():
         z, _ = generator.vae.encode(clips[:, 0])
         features = generator.features(z)
-        still, times = generator.decode_base(features), torch.arange(clips.shape[1] - 1).expand(len(clips), -1)
+        times = torch.arange(clips.shape[1] - 1, device=clips.device).expand(len(clips), -1)
+        still = generator.decode_base(features)
         encoded, _ = generator.vae.encode(clips.flatten(0, 1))
         alone = generator.vae.decode(encoded).unflatten(0, clips.shape[:2])
         warped = synthesizer(still, motion, (1 + times) * (synthesizer.frames / clips.shape[1]), full_size=True)
