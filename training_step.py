@@ -133,7 +133,8 @@ class NoiseSampler:
         frame = self._adversarial_frame(batch, rows)
         times = self._integers(loss.rollout_frames + 1, batch, loss.video_frames)[rows]
         augment = augment[:, rows].flatten(0, 1)
-        rollout_count = self._rollout_count(step, batch)
+        rollouts = losses.value_at(loss.rollout_fraction, self.fraction(step))
+        rollout_count = len(range(round(rollouts * batch))[rows])
         vae_count = math.ceil(loss.vae_fraction * batch)  # of the whole batch
         own = len(range(vae_count)[rows])
         posterior, share = posterior[rows][: max(1, own)], own * self.world.size / vae_count
@@ -142,11 +143,6 @@ class NoiseSampler:
         decoder_share = torch.full((), now, device=self.device) if now and isinstance(loss.lambda_vae, dict) else now
         return GeneratorNoise(z[rows], motion, frame, posterior, share, self.lambda_vae, decoder_share, rollout_count,
                               times, augment, alone, None if clips is None else self._clips(step, clips))  # fmt: skip
-
-    def _rollout_count(self, step: int, count: int) -> int:
-        """How many of this process's shard of `count` videos are rolled out in iteration `step`."""
-        fraction = losses.value_at(self.config.loss.rollout_fraction, self.fraction(step))
-        return len(range(round(fraction * count))[self.rows])
 
     def _clips(self, step: int, clips: Tensor) -> ClipNoise:
         """The clips with their random numbers, whose seed is of their own."""
@@ -430,10 +426,9 @@ class EagerSteps:
                 loss, output = generator_objective(state.generator, state.critic, x_real, noise, config)
             # Only these: the critic's weights get no gradient here. Zero where the loss doesn't reach (a λ is 0).
             gradients = torch.autograd.grad(loss.total, weights, allow_unused=True, materialize_grads=True)
-        metrics = {f"generator/{name}": value for name, value in loss._asdict().items() if value is not None}
-        if output or noise.motion is None:  # then there is no update, and this is 0
-            bound = state.generator.head.bound
-            metrics["update/saturated_fraction"] = output.update.saturated_fraction(bound) if output else loss.update
+        metrics = {f"generator/{name}": value for name, value in loss._asdict().items()}
+        bound = state.generator.head.bound  # without an output there is no update, and this is 0
+        metrics["update/saturated_fraction"] = output.update.saturated_fraction(bound) if output else loss.update
         return self._pass("generator", metrics, weights, gradients)
 
 
