@@ -50,7 +50,7 @@ def critic_loss(critic: Callable[[Tensor], Tensor], x_real: Tensor, x_fake: Tens
     # Without BatchNorm a score depends on its own image alone, so both halves go through in one pass.
     score_real, score_fake = at_least_fp32(critic(torch.cat([x_real, x_fake]))).chunk(2)
     wasserstein = score_fake.mean() - score_real.mean()
-    with nullcontext() if penalty_context is None else penalty_context:  # torch 2.11 compiles no `or` here
+    with penalty_context or nullcontext():
         penalty = gradient_penalty(critic, x_real, x_fake, epsilon)
     drift, weighted_penalty = score_real.square().mean(), weights.lambda_gp * penalty
     rest = wasserstein + weights.epsilon_drift * drift
@@ -62,13 +62,13 @@ def gradient_penalty(critic: Callable[[Tensor], Tensor], x_real: Tensor, x_fake:
     """mean (‖∇D(x_hat)‖₂ - 1)² at x_hat = ε · x_real + (1 - ε) · x_fake, one ε and one norm per image, in fp32.
 
     Gulrajani et al. 2017, algorithm 1. Our critic has an `input_gradient` that needs no double backward. For any
-    other it is taken with `torch.func.grad`, which `torch.compile` can follow (unlike `torch.autograd.grad` with
-    `create_graph=True`). An ordinary `.backward()` goes through both. Images are (B, C, H, W), `epsilon` (B,).
+    other it is taken with `torch.func.grad`. An ordinary `.backward()` goes through both. Images are (B, C, H, W),
+    `epsilon` (B,).
     """
     with torch.autocast(x_real.device.type, enabled=False):
         epsilon = at_least_fp32(epsilon).view(-1, 1, 1, 1)
         x_hat = (epsilon * at_least_fp32(x_real) + (1 - epsilon) * at_least_fp32(x_fake)).detach()
-        if hasattr(critic, "input_gradient"):  # torch.compile of torch 2.11 cannot trace `method or other`
+        if hasattr(critic, "input_gradient"):
             gradient = critic.input_gradient(x_hat)
         else:  # scores of different images don't mix, so the gradient of their sum is each image's own gradient
             gradient = torch.func.grad(lambda x: critic(x).sum())(x_hat)

@@ -232,8 +232,7 @@ class Discriminator(nn.Module):
         gradient = self.to_score.weight.view(1, *h.shape[1:]).expand_as(h)
         for conv, (features, index, pooled) in zip(reversed(convolutions), reversed(places), strict=True):
             gradient = torch.ops.aten.leaky_relu_backward(gradient, pooled, LEAKY_SLOPE, False)
-            # The transpose of max_pool2d: each value goes to the pixel that it came from. The operation that autograd
-            # uses, since every runner has a fast version of it: `max_unpool2d` has none compiled.
+            # The transpose of max_pool2d: each value goes to the pixel that it came from, as autograd does it.
             gradient = torch.ops.aten.max_pool2d_with_indices_backward(
                 gradient, features, [2, 2], [2, 2], [0, 0], [1, 1], False, index)  # fmt: skip
             gradient = functional.conv_transpose2d(gradient, conv.weight, padding=STAGE_PADDING)

@@ -166,7 +166,7 @@ def train(config: Config, accept_changes: bool = False, profile: bool = False, w
         while state.step < steps:
             step = state.step + 1
             world.set_phase(f"step {step}")
-            with log.pause() if runner.is_new else nullcontext():  # it compiles or records first: no measure of speed
+            with log.pause() if runner.is_new else nullcontext():  # it records first: no measure of speed
                 metrics = iteration(runner, noise, batches, step, windows)
             state.step = step
             log.collect(step, metrics)

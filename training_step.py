@@ -2,7 +2,7 @@
 
 A step is a *pass*, a pure function from images and random numbers to metrics and gradients, and what changes the state
 after it: averaging over processes, clipping, Adam, the moving average. `EagerSteps` runs the passes as written here;
-`step_runners.py` compiles or records them.
+`step_runners.py` records them.
 """
 
 import copy
@@ -338,7 +338,7 @@ class EagerSteps:
         log: takes lines for the user.
     """
 
-    is_new = False  # whether the next steps prepare something first, which takes time
+    is_new = False  # whether the next steps record something first, which takes time
 
     def __init__(self, state: TrainingState, world: World = SINGLE_PROCESS, log: Callable[[str], None] = print) -> None:
         self.state, self.config, self.world, self.log = state, state.config, world, log
@@ -389,7 +389,7 @@ class EagerSteps:
         return products_in_tf32(tf32) if self.config.runtime.precision == "tf32" else nullcontext()
 
     def release(self) -> None:
-        """Frees the memory of what was prepared."""
+        """Frees the memory of what was recorded."""
 
     def run_pass(self, name: str, x_real: Tensor, noise: CriticNoise | GeneratorNoise) -> Pass:
         """Runs `critic_pass` or `generator_pass`, as this runner does."""

@@ -126,7 +126,7 @@ class VideoSynthesizer(nn.Module):
 
     It holds no weights but the motion fields that were learned from clips, if any, and samples no random numbers while
     running: `sample_motion` samples them, `forward` is a pure and differentiable function of images and motion, so that
-    a training step can be compiled, captured and repeated.
+    a training step can be captured and repeated.
 
     Args:
         frames: T, the frames of one closed path.

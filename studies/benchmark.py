@@ -12,7 +12,6 @@ convolutions of our iteration would take at the best rate measured on the same d
 
 import argparse
 import json
-import math
 import os
 import platform
 import re
@@ -33,7 +32,7 @@ import torch
 
 from configuration import UserError, load_config
 from image_data import open_images
-from step_runners import has_bf16, has_compiler
+from step_runners import has_bf16
 from util import choose_device, os_errors_as_user_errors
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +79,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     if quick:
         variants = [textbook, eager, *[("eager", "bf16")] * bf16, *[graph, ("cuda_graph", "tf32")] * on_gpu]
         return [Case("quick", [], variants, checked=True, first=[*SOURCE, *QUICK])]
-    every = [textbook, eager, *[("compiled", "fp32")] * has_compiler(device), *[graph] * on_gpu]
+    every = [textbook, eager, *[graph] * on_gpu]
     every += [(runner, "bf16") for runner, _ in every[1:] if bf16 and (on_gpu or runner == "eager")]
     every += [("eager", "tf32"), ("cuda_graph", "tf32")] * on_gpu
     few = [textbook, eager, graph, ("cuda_graph", "tf32")] if on_gpu else [textbook, eager]
@@ -186,21 +185,17 @@ def summary(line: Line, turns: list[Line], textbook: list[float]) -> Line:
 
 
 def complete(results: list[Line]) -> dict[str, float]:
-    """Adds the floor, and when compiling has paid for itself; returns the best rates by precision, FLOP/s."""
+    """Adds the floor; returns the best rates by precision, FLOP/s."""
     eager = {(line["case"], line["precision"]): line for line in results if line["runner"] == "eager"}
     # The best of all cases: on a machine with other work any single one may be too low.
     rates = {name: max(line["rate"] for key, line in eager.items() if key[1] == name) for _, name in eager}
     for line in results:
-        line["fraction_of_floor"] = line["compile_seconds"] = line["break_even_steps"] = None
+        line["fraction_of_floor"] = None
         if (own := eager.get((line["case"], line["precision"]))) is None:
             continue
         # tf32 and bf16 leave the penalty in fp32, so that either rate may be the better one.
         best = rates["fp32"] if line["precision"] == "fp32" else max(rates.values())
         line["fraction_of_floor"] = own["flops"] / best / line["seconds_per_iteration"]
-        if line["runner"] == "compiled":
-            line["compile_seconds"] = max(0.0, line["first_seconds"] - own["first_seconds"])
-            saved = own["seconds_per_iteration"] - line["seconds_per_iteration"]
-            line["break_even_steps"] = math.ceil(line["compile_seconds"] / saved) if saved > 0 else None
     return rates
 
 
@@ -211,7 +206,6 @@ COLUMNS = {
     "critic step, s": ("critic_seconds", "{:.3g}"), "generator step, s": ("generator_seconds", "{:.3g}"),
     "data wait": ("data_wait_fraction", "{:.1%}"), "peak memory": ("peak_memory_gb", "{:.2f} GB"),
     "gradient error": ("gradient_error", "{:.1e}"), "fraction of floor": ("fraction_of_floor", "{:.0%}"),
-    "compiling": ("compile_seconds", "{:.0f} s"), "paid after": ("break_even_steps", "{:,} iterations"),
 }  # fmt: skip
 """Title -> key of a result line, and its format."""
 
@@ -271,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = CommandParser("python -m studies.benchmark", description=__doc__)
     add = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda or cuda:<number> (%(default)s)")
-    add("--quick", action="store_true", help="small sizes without compiling, about a minute")
+    add("--quick", action="store_true", help="small sizes, about a minute")
     add("--rounds", type=int_between("rounds", 1, 10_000), help="iterations of each variant (5; 3 with --quick)")
     add("--json", type=Path, metavar="FILE", help="also write the results as JSON")
     add("--out", type=Path, metavar="FOLDER", default=Path("runs/benchmark"), help="of the report (%(default)s)")

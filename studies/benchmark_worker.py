@@ -27,20 +27,20 @@ from torch.utils.module_tracker import ModuleTracker
 from configuration import Config, load_config
 from image_data import open_images
 from model_definitions import WeightPredictorRNN
-from step_runners import CompiledSteps, CudaGraphSteps, EagerSteps, has_bf16
+from step_runners import CudaGraphSteps, EagerSteps, has_bf16
 from studies.textbook import Textbook, textbook_batches
 from training import build_networks, iteration
 from training_log import peak_memory_gb
 from training_step import NoiseSampler, TrainingState
 
-RUNNERS = {"eager": EagerSteps, "compiled": CompiledSteps, "cuda_graph": CudaGraphSteps}
+RUNNERS = {"eager": EagerSteps, "cuda_graph": CudaGraphSteps}
 
 
 class Variant:
     """A step runner, or the textbook, with networks, random numbers and images.
 
     Args:
-        runner: `textbook`, `eager`, `compiled`, `cuda_graph`, or `reference`: the textbook in float64.
+        runner: `textbook`, `eager`, `cuda_graph`, or `reference`: the textbook in float64.
         dtype: of weights and images; the reference's is float64 anyway.
     """
 
@@ -169,10 +169,9 @@ def main(settings: dict[str, Any]) -> None:
         torch.cuda.set_device(device)  # which is what gets waited for
         torch.backends.cudnn.allow_tf32 = False  # but "fp32" is to mean fp32 for both
     variant = Variant(config, device, runner)
-    started, answer, errors = time.perf_counter(), dict[str, Any](), dict[str, list[float]]()
+    answer, errors = dict[str, Any](), dict[str, list[float]]()
     for number in range(1, 1 + settings["gradients"]):
         vectors, path = variant.gradients(number), folder / f"{number}.pt"
-        answer.setdefault("first_seconds", time.perf_counter() - started)
         if runner == "reference":
             torch.save(vectors, path)
         for name, exact in torch.load(path).items() if path.exists() else ():
@@ -180,7 +179,7 @@ def main(settings: dict[str, Any]) -> None:
     answer["gradient_errors"] = {name: statistics.median(values) for name, values in errors.items()}
     print(json.dumps(answer), flush=True)
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)  # what compiling took is not what training takes
+        torch.cuda.reset_peak_memory_stats(device)  # what recording took is not what training takes
     batches = variant.batches()
     questions: dict[str, Callable[[int], dict[str, Any]]] = {
         # On a GPU ten at a time, or its idle time between turns would count.

@@ -145,7 +145,7 @@ def tests() -> None:
     """The project's tests of what a GPU does."""
     names = ["test_step_runners.py", "test_training.py::test_a_run_on_the_gpu"]
     names += [] if IS_SMALL else ["test_image_data.py", "test_fake_cuda.py", "test_training_step.py"]
-    run_tool("-m", "pytest", "-n", "4", "-q", "-p", "no:cacheprovider", "-rs", *(f"tests/{name}" for name in names))
+    run_tool("-m", "pytest", "-n", "4", "-q", "-p", "no:cacheprovider", "-rfEs", *(f"tests/{name}" for name in names))
 
 
 def training_command(name: str, *more: str) -> list[str]:
@@ -171,10 +171,10 @@ def resume() -> None:
         note(run=name, relative_distance_from_alone=float((vectors[-1] - vectors[0]).norm() / vectors[0].norm()))
 
 
-def timing(timed: dict[str, tuple[str, list[str], bool]] = TIMED) -> None:
+def timing() -> None:
     """Milliseconds of an iteration, and memory."""
-    for name, (runner, more, is_given) in timed.items():
-        if HAS_GPU or runner not in ("cuda_graph", "compiled"):
+    for name, (runner, more, is_given) in TIMED.items():
+        if HAS_GPU or runner != "cuda_graph":
             with attempt(name):
                 time_variant(name, runner, more, is_given)
 
@@ -193,11 +193,6 @@ def time_variant(name: str, runner: str, more: list[str], is_given: bool) -> Non
     images = variant.config.training.n_critic * variant.config.training.batch_size
     note(variant=name, ms=1e3 * statistics.median(times), fastest_ms=1e3 * min(times), seconds_until_ready=ready,
          images_per_second=images / statistics.median(times), peak_memory_gb=answer["peak_memory_gb"])  # fmt: skip
-
-
-def compiled() -> None:
-    """The compiled passes, which on a GPU lie in a CUDA graph."""
-    timing({"compiled": ("compiled", [], False), "compiled, bf16": ("compiled", [BF16], False)})
 
 
 def train() -> None:
@@ -253,7 +248,6 @@ def kernels() -> None:
 PARTS: dict[str, tuple[Callable[[], None], float]] = {
     "facts": (facts, 60), "right": (right, 110), "tests": (tests, 110), "resume": (resume, 110),
     "timing": (timing, 120), "train": (train, 170), "rollouts": (rollouts, 60), "kernels": (kernels, 40),
-    "compiled": (compiled, 100),
 }  # fmt: skip
 """Name -> what is done, and the seconds that it may take."""
 TOGETHER = [["facts"], ["right", "tests", "resume"], *([name] for name in list(PARTS)[4:])]

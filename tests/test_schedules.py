@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import training
 from configuration import UserError, config_to_yaml, load_config
 from losses import value_at
-from step_runners import EagerSteps, PreparedSteps
+from step_runners import CudaGraphSteps, EagerSteps
 from training_step import NoiseSampler, generator_objective
 
 FRACTIONS = st.floats(0, 1, width=32)
@@ -111,17 +111,17 @@ def test_the_encoder_learns_alike_while_lambda_vae_falls_to_0_and_theta_ever_les
         assert torch.allclose(torch.zeros_like(theta) if gradient is None else gradient, share * theta)
 
 
-def test_a_pass_is_prepared_anew_when_its_numbers_change_form_and_then_alone() -> None:
+def test_a_pass_is_recorded_anew_when_its_numbers_change_form_and_then_alone() -> None:
     made: list[str] = []
 
-    class Prepared(PreparedSteps):
-        def prepare(self, run, x_real, noise):
-            assert run.__name__ not in self._prepared  # what was recorded before is free by now
+    class Recorded(CudaGraphSteps):
+        def record(self, run, x_real, noise):
+            assert run.__name__ not in self._recorded  # what was recorded before is free by now
             made.append(run.__name__)
             return run
 
     config = load_config(None, [*SMALL, *STAGES, "loss.lambda_vae={0: 0.25, 0.5: 0}"])
-    runner, noise = Prepared(new_state(config), log=lambda _: None), NoiseSampler(config, torch.device("cpu"))
+    runner, noise = Recorded(new_state(config), log=lambda _: None), NoiseSampler(config, torch.device("cpu"))
     for step, expected in zip(range(1, 9), (2, 2, 2, 2, 4, 4, 5, 5), strict=True):
         training.iteration(runner, noise, itertools.repeat(random_images(step)), step)
         assert len(made) == expected, step

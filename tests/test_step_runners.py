@@ -1,6 +1,5 @@
-"""Compiled and recorded steps against eager ones: the same parameters, however a step is run; and the choice."""
+"""Recorded steps against eager ones: the same parameters, however a step is run; and the choice."""
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -15,16 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 import step_runners
 from configuration import UserError, load_config
-from step_runners import CompiledSteps, CudaGraphSteps, EagerSteps, build_steps, choose_step
+from step_runners import CudaGraphSteps, EagerSteps, build_steps, choose_step
 from training_step import NoiseSampler
 
 CPU = torch.device("cpu")
-TINY = [
-    *SMALL, "vae.channels=[4]", "critic.channels=[4]", "weight_predictor.layers=[decoder.stage1.*]",
-    "weight_predictor.num_layers=1", "video.frames=2", "video.height=4", "video.width=4", "weight_predictor.rank=2",
-    "loss.rollout_frames=1", "loss.rollout_fraction=0.5", "loss.base_fake_fraction=1",
-]  # fmt: skip
-"""Few operations, since each of them takes the compiler time; the critic's pass needs no GRU."""
 
 
 def assert_same_steps(eager: EagerSteps, other: EagerSteps, steps: int) -> None:
@@ -45,26 +38,6 @@ def assert_same_steps(eager: EagerSteps, other: EagerSteps, steps: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- same results
-
-
-@pytest.mark.skipif(not step_runners.has_compiler(CPU), reason="torch.compile needs a C++ compiler")
-def test_compiled_steps_give_the_same_parameters_and_resume_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_fully = torch.compile
-
-    def compile_one(run, **options):
-        if run.__name__ == "critic_pass":
-            return compile_fully(run, options={"cpp.simdlen": 1}, **options)  # fewer trials of the C++ compiler
-        return compile_fully(run, backend="aot_eager", **options)  # only traced: its C++ code takes half a minute
-
-    monkeypatch.setattr(torch, "compile", compile_one)
-    config = load_config(None, TINY)
-    compiled = CompiledSteps(new_state(config))
-    assert_same_steps(EagerSteps(new_state(config)), compiled, 10)
-    saved = copy.deepcopy(compiled.state.to_dict())
-    expected = run_iterations(compiled, 3)
-    compiled.state.restore(saved)
-    for name, value in run_iterations(compiled, 3).items():
-        assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -133,17 +106,16 @@ def test_images_and_random_numbers_reach_a_recorded_graph(monkeypatch: pytest.Mo
     assert len(calls) == 2 * 4  # of each pass three warm-up calls and the recorded one: all else were replays
 
 
-@pytest.mark.parametrize(("kind", "what"),
-                         [(CompiledSteps, "torch.compile"), (CudaGraphSteps, "recording a CUDA graph")])  # fmt: skip
-def test_a_preparation_that_fails_is_an_error_or_a_warning(kind: type, what: str, monkeypatch) -> None:
-    config = load_config(None, SMALL)
-    monkeypatch.setattr(kind, "prepare", Mock(side_effect=RuntimeError("\ng++: internal error\nand a long story")))
-    with pytest.raises(UserError, match=rf"^{what} failed \(g\+\+: internal error\); use runtime.step=eager$"):
-        run_iterations(kind(new_state(config)), 1)
+def test_a_recording_that_fails_is_an_error_or_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, what = load_config(None, SMALL), "recording a CUDA graph"
+    fails = Mock(side_effect=RuntimeError("\ninternal error\nand a long story"))
+    monkeypatch.setattr(CudaGraphSteps, "record", fails)
+    with pytest.raises(UserError, match=rf"^{what} failed \(internal error\); use runtime.step=eager$"):
+        run_iterations(CudaGraphSteps(new_state(config)), 1)
     lines: list[str] = []
-    weights = run_iterations(kind(new_state(config), log=lines.append, required=False), 2)
+    weights = run_iterations(CudaGraphSteps(new_state(config), log=lines.append, required=False), 2)
     assert lines == [
-        f"WARNING: {what} of the {step} pass failed; it now runs eagerly: g++: internal error"
+        f"WARNING: {what} of the {step} pass failed; it now runs eagerly: internal error"
         for step in ("critic", "generator")
     ]
     for name, value in run_iterations(EagerSteps(new_state(config)), 2).items():
@@ -153,13 +125,13 @@ def test_a_preparation_that_fails_is_an_error_or_a_warning(kind: type, what: str
 def test_a_recording_that_fails_tells_its_first_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaving the context raises a second error, as CUDA's does."""
 
-    def prepare(*_: Any) -> None:
+    def record(*_: Any) -> None:
         try:
             raise RuntimeError("operation not permitted when stream is capturing")
         finally:
             raise torch.AcceleratorError("operation failed due to a previous error during capture")
 
-    monkeypatch.setattr(CudaGraphSteps, "prepare", prepare)
+    monkeypatch.setattr(CudaGraphSteps, "record", record)
     with pytest.raises(UserError, match=r"graph failed \(operation not permitted when stream is capturing\); use"):
         run_iterations(CudaGraphSteps(new_state(load_config(None, SMALL))), 1)
 
@@ -178,22 +150,18 @@ def test_auto_takes_cuda_graphs_on_a_gpu_and_eager_steps_on_a_cpu() -> None:
         assert line.startswith(f"steps: {kind}, since ")
 
 
-def test_a_request_that_cannot_be_met_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_cannot_be_met_is_an_error() -> None:
     with pytest.raises(UserError, match="cuda_graph, but the device is a CPU"):
         choice("cpu", "runtime.step=cuda_graph")
-    monkeypatch.setattr(step_runners, "has_compiler", lambda device: False)
-    for device, needs in (("cpu", r"a C\+\+ compiler"), ("cuda", "Triton")):
-        with pytest.raises(UserError, match=f"compiled, which needs {needs}"):
-            choice(device, "runtime.step=compiled")
 
 
 def test_the_runner_is_the_one_that_was_chosen_and_required_where_the_user_asked_for_it() -> None:
     for step in ("auto", "cuda_graph"):
         state = new_state(load_config(None, [*SMALL, f"runtime.step={step}"]))
-        runners = [build_steps(kind, state) for kind in ("eager", "compiled", "cuda_graph")]
-        assert [type(runner) for runner in runners] == [EagerSteps, CompiledSteps, CudaGraphSteps]
-        assert [runner.required for runner in runners[1:]] == [False, step == "cuda_graph"]
-        assert all(runner.state is state for runner in runners)
+        eager, recorded = (build_steps(kind, state) for kind in ("eager", "cuda_graph"))
+        assert (type(eager), type(recorded)) == (EagerSteps, CudaGraphSteps)
+        assert recorded.required == (step == "cuda_graph")
+        assert eager.state is recorded.state is state
     assert choice("cuda", "runtime.step=eager") == ("eager", "steps: eager, as runtime.step says")
 
 
