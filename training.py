@@ -310,14 +310,14 @@ def read_clip(path: str, config: Config) -> tuple[Tensor, bool]:
 
 def open_clips(config: Config, device: torch.device, world: World, window: int, count: int) -> TrainingClips | None:
     """The clips that teach motion, of whose windows this process takes its shard; None where `data.clips` is null.
-    Raises UserError: as `find_images`, or the processes see different clips; BrokenImageError as `open_images`.
+    Raises UserError: as `find_images`, or they don't fit into `data.memory_gb`, or the processes see different clips;
+    BrokenImageError as `open_images`.
     """
     data = config.data
     if data.clips is None:
         return None
     samples, held_out, note = find_clips(config)
-    found, memory, broken = list[tuple[str, int, bool]](), list[Tensor](), list[str]()
-    size, limit = 0, data.memory_gb * 1e9  # bytes of all frames
+    found, size, broken = list[tuple[str, Tensor, bool]](), 0, list[str]()  # bytes of all frames
     for path, _ in tqdm(samples, desc="decoding", unit="clip", leave=False, disable=None if world.is_main else True):
         try:
             frames, again = read_clip(path, config)
@@ -326,20 +326,23 @@ def open_clips(config: Config, device: torch.device, world: World, window: int, 
                 raise
             broken.append(f"{shown_path(path)} ({error.reason})")  # the error itself holds the frames
             continue
-        found.append((path, len(frames), again))
+        found.append((path, frames, again))
         size += frames.nbytes
-        memory = [*memory, frames] if size <= limit else []
+        if size > data.memory_gb * 1e9:
+            raise UserError(
+                f"data.clips: its clips take more than data.memory_gb={data.memory_gb:g} GB decoded; raise it, lower "
+                "video.fps or image.size, or take fewer clips"
+            )
     if not found:
         raise UserError(f"data.clips: none of {len(samples)} clips can be read; {broken[0]}")
-    kept, lengths, repeats = zip(*found, strict=True)
-    clips = TrainingClips(lambda k: read_clip(kept[k], config), lengths, repeats, memory or None, window=window,
-                          count=count, seed=config.training.seed, device=device, mirror=data.mirror,
-                          shard=slice(world.rank, None, world.size))  # fmt: skip
+    kept, decoded, repeats = zip(*found, strict=True)
+    clips = TrainingClips(decoded, repeats, window=window, count=count, seed=config.training.seed, device=device,
+                          mirror=data.mirror, shard=slice(world.rank, None, world.size))  # fmt: skip
     names = [path.removeprefix(str(absolute(data.clips))) for path in kept]
     classes = {Path(name).parts[1:-1][:1] for name in names}
     layout = f"in {len(classes)} class folders of" if () not in classes else "from"
     line = f"{len(kept):,} clips {layout} {shown_path(data.clips)}, {clips.summary} at {config.video.fps:g} a second"
-    line += f", {sum(lengths) / config.video.fps:,.0f} s ({size / 1e6:,.1f} MB decoded)"
+    line += f", {clips.lengths.sum() / config.video.fps:,.0f} s ({size / 1e6:,.1f} MB decoded)"
     line += f"; {len(held_out):,} more are held out for evaluation" * bool(held_out)
     skipped = f"skipped {len(broken):,} broken: {', '.join(broken[:3])}{', ...' * (len(broken) > 3)}" if broken else ""
     clips.lines = [line for line in (line, note, skipped) if line]

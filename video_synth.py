@@ -23,9 +23,7 @@ To add a motion, add an entry to `MOTIONS`. `generate.py RUN --video synthetic` 
 import copy
 import itertools
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -343,54 +341,43 @@ class TrainingClips:
     the seed and the batch's number alone: not on where the frames are kept, nor on where a run was resumed.
 
     Args:
-        read: number of a clip -> its frames, uint8 (T, C, H, W), and whether it repeats.
-        lengths, repeats: of each clip: T, and whether it repeats.
-        frames: of each clip; None: a clip is read again when a window of it is due.
+        frames, repeats: of each clip its frames, uint8 (T, C, H, W), and whether it repeats.
         window, count: frames of a window, and windows of a batch, of which this process takes its `shard`.
         mirror: flip windows left to right at random.
     """
 
     def __init__(
-        self, read: Callable[[int], tuple[Tensor, bool]], lengths: Sequence[int], repeats: Sequence[bool],
-        frames: Sequence[Tensor] | None, *, window: int, count: int, seed: int, device: torch.device | str = "cpu",
-        shard: slice = slice(None), mirror: bool = False,
+        self, frames: Sequence[Tensor], repeats: Sequence[bool], *, window: int, count: int, seed: int,
+        device: torch.device | str = "cpu", shard: slice = slice(None), mirror: bool = False,
     ) -> None:  # fmt: skip
+        lengths = [len(clip) for clip in frames]
         self.lengths, self.repeats = np.array(lengths), np.array(repeats)  # host and device each do their own
         self.window, self.count, self.shard, self.mirror = window, count, shard, mirror
         self.seed, self.device = seed, torch.device(device)
         self.lines: list[str] = []  # for the log
         self.identity: dict[str, Any] = {}  # what a resumed run must find again
-        self._read, self._frames = read, frames
+        self._frames = frames
         self._row: Tensor | None = None  # uint8 (all frames, C, H, W), one clip after the other, on the GPU
-        size, on_gpu = sum(clip.nbytes for clip in frames or ()), self.device.type == "cuda"
+        size, on_gpu = sum(clip.nbytes for clip in frames), self.device.type == "cuda"
         # At most half of what is free there, as of images. In memory there is no row: to make it would take both.
-        if frames and on_gpu and size <= torch.cuda.mem_get_info(self.device)[0] / 2:
+        if on_gpu and size <= torch.cuda.mem_get_info(self.device)[0] / 2:
             self._row = frames[0].new_empty((sum(lengths), *frames[0].shape[1:]), device=self.device)
-            for part, clip in zip(self._row.split([*lengths]), frames, strict=True):
+            self._frames = self._row.split(lengths)
+            for part, clip in zip(self._frames, frames, strict=True):
                 part.copy_(clip)
-            self._frames = None
         self._order = lru_cache(maxsize=4)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(lengths)))
 
     @property
     def summary(self) -> str:
         """Where they are kept, and how many frames they have."""
         frames, back = int(self.lengths.sum()), int((~self.repeats).sum())
-        place = "kept in memory" if self._frames else f"kept on {self.device}" if self._row is not None else "streamed"
+        place = "kept in memory" if self._row is None else f"kept on {self.device}"
         text = f"{place}, {back:,} of them forth and back since they end elsewhere" if back else place
         return f"{text}: {frames:,} frames"
 
     def batches(self, first: int = 0) -> Iterator[Tensor]:
-        """Batches number `first`, `first` + 1, ... without end: float32 (N, window, C, H, W) in [0, 1] on the device.
-        Raises UserError: a clip that is read again cannot be.
-        """
-        with ThreadPoolExecutor(4) as pool:
-            ahead = deque(self._prepare(number, pool) for number in (first, first + 1))
-            for number in itertools.count(first + 2):
-                frames, flip = ahead.popleft()
-                windows = frames if isinstance(frames, Tensor) else torch.stack([one.result() for one in frames])
-                windows = to_device(windows, self.device)
-                yield torch.where(flip, windows.flip(-1), windows).float() / 255
-                ahead.append(self._prepare(number, pool))
+        """Batches number `first`, ... without end: float32 (N, window, C, H, W) in [0, 1] on the device."""
+        return map(self._batch, itertools.count(first))
 
     def places(self, clips: np.ndarray, begin: np.ndarray) -> np.ndarray:
         """Which of its frames each window shows: the clips (N,) from frame `begin` (N,) on -> (N, window)."""
@@ -412,29 +399,23 @@ class TrainingClips:
                 period, length = FIELD_FRAMES, FIELD_FRAMES // 2 + 1
             places = np.arange(FIELD_FRAMES) * period // FIELD_FRAMES
             places = np.where(places < length, places, period - places)
-            if self._row is not None:
-                frames = self._row[int(self.lengths[:clip].sum()) :]
-            else:
-                frames = self._frames[clip] if self._frames else self._read(clip)[0]
-            periods.append(frames[places].cpu())
+            periods.append(self._frames[clip][places].cpu())
         return torch.stack(periods).float() / 255
 
-    def _prepare(self, number: int, pool: ThreadPoolExecutor) -> tuple[Any, Tensor]:
-        """Of a batch's shard the windows, uint8, or what will be each of them; and which to flip, (N, 1, 1, 1, 1)."""
+    def _batch(self, number: int) -> Tensor:
         row = [divmod(number * self.count + k, len(self.lengths)) for k in range(self.count)]
         random = np.random.default_rng([self.seed, number, 1])
         clips = np.array([self._order(epoch)[place] for epoch, place in row])[self.shard]
         begin, flips = (random.integers(0, end, self.count)[self.shard] for end in (2**31, 2))
         places = self.places(clips, begin)
-        flip = to_device(torch.from_numpy((flips * self.mirror)[:, None, None, None, None] > 0), self.device)
         if self._row is not None:
             offsets = (self.lengths.cumsum() - self.lengths)[clips][:, None]
-            return self._row[to_device(torch.from_numpy(offsets + places), self.device)], flip
-        rows = zip(clips.tolist(), places, strict=True)
-        return [pool.submit(self._read_window, *one) for one in rows], flip
-
-    def _read_window(self, clip: int, places: np.ndarray) -> Tensor:
-        return (self._frames[clip] if self._frames else self._read(clip)[0])[places]
+            windows = self._row[to_device(torch.from_numpy(offsets + places), self.device)]
+        else:
+            windows = torch.stack([self._frames[clip][own] for clip, own in zip(clips.tolist(), places, strict=True)])
+            windows = to_device(windows, self.device)
+        flip = to_device(torch.from_numpy((flips * self.mirror)[:, None, None, None, None] > 0), self.device)
+        return torch.where(flip, windows.flip(-1), windows).float() / 255
 
 
 def catmull_rom(points: Sequence[Tensor], fraction: Any) -> Tensor:

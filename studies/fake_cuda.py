@@ -267,8 +267,8 @@ def _train(config: Config, watch: Watch) -> None:
     if noise.clip_count:
         shape = config.image.channels, config.image.size, config.image.size
         frames = torch.empty(12, *shape, dtype=torch.uint8)
-        windows = TrainingClips(mock.Mock(), [6] * 2, [True, False], frames.split(6), window=noise.window,
-                                count=noise.clip_count, seed=0, device=CUDA)  # fmt: skip
+        windows = TrainingClips(frames.split(6), [True, False], window=noise.window, count=noise.clip_count, seed=0,
+                                device=CUDA)  # fmt: skip
         clips = iter(watch.during("data", windows.batches().__next__), None)
     for number in (1, 2):
         watch.launches = Counter({key: count for key, count in watch.launches.items() if key[0].endswith("pass")})

@@ -71,19 +71,19 @@ def first(clips: TrainingClips, count: int = 5, begin: int = 0) -> torch.Tensor:
 
 
 def test_a_window_goes_round_or_forth_and_back() -> None:
-    clips = TrainingClips(lambda _: None, [4, 4, 2], [True, False, False], None, window=8, count=3, seed=0)
+    frames = [torch.zeros(length, 3, 1, 1) for length in (4, 4, 2)]
+    clips = TrainingClips(frames, [True, False, False], window=8, count=3, seed=0)
     places = clips.places(np.array([0, 1, 2]), np.array([3, 2, 0]))
     assert places.tolist() == [[3, 0, 1, 2, 3, 0, 1, 2], [2, 3, 2, 1, 0, 1, 2, 3], [0, 1, 0, 1, 0, 1, 0, 1]]
 
 
-def test_batches_depend_on_seed_and_number_alone_wherever_frames_are_kept(folder: Path) -> None:
+def test_batches_depend_on_seed_and_number_alone(folder: Path) -> None:
     clips = opened(folder, "data.mirror=true")
     whole = first(clips)
     assert whole.shape == (5, 4, 7, 3, 16, 16)
     assert whole.dtype == torch.float32
     assert 0 <= whole.min() < 0.3 < 0.9 < whole.max() <= 1
     assert torch.equal(first(clips, 2, begin=3), whole[3:])
-    assert torch.equal(first(opened(folder, "data.mirror=true", "data.memory_gb=0")), whole)
     assert not torch.equal(first(opened(folder, "data.mirror=true", "training.seed=1")), whole)
     plain = first(opened(folder))
     flipped = (whole != plain).flatten(2).any(2)
@@ -138,7 +138,15 @@ def test_clips_are_held_out_by_name_and_described(folder: Path) -> None:
     assert "2 more are held out" in clips.lines[0]
     whole = "1 of them forth and back since they end elsewhere: 45 frames at 10 a second, 4 s (0.0 MB decoded)"
     assert opened(folder).lines == [f"6 clips from {folder}, kept in memory, {whole}"]
-    assert opened(folder, "data.memory_gb=0").lines == [f"6 clips from {folder}, streamed, {whole}"]
+
+
+def test_clips_that_do_not_fit_into_memory_are_refused(folder: Path) -> None:
+    frame = 3 * 16 * 16
+    assert opened(folder, f"data.memory_gb={45 * frame / 1e9:.9f}")
+    with pytest.raises(
+        UserError, match=r"^data\.clips: its clips take more than data\.memory_gb=3\.4e-05 GB decoded; "
+    ):
+        opened(folder, "data.memory_gb=0.000034")
 
 
 def test_class_folders_and_folders_of_frames_lie_side_by_side(tmp_path: Path) -> None:

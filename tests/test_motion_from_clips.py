@@ -101,8 +101,7 @@ def test_a_period_of_a_clip_that_repeats_or_not_is_short_or_long() -> None:
         return torch.arange(length, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
 
     frames = [ramp(length) for length in (24, 12, 7, 100, 60)]
-    clips = TrainingClips(lambda _: (frames[0], True), [24, 12, 7, 100, 60], [True, True, False, True, False], frames,
-                          window=3, count=2, seed=0)  # fmt: skip
+    clips = TrainingClips(frames, [True, True, False, True, False], window=3, count=2, seed=0)
     periods = (255 * clips.periods(9)[:, :, 0, 0, 0]).round().int().numpy()
     forth_and_back = np.abs((np.arange(24) + 12) % 24 - 12)
     assert periods[0].tolist() == list(range(24))
