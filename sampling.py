@@ -12,7 +12,6 @@ True
 import itertools
 import math
 import os
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,13 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-_HERE = str(Path(__file__).parent)
-for _name in ("checkpoints", "configuration", "generator", "image_data", "util", "video_synth", "weight_updates"):
-    _file = getattr(sys.modules.get(_name), "__file__", None) or __file__
-    if str(Path(_file).parent) != _HERE:
-        raise ImportError(f"{_file} has the name of a module that we need: rename it, or import {__name__} first")
-sys.path.insert(0, _HERE)  # while ours are imported: a script that imports sampling may have a util.py of its own
-
 from checkpoints import DamagedCheckpointError, load_checkpoint, write_checkpoint
 from configuration import Config, UserError, config_from_dict, config_to_dict, similar_path
 from generator import VIDEO_SIZE, Generator, build_generator, stable_seed
@@ -36,8 +28,6 @@ from image_data import decode_image, fit_image, read_frames
 from media import BrokenImageError
 from util import choose_device, expanded, prepare_device, shown_path
 from video_synth import Clip, Motion, catmull_rom
-
-sys.path.remove(_HERE)
 
 BATCH = 64
 """Images decoded at a time, so that memory doesn't grow with the number of images."""

@@ -155,19 +155,6 @@ def test_nothing_around_a_command_stops_it(tmp_path: Path, image_folder: Path) -
     assert "batch_size: 2" in (run / "config.yaml").read_text(encoding="utf-8")
 
 
-def test_a_script_elsewhere_imports_ours_beside_modules_of_the_same_names(tmp_path: Path, sample_run: Path) -> None:
-    for name in ("losses", "quality", "util", "generator"):
-        (tmp_path / f"{name}.py").write_text("own = True")
-    load = f"from sampling import load_sampler; print(load_sampler({str(sample_run)!r}, 'cpu').step)"
-    for before, after in (("", "import losses; print(losses.own)"), ("import util; ", "")):
-        code = f"import sys; sys.path.append({str(ROOT)!r}); {before}{load}; {after}"
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-        if before:  # too late: one line says so
-            assert f"{tmp_path / 'util.py'} has the name of a module that" in done.stderr.splitlines()[-1]
-        else:
-            assert done.stdout == "2\nTrue\n", done.stderr
-
-
 def test_what_torchrun_left_behind_is_told_by_the_process_that_finds_it(
     tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
