@@ -238,7 +238,7 @@ class TrainingImages:
     def __init__(self, folder: Any, data: DataConfig, image: ImageConfig, *, batch_size: int, seed: int,
                  device: torch.device | str, progress: bool = True, shard: slice = slice(None)):  # fmt: skip
         self.batch_size, self.seed, self.device, self.shard = batch_size, seed, torch.device(device), shard
-        self._root, self._left_out, self._fit = folder.root, folder.left_out, data.fit
+        self._root, self._left_out = folder.root, folder.left_out
         self._mirror, self._workers = data.mirror, data.workers
         samples, held_out = split_held_out(folder.samples, folder.root, data.holdout)
         reader = partial(_ImageReader, loader=folder.loader, skip=data.on_broken == "skip")
@@ -282,18 +282,6 @@ class TrainingImages:
             some = ", ".join(f"{shown_path(path)} ({reason})" for path, reason in self.skipped[:3])
             text += f"\nskipped {len(self.skipped):,} broken: {some}{', ...' if len(self.skipped) > 3 else ''}"
         return text
-
-    @property
-    def crop_note(self) -> str:
-        """How much `data.fit=crop` cuts away, by the headers of 200 files; "" where that is little."""
-        cut = []
-        for path in self._reader.paths[:: -(-len(self._reader.paths) // 200)] if self._fit == "crop" else ():
-            with suppress(Exception), open_image(path) as image:
-                cut.append(100 - 100 * min(image.size) / max(image.size))
-        if sum(cut) < 3 * len(cut) or not cut:
-            return ""
-        return (f"data.fit=crop cuts away {sum(cut) / len(cut):.0f} % of the images' area on average (of {len(cut)} "
-                f"looked at), at most {max(cut):.0f} %; data.fit=pad keeps all")  # fmt: skip
 
     def batches(self, first: int = 0) -> Iterator[Tensor]:
         """Batches number `first`, `first` + 1, ... without end: float32 (B, C, H, W) in [0, 1] on the device.

@@ -420,8 +420,6 @@ def dry_run(config: Config, accept_changes: bool, verbose: bool, world: World) -
     yield f"# data\n{description}"
     for name, count in images.class_counts.items():
         yield f"  {name:<24} {count:>8,}"
-    if images.crop_note:
-        yield f"  {images.crop_note}"
     yield from clips.lines if clips else []
     low, mean, high = (f"{value:.3f}" for value in (batch.min(), batch.mean(), batch.max()))
     yield f"  first batch {tuple(batch.shape)}, values {low} to {high}, mean {mean}\n"
