@@ -79,7 +79,7 @@ class CriticConfig:
 
 @dataclass
 class WeightPredictorConfig:
-    update: str = network("predicted", "predicted | constant | off", "by the GRU; one learned vector for all; none")
+    update: str = network("predicted", "predicted | off", "by the GRU, or none")
     layers: list[str] = network(["decoder.*"], "", "decoder tensors to update, as shell patterns (stage1 is last)")
     update_size: Any = network("auto", "", "WEIGHT_UPDATE_SIZE, numbers per update: auto, or a number that is checked")
     head: str = network("low_rank", "full | low_rank | per_channel", "all weights, two thin factors, one per channel")

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from configuration import Config
-from model_definitions import VAE, ConstantUpdate, Discriminator, PredictorState, WeightPredictorRNN
+from model_definitions import VAE, Discriminator, NoUpdate, PredictorState, WeightPredictorRNN
 from video_synth import MOTIONS, Motion, VideoSynthesizer
 from weight_updates import (
     HEADS,
@@ -42,7 +42,7 @@ class GeneratorOutput(NamedTuple):
     video: Tensor  # (B, T, C, height, width) in [0, 1], that the GRU encoded; without a GRU x_base, T times
     states: Tensor  # (B, T, hidden_size), the GRU's hidden state at each frame; (B, T, 0) without a GRU
     predictor_state: PredictorState | None  # what the predictor keeps of the video; None without a GRU
-    update: Update  # Δ of B images; of one where it is shared, constant or off (zeros)
+    update: Update  # Δ of B images; of one where it is shared or off (zeros)
     x_fake: Tensor  # (B, C, H, W) in [0, 1], decoded with θ + Δ; x_base itself where the update is off
 
 
@@ -52,12 +52,12 @@ class Generator(nn.Module):
     Args:
         vae: its decoder makes the images.
         synthesizer: makes the video that the predictor encodes.
-        predictor: a GRU, or the constant-update baseline.
+        predictor: a GRU, or what stands in its place where updates are off.
         head: turns the predicted code into an update.
         config: `weight_predictor` (update, sharing) and `video` are read.
     """
 
-    def __init__(self, vae: VAE, synthesizer: VideoSynthesizer, predictor: WeightPredictorRNN | ConstantUpdate,
+    def __init__(self, vae: VAE, synthesizer: VideoSynthesizer, predictor: WeightPredictorRNN | NoUpdate,
                  head: UpdateHead, config: Config) -> None:  # fmt: skip
         super().__init__()
         settings = config.weight_predictor
@@ -71,7 +71,7 @@ class Generator(nn.Module):
         self.clip_changes = build_synthesizer(config, learned=False)
         self.detach_video = config.video.detach
         self.video_size = synthesizer.video_size(vae.image_shape)
-        if self.update_kind == "off":  # a constant that stays at zero
+        if self.update_kind == "off":
             self.predictor.requires_grad_(False)
             self.head.requires_grad_(False)
         # Decoder layers before the first updated one give the same with θ and θ + Δ: they run once for both.
@@ -134,7 +134,7 @@ class Generator(nn.Module):
         T - 1, that of frame T, which equals frame 0.
         """
         images = x_base.detach() if self.detach_video else x_base
-        if self.update_kind != "predicted":
+        if self.update_kind == "off":
             video = images[:, None].expand(-1, self.synthesizer.frames, -1, -1, -1)
             return video, *self.predictor.encode(video)
         video = self.synthesizer(images, motion)
@@ -156,7 +156,7 @@ class Generator(nn.Module):
 
         State number k predicts the update that decodes frame T + k; the first is the one at the video's end.
         """
-        if self.update_kind != "predicted" or not frames:
+        if self.update_kind == "off" or not frames:
             return output.states[:, -1:].expand(-1, frames + 1, -1)
         assert output.predictor_state is not None
         begin = self.synthesizer.frames
@@ -386,16 +386,14 @@ def build_head(config: Config, vae: VAE) -> UpdateHead:
     return HEADS[settings.head](build_update_spec(vae, settings.layers), settings.bound, settings.rank)
 
 
-def build_predictor(
-    config: Config, synthesizer: VideoSynthesizer, head: UpdateHead
-) -> WeightPredictorRNN | ConstantUpdate:
-    """The GRU that predicts the head's code from a video, or the constant that stands in its place. Raises UserError:
-    an `update_size` that isn't the head's.
+def build_predictor(config: Config, synthesizer: VideoSynthesizer, head: UpdateHead) -> WeightPredictorRNN | NoUpdate:
+    """The GRU that predicts the head's code from a video, or what stands in its place. Raises UserError: an
+    `update_size` that isn't the head's.
     """
     settings, image = config.weight_predictor, config.image
     update_size = check_update_size(settings.update_size, head)
-    if settings.update != "predicted":
-        return ConstantUpdate(update_size)
+    if settings.update == "off":
+        return NoUpdate(update_size)
     height, width = synthesizer.video_size((image.size, image.size))
     frame_size = image.channels * height * width
     changes = config.video.input == "changes"

@@ -175,8 +175,8 @@ class WeightPredictorRNN(nn.Module):
         return self.to_update(states)
 
 
-class ConstantUpdate(nn.Module):
-    """A control that predicts nothing: one learned code for all images, zero at first, so that θ + Δ = θ.
+class NoUpdate(nn.Module):
+    """In the predictor's place where nothing is updated: a code that stays at zero, so that θ + Δ = θ.
 
     It has `encode` and `to_update` as `WeightPredictorRNN` does, but ignores the video: its states are empty.
     """

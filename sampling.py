@@ -264,7 +264,7 @@ def begin_sampler(source: str | Path, device: torch.device, size: int | None = N
     saved = load_checkpoint(path)
     config = config_from_dict(saved["config"], str(path))
     settings, size = config.weight_predictor, size or config.image.size
-    if "tuned" in saved or settings.update != "predicted" or settings.sharing == "shared":
+    if "tuned" in saved or settings.update == "off" or settings.sharing == "shared":
         what = "is tuned already" if "tuned" in saved else "predicts no update for each image"
         raise UserError(f"{shown_path(path)} {what}: begin with another run, or with the model included")
     sides: dict[str, Any] = {side: min(getattr(config.video, side) or VIDEO_SIZE, size) for side in ("height", "width")}

@@ -90,8 +90,8 @@ class NoiseSampler:
         self.base_images = round(config.loss.base_fake_fraction * batch)  # of the critic's fakes, with updates
         self.random, self.latent = torch.Generator(device), (batch, config.vae.latent_dim)
         synthesizer, shape = build_synthesizer(config), (image.channels, image.size, image.size)
-        counts, has_gru = {0, batch - self.base_images, batch, batch // 2}, settings.update == "predicted"
-        self.motion_shapes = {n: synthesizer.motion_shapes(n, shape, has_gru) for n in counts}
+        counts = {0, batch - self.base_images, batch, batch // 2}
+        self.motion_shapes = {n: synthesizer.motion_shapes(n, shape) for n in counts}
         self.clip_count = batch // 2 if config.video.source != "synthetic" else 0  # of the whole batch
         self.window = 1 + config.video.frames + config.loss.rollout_frames  # frames of each
 

@@ -160,14 +160,11 @@ class VideoSynthesizer(nn.Module):
         """(height, width) of the video made of images of shape (..., H, W)."""
         return self.height or image_shape[-2], self.width or image_shape[-1]
 
-    def motion_shapes(
-        self, batch: int, image_shape: tuple[int, ...] | torch.Size, noise: bool = True
-    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    def motion_shapes(self, batch: int, image_shape: tuple[int, ...] | torch.Size) -> tuple[tuple[int, ...], ...]:
         """Shapes of a `Motion` of `batch` videos of images of shape (C, H, W), for who samples its numbers together
-        with others: phases, in turns, amplitudes and choice are uniform in [0, 1), noise is standard normal;
-        `noise=False` for a caller that needs no noise.
+        with others: phases, in turns, amplitudes and choice are uniform in [0, 1), noise is standard normal.
         """
-        height, width = self.video_size(image_shape) if self.strengths["noise"] and noise else (0, 0)
+        height, width = self.video_size(image_shape) if self.strengths["noise"] else (0, 0)
         paths, grain = len(self.paths), (batch, 2, image_shape[-3], height, width)
         return (batch, paths, len(PATH_WEIGHTS)), (batch, paths), (batch, int(self.fields is not None)), grain
 

@@ -56,7 +56,7 @@ CLIPS = "data.clips=x video.source=clips video.input=changes"
 CONFIGURATIONS = ["", JOINT, ALONE, f"{JOINT} {BF16}", OFF, " ".join(SOURCE)] + [f"{QUICK} {settings}" for settings in (
     f"{FULL} weight_predictor.layers=[decoder.stage1.*]", f"{FULL} {BF16}", PER_CHANNEL, f"{PER_CHANNEL} {BF16}",
     AUGMENTED, f"{AUGMENTED} {BF16}", SHARED, f"{SHARED} {BF16}", OFF, f"{OFF} {BF16}", "image.channels=1",
-    "weight_predictor.update=constant", "loss.lambda_video=0", "loss.rollout_fraction=1", "loss.rollout_fraction=0",
+    "loss.lambda_video=0", "loss.rollout_fraction=1", "loss.rollout_fraction=0",
     "loss.rollout_frames=0", "loss.adversarial_frame=random", "loss.base_fake_fraction=1", "loss.base_fake_fraction=0",
     "video.detach=false data.mirror=true", "training.clip=1", CLIPS, f"{CLIPS} {BF16}", f"{CLIPS} {ALONE}",
     "video.shift=0 video.zoom=0 video.rotation=0 video.brightness=0 video.contrast=0 video.noise=0",

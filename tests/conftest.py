@@ -456,8 +456,7 @@ def run_iterations(runner: EagerSteps, count: int) -> dict[str, torch.Tensor]:
 
 # ------------------------------------------------------------------------------------------------------- generators
 
-ARMS = {kind: [f"weight_predictor.update={kind}"] for kind in ("off", "constant")}
-"""The controls of the method: name -> overrides."""
+OFF = "weight_predictor.update=off"
 
 
 def small_generator(*overrides: str) -> Generator:
@@ -470,8 +469,6 @@ def moved(generator: Generator, size: float = 0.3) -> Generator:
     """The same generator with random numbers in its predictor's zero weights, so that it updates, as after training."""
     if generator.update_kind == "predicted":
         torch.nn.init.normal_(generator.predictor.to_update.weight, std=size)
-    elif generator.update_kind == "constant":
-        torch.nn.init.normal_(generator.predictor.code, std=size)
     return generator
 
 

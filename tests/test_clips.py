@@ -283,7 +283,7 @@ def test_no_folder_of_clips_is_one_clear_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [("data.clips=somewhere", "video.source is synthetic"), ("video.source=both", "data.clips null"),
-     ("weight_predictor.update=constant", "update is predicted"), ("weight_predictor.sharing=shared", "per_sample")],
+     ("weight_predictor.update=off", "update is predicted"), ("weight_predictor.sharing=shared", "per_sample")],
 )  # fmt: skip
 def test_settings_that_contradict_each_other_are_refused(override: str, words: str) -> None:
     more = ["data.clips=x", "video.source=clips"] if "weight_predictor" in override else []

@@ -64,7 +64,7 @@ FIRST_CHANGED = {
         "image.size=32", "image.channels=1", "training.batch_size=3", "training.n_critic=2", "training.seed=1",
     ],
     "networks": [
-        "vae.latent_dim=7", "vae.channels=[4,9]", "critic.channels=[4,9]", "weight_predictor.update=constant",
+        "vae.latent_dim=7", "vae.channels=[4,9]", "critic.channels=[4,9]", "weight_predictor.update=off",
         "weight_predictor.layers=[decoder.stage1.*]", "weight_predictor.head=full", "weight_predictor.rank=1",
         "weight_predictor.hidden_size=9", "weight_predictor.num_layers=1", "video.height=4", "video.width=4",
     ],

@@ -18,7 +18,7 @@ SMALL = f"{QUICK} training.n_critic=2"
 
 
 @pytest.mark.parametrize("settings", [
-    BF16, FULL, f"{PER_CHANNEL} {BF16}", SHARED, OFF, AUGMENTED, "weight_predictor.update=constant",
+    BF16, FULL, f"{PER_CHANNEL} {BF16}", SHARED, OFF, AUGMENTED,
     "video.detach=false loss.adversarial_frame=random data.mirror=true",
     "training.clip=1", f"{fake_cuda.CLIPS} video.input=frames", f"{fake_cuda.CLIPS} video.source=both",
 ])  # fmt: skip

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARMS, SMALL, generator_of, metrics_of, moved, networks_and_noise, small, small_generator, train
+from conftest import OFF, SMALL, generator_of, metrics_of, moved, networks_and_noise, small, small_generator, train
 from torch.func import functional_call
 
 import weight_updates
@@ -206,13 +206,13 @@ def test_the_video_loss_reaches_the_predictor_and_never_theta(head: str, fractio
             assert gradient.abs().max() > 0, name
 
 
-SHARED = {"full": [], "shared": ["weight_predictor.sharing=shared"]}
+ARMS = {"off": [OFF], "full": [], "shared": ["weight_predictor.sharing=shared"]}
 
 
 @pytest.mark.parametrize("head", ["full", "low_rank"])
-@pytest.mark.parametrize("arm", [*ARMS, *SHARED])
+@pytest.mark.parametrize("arm", ARMS)
 def test_the_video_loss_of_every_arm_by_hand(arm: str, head: str) -> None:
-    overrides = [*(ARMS | SHARED)[arm], *VIDEO, f"weight_predictor.head={head}"]
+    overrides = [*ARMS[arm], *VIDEO, f"weight_predictor.head={head}"]
     config, generator, critic, sampler = networks_and_noise(*overrides)
     noise, x_real = sampler.generator(1), torch.rand(4, 3, 16, 16)
     with torch.no_grad():
@@ -225,7 +225,7 @@ def test_the_video_loss_of_every_arm_by_hand(arm: str, head: str) -> None:
         for image in range(4):
             row = slice(image, image + 1)
             for time in noise.video_times[image].tolist():
-                update = generator.predict(states[:, time]).dense()  # of one, where it is shared or constant
+                update = generator.predict(states[:, time]).dense()  # of one, where it is shared
                 own = update._replace(numbers=update.numbers[row if len(update.numbers) > 1 else slice(1)])
                 frame = generator.decode(output.features[row], own)
                 times = torch.tensor([[time + 3]])
@@ -244,41 +244,21 @@ def test_the_video_loss_of_every_arm_by_hand(arm: str, head: str) -> None:
 # ------------------------------------------------------------------------------------------------------ the controls
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_a_constant_update_is_the_same_for_every_image_and_bounded(head: str) -> None:
-    generator = generator_of(*ARMS["constant"], f"weight_predictor.head={head}", "weight_predictor.bound=0.2")
-    z, _, output = path_of(generator)
-    weights = dict(generator.vae.decoder.named_parameters())
-    with torch.no_grad():
-        expected = generator.head(generator.predictor.code[None], generator.head.prepare(weights)).dense().numbers
-        assert torch.equal(output.update.dense().numbers, expected)
-        assert 0 < expected.abs().max() <= 0.2
-        # The same as a decoder whose weights were changed for good.
-        for name, delta in generator.spec.split(
-            expected[0] * generator.spec.expand(generator.spec.scales(weights))
-        ).items():
-            weights[name].add_(delta)
-        assert torch.allclose(output.x_fake, generator.vae.decode(z), atol=1e-6)
-    assert (output.x_fake - output.x_base).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("arm", ["off", "constant"])
-def test_without_a_predictor_no_video_is_made_and_no_gru_is_there(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, generator, _, sampler = networks_and_noise(*ARMS[arm])
+def test_without_a_predictor_no_video_is_made_and_no_gru_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, generator, _, sampler = networks_and_noise(OFF)
     assert not any(isinstance(module, torch.nn.GRU) for module in generator.modules())
     monkeypatch.setattr(VideoSynthesizer, "forward", lambda *_: pytest.fail("a video was made"))
-    assert (sampler.generator(1).motion is None) == (arm == "off")
-    motion = sampler.critic(1, 0).motion if arm == "off" else sampler.generator(1).motion
-    assert motion.noise.numel() == 0
+    assert sampler.generator(1).motion is None
+    assert sampler.critic(1, 0).motion.noise.numel() == 0
     output = generator(torch.randn(4, 6), generator.sample_motion(4))
     assert torch.equal(output.video, output.x_base[:, None].expand(-1, 3, -1, -1, -1))
-    assert (output.x_fake is output.x_base) == (arm == "off")
+    assert output.x_fake is output.x_base
     assert len(output.update.dense().numbers) == 1
-    assert output.update.dense().numbers.any() == (arm != "off")
+    assert not output.update.dense().numbers.any()
 
 
 def test_an_update_that_is_off_is_scored_once_with_the_weight_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, generator, critic, noise = networks_and_noise(*ARMS["off"], "loss.lambda_adv=0.7", "loss.lambda_base=1.1")
+    config, generator, critic, noise = networks_and_noise(OFF, "loss.lambda_adv=0.7", "loss.lambda_base=1.1")
     x_real, scored, score = torch.rand(4, 3, 16, 16), [], critic.forward
     monkeypatch.setattr(critic, "forward", lambda x: scored.append(x) or score(x))
     loss, _ = generator_objective(generator, critic, x_real, numbers := noise.generator(1), config)
@@ -291,36 +271,29 @@ def test_an_update_that_is_off_is_scored_once_with_the_weight_of_both(monkeypatc
     assert torch.allclose(loss.score_fake, critic(generator.vae.decode(numbers.z)), atol=1e-6)
 
 
-def test_arms_of_one_seed_begin_alike_and_sample_the_same_numbers() -> None:
+def test_runs_of_one_seed_begin_alike_and_sample_the_same_numbers_with_and_without_updates() -> None:
     (full, full_critic), full_noise = build_networks(load_config(None, SMALL)), networks_and_noise()[3]
-    for arm, overrides in ARMS.items():
-        generator, critic = build_networks(load_config(None, [*SMALL, *overrides]))
-        for network, expected in ((generator.vae, full.vae), (critic, full_critic)):
-            for key, value in network.state_dict().items():
-                assert torch.equal(value, expected.state_dict()[key]), (arm, key)
-        noise = networks_and_noise(*overrides)[3]
-        assert torch.equal(noise.critic(5, 1).epsilon, full_noise.critic(5, 1).epsilon)
-        numbers, expected = noise.generator(5), full_noise.generator(5)
-        assert torch.equal(numbers.posterior, expected.posterior)
-        if arm != "off":
-            assert torch.equal(numbers.motion.phases, expected.motion.phases)  # of what the video loss compares with
+    generator, critic = build_networks(load_config(None, [*SMALL, OFF]))
+    for network, expected in ((generator.vae, full.vae), (critic, full_critic)):
+        for key, value in network.state_dict().items():
+            assert torch.equal(value, expected.state_dict()[key]), key
+    noise = networks_and_noise(OFF)[3]
+    assert torch.equal(noise.critic(5, 1).epsilon, full_noise.critic(5, 1).epsilon)
+    assert torch.equal(noise.generator(5).posterior, full_noise.generator(5).posterior)
     _, another = build_networks(load_config(None, [*SMALL, "training.seed=1"]))
     assert not torch.equal(another.to_score.weight, full_critic.to_score.weight)
 
 
 @pytest.mark.usefixtures("without_slow_outputs")
-@pytest.mark.parametrize("arm", ARMS)
-def test_a_run_of_an_arm_trains_samples_and_goes_on(arm: str, tmp_path: Path, image_folder: Path) -> None:
-    overrides = small(tmp_path, image_folder, "training.steps=2", "output.log_every=1", *ARMS[arm],
-                      "training.clip=1", "training.lr_predictor=0.01")  # fmt: skip
+def test_a_run_without_updates_trains_samples_and_goes_on(tmp_path: Path, image_folder: Path) -> None:
+    overrides = small(tmp_path, image_folder, "training.steps=2", "output.log_every=1", OFF, "training.clip=1")
     assert train(*overrides) == 0
     run = tmp_path / "run"
-    sizes = [line["update/relative_size"] for line in metrics_of(run)]
-    assert (sizes[-1] > 0) == (arm != "off")
+    assert metrics_of(run)[-1]["update/relative_size"] == 0
     sampler = load_sampler(run, "cpu")
     inputs = sampler.inputs([0, 1])
     base, updated = sampler.decode(inputs)
-    assert torch.equal(base, updated) == (arm == "off")
+    assert torch.equal(base, updated)
     assert torch.allclose(next(sampler.weight_driven(inputs, 3)), updated, atol=1e-5)
     assert train(*overrides, "training.steps=3") == 0
     assert load_checkpoint(run / "checkpoints" / "latest.pt")["step"] == 3
