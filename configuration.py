@@ -148,7 +148,7 @@ class TrainingConfig:
 class RuntimeConfig:
     device: str = free("auto", "", "auto, cpu, cuda, or cuda:<number>; auto takes a GPU where there is one")
     step: str = free("auto", "auto | eager | cuda_graph", "how steps run; auto chooses and logs which")
-    precision: str = free("fp32", "fp32 | tf32 | bf16", "of products, but for the gradient penalty's, which stay fp32")
+    precision: str = free("fp32", "fp32 | tf32", "of products, but for the gradient penalty's, which stay fp32")
     timeout_minutes: float = free(10.0, "more than 0, at most 1440", "how long one process may keep others waiting")
 
 @dataclass

@@ -205,7 +205,6 @@ class Generator(nn.Module):
         is `prepared`.
         """
         code = self.predictor.to_update(states)
-        code = code.to(torch.promote_types(code.dtype, torch.float32))  # bf16 under autocast; fp64 in tests
         if self.shared:
             code = code.mean(dim=0, keepdim=True)
         return self.head(code, self.prepare(frozen) if prepared is None else prepared)
@@ -350,7 +349,6 @@ class OwnTransposedConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (kernel, padding, stride), (x, weights), gradient = ctx.geometry, ctx.saved_tensors, gradients[0]
-        x, weights = x.to(gradient.dtype), weights.to(gradient.dtype)  # bf16 under autocast
         windows = functional.pad(gradient, (padding[1], padding[1], padding[0], padding[0]))
         windows = windows.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])  # (B, out, H, W, kernel)
         patches = windows.permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(1, 3)  # (B, out · kernel, H · W)

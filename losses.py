@@ -48,7 +48,7 @@ def critic_loss(critic: Callable[[Tensor], Tensor], x_real: Tensor, x_fake: Tens
         penalty_context: what the penalty is computed in: it may need more precision than the rest.
     """
     # Without BatchNorm a score depends on its own image alone, so both halves go through in one pass.
-    score_real, score_fake = at_least_fp32(critic(torch.cat([x_real, x_fake]))).chunk(2)
+    score_real, score_fake = critic(torch.cat([x_real, x_fake])).chunk(2)
     wasserstein = score_fake.mean() - score_real.mean()
     with penalty_context or nullcontext():
         penalty = gradient_penalty(critic, x_real, x_fake, epsilon)
@@ -59,22 +59,21 @@ def critic_loss(critic: Callable[[Tensor], Tensor], x_real: Tensor, x_fake: Tens
 
 
 def gradient_penalty(critic: Callable[[Tensor], Tensor], x_real: Tensor, x_fake: Tensor, epsilon: Tensor) -> Tensor:
-    """mean (‖∇D(x_hat)‖₂ - 1)² at x_hat = ε · x_real + (1 - ε) · x_fake, one ε and one norm per image, in fp32.
+    """mean (‖∇D(x_hat)‖₂ - 1)² at x_hat = ε · x_real + (1 - ε) · x_fake, one ε and one norm per image.
 
     Gulrajani et al. 2017, algorithm 1. Our critic has an `input_gradient` that needs no double backward. For any
     other it is taken with `torch.func.grad`. An ordinary `.backward()` goes through both. Images are (B, C, H, W),
     `epsilon` (B,).
     """
-    with torch.autocast(x_real.device.type, enabled=False):
-        epsilon = at_least_fp32(epsilon).view(-1, 1, 1, 1)
-        x_hat = (epsilon * at_least_fp32(x_real) + (1 - epsilon) * at_least_fp32(x_fake)).detach()
-        if hasattr(critic, "input_gradient"):
-            gradient = critic.input_gradient(x_hat)
-        else:  # scores of different images don't mix, so the gradient of their sum is each image's own gradient
-            gradient = torch.func.grad(lambda x: critic(x).sum())(x_hat)
-        # The small number inside the root keeps its derivative finite where the gradient vanishes.
-        norm = (gradient.square().sum(dim=(1, 2, 3)) + 1e-12).sqrt()
-        return (norm - 1).square().mean()
+    epsilon = epsilon.view(-1, 1, 1, 1)
+    x_hat = (epsilon * x_real + (1 - epsilon) * x_fake).detach()
+    if hasattr(critic, "input_gradient"):
+        gradient = critic.input_gradient(x_hat)
+    else:  # scores of different images don't mix, so the gradient of their sum is each image's own gradient
+        gradient = torch.func.grad(lambda x: critic(x).sum())(x_hat)
+    # The small number inside the root keeps its derivative finite where the gradient vanishes.
+    norm = (gradient.square().sum(dim=(1, 2, 3)) + 1e-12).sqrt()
+    return (norm - 1).square().mean()
 
 
 class GeneratorLoss(NamedTuple):
@@ -104,8 +103,7 @@ def generator_loss(*, score_fake: Tensor, score_base: Tensor, reconstruction: Te
         lambda_vae: a constant, the setting's largest value; as it falls, θ gets a smaller share of the gradient.
         weights: the other factors λ, and β.
     """
-    adversarial, adversarial_base = -at_least_fp32(score_fake).mean(), -at_least_fp32(score_base).mean()
-    update = at_least_fp32(update)
+    adversarial, adversarial_base = -score_fake.mean(), -score_base.mean()
     total = (
         weights.lambda_adv * adversarial
         + weights.lambda_base * adversarial_base
@@ -122,14 +120,13 @@ def vae_loss(x: Tensor, x_rec: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tens
     Kingma & Welling 2013, eq. 10, with a Gaussian decoder: KL = ½ Σ (mu² + e^logvar - 1 - logvar). Images are
     (B, C, H, W), mu and logvar (B, latent_dim).
     """
-    mu, logvar = at_least_fp32(mu), at_least_fp32(logvar)
     kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(dim=1)
     return squared_distance(x, x_rec).mean(), kl.mean()
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
-    """‖a - b‖² of each image, two tensors (B, C, H, W) -> (B,), at least in fp32."""
-    return (at_least_fp32(a) - at_least_fp32(b)).square().flatten(1).sum(dim=1)
+    """‖a - b‖² of each image, two tensors (B, C, H, W) -> (B,)."""
+    return (a - b).square().flatten(1).sum(dim=1)
 
 
 def video_loss(frames: Tensor, video: Tensor) -> Tensor:
@@ -137,11 +134,6 @@ def video_loss(frames: Tensor, video: Tensor) -> Tensor:
     Both (B, K, C, H, W), at the same times.
     """
     return squared_distance(frames.flatten(0, 1), video.flatten(0, 1)).mean()
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """bf16, as autocast leaves it, becomes fp32; fp64, for a check in double precision, stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # -------------------------------------------------------------------------------------------------------- augmentation

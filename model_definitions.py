@@ -161,12 +161,8 @@ class WeightPredictorRNN(nn.Module):
         for each frame, and the state after the last. `state` is that after the frames before; None at the beginning,
         where frame 0 should be the image itself.
         """
-        # In fp32 whatever autocast says, which on CUDA would make it fp16, and copy the weights at every call.
-        with torch.autocast(video.device.type, enabled=False):
-            frames = video.flatten(2)
-            frames = frames.to(torch.promote_types(frames.dtype, torch.float32))
-            frames, statistics = self.norm(frames, state and state[1:])
-            states, hidden = self.gru(frames, state and state.hidden)
+        frames, statistics = self.norm(video.flatten(2), state and state[1:])
+        states, hidden = self.gru(frames, state and state.hidden)
         return states, PredictorState(hidden, *statistics)
 
     def forward(self, video: Tensor) -> Tensor:

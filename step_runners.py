@@ -135,11 +135,9 @@ def choose_step(config: Config, device: torch.device) -> tuple[str, str]:
         kind, reason = "cuda_graph", "since launching each operation would take the GPU longer than doing it"
     elif kind == "auto":
         kind, reason = "eager", "since only a GPU has CUDA graphs"
-    line, precision = f"steps: {kind}, {reason}", config.runtime.precision
-    if precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+    line, tf32 = f"steps: {kind}, {reason}", config.runtime.precision == "tf32"
+    if tf32 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
         line += "\nWARNING: this device has no TF32 (NVIDIA's from Ampere on have it): products are in fp32"
-    if precision == "bf16" and not has_bf16(device):
-        line += "\nWARNING: this device has no bf16 arithmetic; runtime.precision=bf16 will be much slower than fp32"
     return kind, line
 
 
@@ -150,10 +148,3 @@ def build_steps(
     if kind == "eager":
         return EagerSteps(state, world, log)
     return CudaGraphSteps(state, world, log, required=state.config.runtime.step == kind)
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device computes bf16 matrix products itself, instead of emulating them."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -399,9 +399,8 @@ class EagerSteps:
         """The critic's loss, its gradients and metrics. Changes nothing."""
         state, config, weights = self.state, self.config, self.state.parameters["critic"]
         with self._products(tf32=True):
-            with torch.autocast(x_real.device.type, torch.bfloat16, enabled=config.runtime.precision == "bf16"):
-                exact = self._products(tf32=False)
-                loss = critic_objective(state.generator, state.critic, x_real, noise, config, exact)
+            exact = self._products(tf32=False)
+            loss = critic_objective(state.generator, state.critic, x_real, noise, config, exact)
             is_tf32 = config.runtime.precision == "tf32"  # then the penalty's backward pass is run apart
             gradients = torch.autograd.grad(loss.rest if is_tf32 else loss.total, weights)
         if is_tf32:
@@ -422,8 +421,7 @@ class EagerSteps:
         state, config = self.state, self.config
         weights = [*state.parameters["vae"], *(state.parameters["predictor"] if noise.motion is not None else [])]
         with self._products(tf32=True):
-            with torch.autocast(x_real.device.type, torch.bfloat16, enabled=config.runtime.precision == "bf16"):
-                loss, output = generator_objective(state.generator, state.critic, x_real, noise, config)
+            loss, output = generator_objective(state.generator, state.critic, x_real, noise, config)
             # Only these: the critic's weights get no gradient here. Zero where the loss doesn't reach (a λ is 0).
             gradients = torch.autograd.grad(loss.total, weights, allow_unused=True, materialize_grads=True)
         metrics = {f"generator/{name}": value for name, value in loss._asdict().items()}

@@ -196,28 +196,26 @@ class VideoSynthesizer(nn.Module):
         Returns:
             (B, T or K, C, height, width) in [0, 1].
         """
-        with torch.autocast(images.device.type, enabled=False):  # in bf16 places would be half a pixel off at 128 px
-            images = images.to(torch.promote_types(images.dtype, torch.float32))
-            strengths = self.strengths
-            aspect = images.shape[-2] / images.shape[-1]
-            height, width = images.shape[-2:] if full_size else self.video_size(images.shape)
-            if (height, width) != images.shape[-2:]:
-                images = functional.interpolate(images, size=(height, width), mode="area")
-            if times is None:
-                times = torch.arange(self.frames, device=images.device).expand(len(images), -1)
-            paths = self.path(motion, times).unbind(dim=-1)  # each (B, K)
+        strengths = self.strengths
+        aspect = images.shape[-2] / images.shape[-1]
+        height, width = images.shape[-2:] if full_size else self.video_size(images.shape)
+        if (height, width) != images.shape[-2:]:
+            images = functional.interpolate(images, size=(height, width), mode="area")
+        if times is None:
+            times = torch.arange(self.frames, device=images.device).expand(len(images), -1)
+        paths = self.path(motion, times).unbind(dim=-1)  # each (B, K)
 
-            if strengths["shift"] or strengths["zoom"] or strengths["rotation"] or self.fields is not None:
-                video = _warp(images, paths, strengths, aspect, self.field(motion, times))
-            else:
-                video = images[:, None].expand(-1, times.shape[1], -1, -1, -1)  # exact copies, and no memory for them
-            for name, path in zip(self.paths, paths, strict=True):
-                apply = MOTIONS[name].apply
-                if apply and strengths[name]:
-                    video = apply(video, (strengths[name] * path)[..., None, None, None])
-            if strengths["noise"] and (not full_size if noise is None else noise):
-                video = video + self.noise(motion, times, video.shape[-2:])
-            return video.clamp(0, 1)
+        if strengths["shift"] or strengths["zoom"] or strengths["rotation"] or self.fields is not None:
+            video = _warp(images, paths, strengths, aspect, self.field(motion, times))
+        else:
+            video = images[:, None].expand(-1, times.shape[1], -1, -1, -1)  # exact copies, and no memory for them
+        for name, path in zip(self.paths, paths, strict=True):
+            apply = MOTIONS[name].apply
+            if apply and strengths[name]:
+                video = apply(video, (strengths[name] * path)[..., None, None, None])
+        if strengths["noise"] and (not full_size if noise is None else noise):
+            video = video + self.noise(motion, times, video.shape[-2:])
+        return video.clamp(0, 1)
 
     def path(self, motion: Motion, times: Tensor) -> Tensor:
         """How far each motion is at `times` (B, K), as a fraction of its strength: (B, K, paths) in [-1, 1]."""

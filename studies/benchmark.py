@@ -32,7 +32,6 @@ import torch
 
 from configuration import UserError, load_config
 from image_data import open_images
-from step_runners import has_bf16
 from util import choose_device, os_errors_as_user_errors
 
 ROOT = Path(__file__).parent.parent
@@ -74,15 +73,12 @@ class Case(NamedTuple):
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
     """What is measured; on a CPU without the sizes that take it minutes an iteration."""
-    on_gpu, bf16 = device.type == "cuda", has_bf16(device)
+    on_gpu = device.type == "cuda"
     textbook, eager, graph = ("textbook", "fp32"), ("eager", "fp32"), ("cuda_graph", "fp32")
-    if quick:
-        variants = [textbook, eager, *[("eager", "bf16")] * bf16, *[graph, ("cuda_graph", "tf32")] * on_gpu]
-        return [Case("quick", [], variants, checked=True, first=[*SOURCE, *QUICK])]
-    every = [textbook, eager, *[graph] * on_gpu]
-    every += [(runner, "bf16") for runner, _ in every[1:] if bf16 and (on_gpu or runner == "eager")]
-    every += [("eager", "tf32"), ("cuda_graph", "tf32")] * on_gpu
     few = [textbook, eager, graph, ("cuda_graph", "tf32")] if on_gpu else [textbook, eager]
+    if quick:
+        return [Case("quick", [], few, checked=True, first=[*SOURCE, *QUICK])]
+    every = [*few, *[("eager", "tf32")] * on_gpu]
     ours = [eager, graph] if on_gpu else [eager]
     video = {size: [f"video.height={size}", f"video.width={size}"] for size in (32, 64, 256)}
     return [
@@ -193,7 +189,7 @@ def complete(results: list[Line]) -> dict[str, float]:
         line["fraction_of_floor"] = None
         if (own := eager.get((line["case"], line["precision"]))) is None:
             continue
-        # tf32 and bf16 leave the penalty in fp32, so that either rate may be the better one.
+        # tf32 leaves the penalty in fp32, so that either rate may be the better one.
         best = rates["fp32"] if line["precision"] == "fp32" else max(rates.values())
         line["fraction_of_floor"] = own["flops"] / best / line["seconds_per_iteration"]
     return rates
@@ -243,8 +239,7 @@ def run(options: argparse.Namespace) -> str:
     for folder in (options.out, *([options.json.parent] if options.json else [])):  # before minutes of measuring
         with os_errors_as_user_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-    left_out = ["Left out: bf16, for which this device has no arithmetic; emulated, it would be 100 times slower."]
-    left_out, results, text = left_out * (not has_bf16(device)), list[Line](), ""
+    left_out, results, text = list[str](), list[Line](), ""
     for case in chosen:
         results += measure(case, device, options.rounds or (3 if options.quick else 5), base, left_out)
         print(f"measured {case.name}", file=sys.stderr)

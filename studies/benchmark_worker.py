@@ -27,7 +27,7 @@ from torch.utils.module_tracker import ModuleTracker
 from configuration import Config, load_config
 from image_data import open_images
 from model_definitions import WeightPredictorRNN
-from step_runners import CudaGraphSteps, EagerSteps, has_bf16
+from step_runners import CudaGraphSteps, EagerSteps
 from studies.textbook import Textbook, textbook_batches
 from training import build_networks, iteration
 from training_log import peak_memory_gb
@@ -148,12 +148,9 @@ def median_seconds(run: Callable[[], object]) -> float:
 def device_rate(device: torch.device, precision: str) -> float:
     """The best rate of matrix products or convolutions that the device reaches, FLOP/s."""
     side, batch, channels, size = (8192, 64, 256, 64) if device.type == "cuda" else (1536, 16, 128, 32)
-    if precision == "bf16" and not has_bf16(device):
-        side, batch = 256, 1  # emulated, it takes 100 times as long
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    how: Any = {"device": device, "dtype": torch.bfloat16 if precision == "bf16" else torch.float32}
-    a, x = torch.rand(side, side, **how), torch.rand(batch, channels, size, size, **how)
-    kernel = torch.rand(channels, channels, 3, 3, **how).to(memory_format=torch.channels_last)
+    a, x = torch.rand(side, side, device=device), torch.rand(batch, channels, size, size, device=device)
+    kernel = torch.rand(channels, channels, 3, 3, device=device).to(memory_format=torch.channels_last)
     convolution = partial(functional.conv2d, x.to(memory_format=torch.channels_last), kernel, padding=1)
     flops = 2 * 9 * batch * channels**2 * size**2
     return max(2 * side**3 / median_seconds(lambda: a @ a), flops / median_seconds(convolution))

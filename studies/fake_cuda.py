@@ -1,7 +1,7 @@
 """Trains two iterations on a GPU that isn't there: tensors claim to lie on `cuda:0`, but hold nothing.
 
 python -m studies.fake_cuda                             a list of configurations
-python -m studies.fake_cuda runtime.precision=bf16      the default settings but for these
+python -m studies.fake_cuda runtime.precision=tf32      the default settings but for these
 python -m studies.fake_cuda --counts                    also the lines that launch most kernels
 
 Networks, the images' order, random numbers, passes and steps are the project's own, run by `CudaGraphSteps` under
@@ -48,17 +48,16 @@ FILES, CUDA = {str(path) for path in Path(__file__).parent.parent.glob("*.py")},
 JOINT, ALONE = (f"weight_predictor.start=0 weight_predictor.alone={fraction}" for fraction in (1, 0))
 QUICK = f"""{JOINT} image.size=32 vae.channels=[8,16,16] critic.channels=[8,16,16] training.batch_size=8
     vae.latent_dim=8 weight_predictor.hidden_size=16 video.height=16 video.width=16"""
-BF16, SHARED, AUGMENTED, OFF, FULL, PER_CHANNEL = (
-    "runtime.precision=bf16", "weight_predictor.sharing=shared", "training.diffaugment=[color,translation,cutout]",
+TF32, SHARED, AUGMENTED, OFF, FULL, PER_CHANNEL = (
+    "runtime.precision=tf32", "weight_predictor.sharing=shared", "training.diffaugment=[color,translation,cutout]",
     "weight_predictor.update=off", "weight_predictor.head=full", "weight_predictor.head=per_channel",
 )
 CLIPS = "data.clips=x video.source=clips video.input=changes"
-CONFIGURATIONS = ["", JOINT, ALONE, f"{JOINT} {BF16}", OFF, " ".join(SOURCE)] + [f"{QUICK} {settings}" for settings in (
-    f"{FULL} weight_predictor.layers=[decoder.stage1.*]", f"{FULL} {BF16}", PER_CHANNEL, f"{PER_CHANNEL} {BF16}",
-    AUGMENTED, f"{AUGMENTED} {BF16}", SHARED, f"{SHARED} {BF16}", OFF, f"{OFF} {BF16}", "image.channels=1",
+CONFIGURATIONS = ["", JOINT, ALONE, f"{JOINT} {TF32}", OFF, " ".join(SOURCE)] + [f"{QUICK} {settings}" for settings in (
+    f"{FULL} weight_predictor.layers=[decoder.stage1.*]", FULL, PER_CHANNEL, AUGMENTED, SHARED, OFF, "image.channels=1",
     "loss.lambda_video=0", "loss.rollout_fraction=1", "loss.rollout_fraction=0",
     "loss.rollout_frames=0", "loss.adversarial_frame=random", "loss.base_fake_fraction=1", "loss.base_fake_fraction=0",
-    "video.detach=false data.mirror=true", "training.clip=1", CLIPS, f"{CLIPS} {BF16}", f"{CLIPS} {ALONE}",
+    "video.detach=false data.mirror=true", "training.clip=1", CLIPS, f"{CLIPS} {ALONE}",
     "video.shift=0 video.zoom=0 video.rotation=0 video.brightness=0 video.contrast=0 video.noise=0",
 )]
 """Overrides, the empty ones first: the defaults."""
@@ -162,19 +161,16 @@ def project_line() -> str:
 
 
 def _gru(self: nn.GRU, x: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`nn.GRU.forward` as ATen has it with cuDNN. Under autocast it casts to fp16, whatever type was asked for."""
+    """`nn.GRU.forward` as ATen has it with cuDNN."""
     hx = x.new_zeros(self.num_layers, len(x), self.hidden_size) if hx is None else hx
     weights: list[Tensor] = [self.get_parameter(name) for name in self._flat_weights_names]
-    is_cast = torch.is_autocast_enabled("cuda")
-    with torch.autocast("cuda", enabled=False):
-        x, hx, *weights = ((tensor.half() if is_cast else tensor) for tensor in (x, hx, *weights))  # type: ignore
-        if not hx.is_contiguous():
-            raise RuntimeError("rnn: hx is not contiguous")
-        if len({tensor.dtype for tensor in (x, hx, *weights)}) > 1:
-            raise RuntimeError("rnn: input, hidden state and weights are of different types")
-        flat = x.new_empty(sum(tensor.numel() for tensor in weights))  # where `flatten_parameters` has put them
-        states, hidden, *_ = torch._cudnn_rnn(x, weights, 4, flat, hx, None, 3, self.hidden_size, 0, self.num_layers,
-                                              True, 0.0, self.training, False, [], None)  # fmt: skip
+    if not hx.is_contiguous():
+        raise RuntimeError("rnn: hx is not contiguous")
+    if len({tensor.dtype for tensor in (x, hx, *weights)}) > 1:
+        raise RuntimeError("rnn: input, hidden state and weights are of different types")
+    flat = x.new_empty(sum(tensor.numel() for tensor in weights))  # where `flatten_parameters` has put them
+    states, hidden, *_ = torch._cudnn_rnn(x, weights, 4, flat, hx, None, 3, self.hidden_size, 0, self.num_layers,
+                                          True, 0.0, self.training, False, [], None)  # fmt: skip
     return states, hidden
 
 
@@ -216,8 +212,7 @@ def fake_cuda() -> Iterator[Watch]:
     replaced = {
         "autograd.grad": watch.grad, "nn.GRU.forward": _gru, "nn.Module.to": _to, "Generator": _Generator,
         "Tensor.pin_memory": _pinned, "manual_seed": mock.Mock(), "nn.RNNBase.flatten_parameters": mock.Mock(),
-        "cuda.amp.common.amp_definitely_not_available": lambda: False, "cuda.is_available": lambda: False,
-        "cuda.is_bf16_supported": lambda *_, **__: True, "cuda.mem_get_info": lambda *_: (2**40, 2**40),
+        "cuda.is_available": lambda: False, "cuda.mem_get_info": lambda *_: (2**40, 2**40),
         "from_numpy": lambda array: torch.empty(array.shape, dtype=getattr(torch, str(array.dtype))),
         "nn.utils.clip_grad._has_foreach_support": lambda *_: True,  # for fake tensors too
         "_subclasses.fake_tensor.FakeTensorMode.__deepcopy__": lambda self, memo: self,  # copies are of the same mode

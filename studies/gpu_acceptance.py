@@ -43,16 +43,16 @@ IS_SMALL, HAS_GPU = "ACCEPTANCE_SMALL" in os.environ, torch.cuda.is_available()
 SMALL = [
     "image.size=32", "vae.channels=[4,8,8]", "critic.channels=[4,8,8]", "vae.latent_dim=8", "training.n_critic=2",
     "weight_predictor.hidden_size=8", "video.height=8", "video.width=8"]  # fmt: skip
-TF32, BF16, BATCH = "runtime.precision=tf32", "runtime.precision=bf16", "training.batch_size=64"
+TF32, BATCH = "runtime.precision=tf32", "training.batch_size=64"
 CHECKED = [
-    [], ["training.diffaugment=[color,translation,cutout]", "loss.adversarial_frame=random"], [TF32], [BF16],
+    [], ["training.diffaugment=[color,translation,cutout]", "loss.adversarial_frame=random"], [TF32],
     ["weight_predictor.head=full"], ["weight_predictor.head=per_channel"], ["weight_predictor.sharing=shared"],
     ["weight_predictor.update=off"], ["video.detach=false"],
 ]  # fmt: skip
 """Settings under which the host must wait for nothing."""
 TIMED: dict[str, tuple[str, list[str], bool]] = {
     "cuda_graph": ("cuda_graph", [], False), "eager": ("eager", [], False), "tf32": ("cuda_graph", [TF32], False),
-    "bf16": ("cuda_graph", [BF16], False), "textbook, images given": ("textbook", [], True),
+    "textbook, images given": ("textbook", [], True),
     "source sizes": ("cuda_graph", SOURCE, False), "source sizes, textbook": ("textbook", SOURCE, False),
     "batch 64": ("cuda_graph", [BATCH], False), "batch 64, tf32": ("cuda_graph", [BATCH, TF32], False),
     "batch 64, textbook": ("textbook", [BATCH], True), "images alone": ("cuda_graph", ["weight_predictor.start=0.9"],
@@ -131,7 +131,7 @@ def right() -> None:
             steps.critic_pass = lambda x_real, noise: (x_real.sum().item(), run(x_real, noise))[1]
             note(a_failed_recording_says=said, then=variant.iteration(variant.batches(), 1, 3))
     exact = [variant_of("reference").gradients(number) for number in (1, 2, 3)]
-    for runner, kind in [("textbook", "fp32"), *product(runners, ("fp32", "tf32", "bf16"))]:
+    for runner, kind in [("textbook", "fp32"), *product(runners, ("fp32", "tf32"))]:
         with attempt(f"gradients of {runner} {kind}"):
             variant, errors = variant_of(runner, f"runtime.precision={kind}"), dict[str, list[float]]()
             for number, vectors in enumerate(exact, start=1):

@@ -77,7 +77,7 @@ def test_quick_writes_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyP
         for key in ("seconds_per_iteration", "speedup", "critic_seconds", "generator_seconds", "fraction_of_floor"):
             assert 0 < line[key] < float("inf"), key
         assert 0.1 < line["peak_memory_gb"] < 4
-        assert 0 < line["gradient_error"] < (1e-4 if line["precision"] == "fp32" else 1)
+        assert 0 < line["gradient_error"] < 1e-4
     assert results[0]["speedup"] == 1
     assert "| quick | eager | fp32 |" in capsys.readouterr().out
     assert "| quick | eager | fp32 |" in (tmp_path / "out" / "benchmark.md").read_text()

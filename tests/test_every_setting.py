@@ -39,7 +39,7 @@ import run_directory
 import training
 from configuration import SECTIONS, load_config
 from distributed import SINGLE_PROCESS
-from step_runners import EagerSteps
+from step_runners import EagerSteps, choose_step
 from training_step import NoiseSampler
 
 NOWHERE = Path("nowhere")
@@ -78,7 +78,7 @@ FIRST_CHANGED = {
         "video.brightness=0.4", "video.contrast=0.3", "video.noise=0.05", "video.detach=false", "loss.lambda_gp=5",
         "video.input=changes",
         "loss.epsilon_drift=0.01", "loss.lambda_adv=2", "loss.lambda_base=2", "loss.beta=2",
-        "loss.lambda_update=2", "loss.lambda_video=2", "training.diffaugment=[color]", "runtime.precision=bf16",
+        "loss.lambda_update=2", "loss.lambda_video=2", "training.diffaugment=[color]",
     ],
     "learned": [
         "training.lr_vae=0.001", "training.lr_predictor=0.001", "training.lr_critic=0.001",
@@ -261,6 +261,12 @@ def test_a_new_run_begins_with_anothers_weights_and_a_resumed_one_does_not_read_
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(setting: str, words: str, folders: list[Path]) -> None:
     assert words in refused(*small(NOWHERE, folders[0], *BASE, setting))
+
+
+@own("runtime.precision")
+def test_a_device_without_tf32_gets_a_warning() -> None:
+    configs = [load_config(None, [f"runtime.precision={kind}"]) for kind in ("fp32", "tf32")]
+    assert ["no TF32" in choose_step(config, torch.device("cpu"))[1] for config in configs] == [False, True]
 
 
 @own("runtime.timeout_minutes")

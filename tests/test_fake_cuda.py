@@ -12,13 +12,13 @@ import image_data
 import training_step
 from configuration import load_config
 from studies import fake_cuda
-from studies.fake_cuda import AUGMENTED, BF16, FULL, OFF, PER_CHANNEL, QUICK, SHARED, look_at, main, part_launches
+from studies.fake_cuda import AUGMENTED, FULL, OFF, PER_CHANNEL, QUICK, SHARED, TF32, look_at, main, part_launches
 
 SMALL = f"{QUICK} training.n_critic=2"
 
 
 @pytest.mark.parametrize("settings", [
-    BF16, FULL, f"{PER_CHANNEL} {BF16}", SHARED, OFF, AUGMENTED,
+    TF32, FULL, PER_CHANNEL, SHARED, OFF, AUGMENTED,
     "video.detach=false loss.adversarial_frame=random data.mirror=true",
     "training.clip=1", f"{fake_cuda.CLIPS} video.input=frames", f"{fake_cuda.CLIPS} video.source=both",
 ])  # fmt: skip

@@ -12,7 +12,6 @@ import torch
 from conftest import SMALL, Done, new_state, random_images, run_iterations
 from torch.utils._pytree import tree_leaves
 
-import step_runners
 from configuration import UserError, load_config
 from step_runners import CudaGraphSteps, EagerSteps, build_steps, choose_step
 from training_step import NoiseSampler
@@ -41,7 +40,7 @@ def assert_same_steps(eager: EagerSteps, other: EagerSteps, steps: int) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("options", [[], ["runtime.precision=bf16"], ["loss.adversarial_frame=random"]])
+@pytest.mark.parametrize("options", [[], ["loss.adversarial_frame=random"]])
 def test_cuda_graphs_give_the_same_parameters(options: list[str]) -> None:
     config, device = load_config(None, [*SMALL, "training.diffaugment=[color]", *options]), torch.device("cuda")
     assert_same_steps(EagerSteps(new_state(config, device)), CudaGraphSteps(new_state(config, device)), 20)
@@ -163,13 +162,6 @@ def test_the_runner_is_the_one_that_was_chosen_and_required_where_the_user_asked
         assert recorded.required == (step == "cuda_graph")
         assert eager.state is recorded.state is state
     assert choice("cuda", "runtime.step=eager") == ("eager", "steps: eager, as runtime.step says")
-
-
-@pytest.mark.parametrize("supported", [True, False])
-def test_bf16_on_a_device_without_it_gets_a_warning(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_runners, "has_bf16", lambda device: supported)
-    assert ("WARNING" in choice("cpu", "runtime.precision=bf16")[1]) != supported
-    assert "WARNING" not in choice("cpu")[1]
 
 
 @pytest.mark.usefixtures("without_slow_outputs")

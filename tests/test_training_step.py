@@ -14,7 +14,7 @@ from torch.nn.utils import get_total_norm
 
 import losses
 import training
-from configuration import LossConfig, UserError, load_config
+from configuration import UserError, load_config
 from distributed import World
 from generator import Generator, stable_seed
 from model_definitions import Discriminator
@@ -169,7 +169,7 @@ def test_the_critic_step_leaves_the_generator_alone_and_the_other_way_round() ->
         assert changed == {"critic": {"critic"}, "generator": {"generator", "generator_ema"}}[network]
 
 
-# ------------------------------------------------------------------------------------------------ the penalty and bf16
+# ------------------------------------------------------------------------------------------------ the penalty and tf32
 
 
 def test_the_critics_own_input_gradient_equals_autograds() -> None:
@@ -185,55 +185,6 @@ def test_the_critics_own_input_gradient_equals_autograds() -> None:
     weights = [parameter for name, parameter in critic.named_parameters() if name.endswith("weight")]
     for one, other in zip(torch.autograd.grad(own, weights), torch.autograd.grad(general, weights), strict=True):
         assert torch.allclose(one, other, rtol=1e-10, atol=1e-14)
-
-
-def test_bf16_leaves_the_penalty_in_fp32_and_changes_the_rest() -> None:
-    torch.manual_seed(0)
-    critic, x, epsilon = Discriminator(16, 3, (4, 8)), torch.rand(3, 4, 3, 16, 16), torch.rand(4)
-    results = []
-    for enabled in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            critic(x[0])  # fills autocast's cache of bf16 weights, which the penalty must not use
-            loss = losses.critic_loss(critic, x[1], x[2], epsilon, LossConfig())
-        assert {part.dtype for part in loss} == {torch.float32}
-        gradient = torch.autograd.grad(loss.penalty, critic.to_score.weight, retain_graph=True)[0]
-        rest = torch.autograd.grad(loss.wasserstein, critic.to_score.weight)[0]
-        results.append((loss.penalty, gradient, rest))
-    (penalty, gradient, rest), (mixed_penalty, mixed_gradient, mixed_rest) = results
-    assert torch.equal(penalty, mixed_penalty)
-    assert torch.equal(gradient, mixed_gradient)
-    assert 1e-4 < (mixed_rest - rest).norm() / rest.norm() < 0.1
-
-
-@pytest.mark.parametrize("options", [["loss.lambda_video=0"], ["weight_predictor.sharing=shared"],
-                                     ["weight_predictor.head=full"], ["weight_predictor.head=low_rank"]])  # fmt: skip
-def test_bf16_steps_learn_almost_the_same(options: list[str]) -> None:
-    single, mixed = (
-        EagerSteps(new_state(load_config(None, [*SMALL, *options, f"runtime.precision={kind}"])))
-        for kind in ("fp32", "bf16")
-    )
-    weights = run_iterations(mixed, 1)
-    assert all(value.dtype in (torch.float32, torch.int64) for value in weights.values())
-    single.state.restore(copy.deepcopy(mixed.state.to_dict()))
-    noise = NoiseSampler(single.config, CPU)
-    for name, numbers in (("critic_pass", noise.critic(2, 0)), ("generator_pass", noise.generator(2))):
-        exact, rounded = (
-            torch.cat([part.flatten() for part in runner.run_pass(name, random_images(2), numbers).gradients])
-            for runner in (single, mixed)
-        )
-        assert rounded.dtype == torch.float32
-        assert 1e-4 < (exact - rounded).norm() / exact.norm() < 0.2, name
-
-
-def test_under_bf16_the_gru_computes_in_fp32() -> None:
-    """On CUDA it would be in fp16, and its weights would be copied at every call."""
-    _, generator, _, _ = networks_and_noise()
-    video = torch.rand(2, 3, *generator.vae.image_shape).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        states, state = generator.predictor.encode(video)
-    expected, _ = generator.predictor.encode(video.float())
-    assert torch.equal(states, expected)
-    assert {tensor.dtype for tensor in state} == {torch.float32}
 
 
 def test_tf32_is_for_all_but_the_penalty(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,11 +209,3 @@ def test_a_new_motion_is_one_entry_in_the_registry(monkeypatch: pytest.MonkeyPat
     generator = generator_of(*(f"video.{name}=0" for name in STATIC))
     video = generator(torch.randn(2, 6), generator.sample_motion(2)).video
     assert (video[:, 0] - video[:, 1]).abs().amax(dim=(1, 2, 3)).min() > 0.01
-
-
-def test_places_are_exact_under_bf16_too() -> None:
-    synthesizer, image = VideoSynthesizer(5), torch.rand(2, 3, 64, 64).bfloat16()
-    motion = synthesizer.sample_motion(2, (3, 64, 64), generator=torch.Generator().manual_seed(0))
-    with torch.autocast("cpu", torch.bfloat16):  # in it 1 / 64 of the way from edge to edge is rounded off
-        video = synthesizer(image, motion)
-    assert torch.equal(video, synthesizer(image.float(), motion))
