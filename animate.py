@@ -61,6 +61,7 @@ def build_parser() -> ArgumentParser:
     add("--fps", metavar="F", help="frames a second (24)")
     add("--scale", metavar="K", help="show each pixel as K x K (small images are enlarged to be seen)")
     add("--compare", action="store_true", help="beside what it follows")
+    add("--preview", metavar="FILE", help="a .png of the images as they are drawn by now, again and again")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:<number> (%(default)s)")
     add("--force", action="store_true", help="replace the three files of an earlier one")
     return parser
@@ -78,7 +79,7 @@ from configuration import Config
 from generator import Generator, state_rows
 from image_data import failure_reason
 from losses import squared_distance
-from media import save_image, video_format
+from media import save_image, scale_for, tile_images, video_format
 from model_definitions import ClipTarget, ImageTarget, PredictorState, Streams, WeightPredictorRNN
 from sampling import BATCH, Sampler, Tuned, begin_sampler, clip_frames
 from util import atomic_write, command_device
@@ -117,6 +118,7 @@ class Progress(NamedTuple):
     stage: str
     psnr: float  # of the still image, dB
     motion: float  # 1 - squared error of the frames drawn / squared distance of the right ones from the image
+    images: Tensor  # (N, C, H, W), as they are drawn by now
 
 
 class _Tuning:
@@ -233,7 +235,9 @@ class _Tuning:
     def progress(self, fraction: float, stage: str) -> Progress:
         """Waits for the device."""
         mean = self.still.item() / self.target.images[0].numel()
-        return Progress(fraction, stage, -10 * math.log10(max(mean, 1e-10)), self.motion.item())
+        with torch.no_grad():
+            images = self.generator.vae.decode(self.z)
+        return Progress(fraction, stage, -10 * math.log10(max(mean, 1e-10)), self.motion.item(), images)
 
 
 def tune(sampler: Sampler, videos: Tensor, names: list[str] | None = None, *, between: int = 1,
@@ -393,7 +397,7 @@ def animate(options: Namespace) -> str:
     if options.motion is not None and (options.drive or len(moving) == len(inputs)):
         raise UserError("--motion moves images; these move as their clip does")
     if options.motion is not None:
-        sampler.set_motion(*generate.read_motion(options.motion, sampler.generator.synthesizer.strengths))
+        sampler.set_motion(*generate.read_motion(options.motion, sampler))
     images = torch.stack([one.frames[0] for one in inputs]).float() / 255
     videos, more = images, dict[str, Any]()
     if options.drive or moving:
@@ -403,7 +407,8 @@ def animate(options: Namespace) -> str:
             more["drive"] = Clip(frames[:, ::between].to(sampler.device), lengths)
         else:
             videos = frames
-    sampler = tune_with_bar(sampler, videos, [one.name for one in inputs], seconds=options.seconds, **more)
+    more |= {"seconds": options.seconds, "preview": options.preview}
+    sampler = tune_with_bar(sampler, videos, [one.name for one in inputs], **more)
     sampler.save(tuned)
     assert sampler.tuned is not None
     save_image(sheet, generate.draw_sheet(sampler, sampler.inputs(range(len(inputs))), images))
@@ -414,10 +419,12 @@ def animate(options: Namespace) -> str:
     return f"{generate.make_video(drawing, sampler, 'weights')}; {sheet}; {tuned}"
 
 
-def tune_with_bar(sampler: Sampler, videos: Tensor, names: list[str], **more: Any) -> Sampler:
-    """`tune`, with a bar on a terminal, and a line at the end about what was reached."""
+def tune_with_bar(
+    sampler: Sampler, videos: Tensor, names: list[str], preview: str | None = None, **more: Any
+) -> Sampler:
+    """`tune`, with a bar on a terminal, a line about what was reached, and a `preview` that gets a line each time."""
     form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-    began, last = time.monotonic(), Progress(0, "", math.nan, math.nan)
+    began, last = time.monotonic(), Progress(0, "", math.nan, math.nan, videos)
     with tqdm(total=1.0, bar_format=form, disable=None, dynamic_ncols=True) as bar:
 
         def report(progress: Progress) -> None:
@@ -426,6 +433,9 @@ def tune_with_bar(sampler: Sampler, videos: Tensor, names: list[str], **more: An
             bar.set_postfix_str(f"still {progress.psnr:.1f} dB, motion {max(0.0, progress.motion):.0%}", refresh=False)
             bar.update(progress.fraction - bar.n)
             last = progress
+            if preview:
+                save_image(preview, tile_images(progress.images, 1, len(names), scale_for(*videos.shape[-2:])))
+                print_line(f"{progress.stage}: {progress.fraction:.0%} done, {progress.psnr:.1f} dB")
 
         sampler = tune(sampler, videos, names, report=report, **more)
     figures = f"the still image has {last.psnr:.1f} dB, {max(0.0, last.motion):.0%} of the motion can be drawn"

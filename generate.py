@@ -8,11 +8,14 @@ python generate.py runs/quick --out clip.mp4 --motion zoom=0.3 --loop          i
 python generate.py runs/quick --out long.mp4 --rollout --frames 10000          the GRU encodes its own frames
 python generate.py runs/quick --out walk.gif --video latent --keyframes 7      a walk through latent space
 python generate.py runs/quick --out me.webp --image photo.jpg                  a photo that moves
+python generate.py runs/quick --out layers.png --show layers --seed 3          which weights move it, and when
+python generate.py runs/quick --page quick.html                                all of a run in one file, to send
 
 From Python, `sampling.load_sampler` does the same.
 """
 
 import difflib
+import io
 import itertools
 import math
 import os
@@ -27,12 +30,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # under PYTHONSAFEPATH too
 
-from configuration import VideoConfig
 from util import CommandParser, UserError, answer_early, int_between, print_line, run_command
 
 # Default numbers of images, of rows with `--show triples`, of periods or frames, and of a latent walk's keyframes.
 IMAGES, TRIPLES, PERIODS, ROLLOUT_FRAMES, KEYFRAMES = 16, 8, 4, 200, 5
 FPS, PERIOD_SECONDS = 24.0, 4 / 3  # no single frame is seen, and the motion looks calm
+INCLUDED = Path(__file__).parent / "data/pretrained/emoji_64.pt"
 VIDEO_ENDINGS = (".mp4", ".webp", ".gif")
 
 # ------------------------------------------------------------------------------------------------------------- options
@@ -69,10 +72,13 @@ def build_parser() -> ArgumentParser:
     first, _, rest = (__doc__ or "").partition("\n\n")
     parser = CommandParser(description=first, epilog=rest)
     add = parser.add_argument
-    add("source", metavar="RUN_OR_CHECKPOINT", nargs="?", default=Path(__file__).parent / "data/pretrained/emoji_64.pt",
+    add("source", metavar="RUN_OR_CHECKPOINT", nargs="?", default=INCLUDED,
         help="a run's folder (its newest checkpoint), or a .pt file; without it, the model included")  # fmt: skip
-    add("--out", required=True, metavar="FILE", help="images: .png, or a name without ending for a folder of them; "
+    out = parser.add_mutually_exclusive_group(required=True)
+    out.add_argument("--out", metavar="FILE", help="images: .png, or a name without ending for a folder of them; "
         "videos: .mp4, .webp, .gif, .png (APNG), or a name without ending for a folder of frames")  # fmt: skip
+    out.add_argument("--page", metavar="FILE", help="an .html that shows a run by itself: samples and clips by step, "
+                     "curves, settings, quality, command")  # fmt: skip
     add("--best", action="store_true", help="of a run, take its best checkpoint instead of the newest")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:<number> (%(default)s)")
 
@@ -90,9 +96,9 @@ def build_parser() -> ArgumentParser:
     add("--motion-seeds", type=read_seeds, metavar="LIST", help="seeds that say how each image of a video moves, "
         "instead of its own; several for one image (--seed) move it in several ways")  # fmt: skip
     add("--image", metavar="PATH", help="an image file, or a folder of them, to encode instead of sampling latents")
-    add("--show", choices=("base", "updated", "triples"),
+    add("--show", choices=("base", "updated", "triples", "layers"),
         help="images without the predicted update (the default), with it, or both and their difference, labelled (the "
-        "default with --image)")  # fmt: skip
+        "default with --image); layers: how far each layer's weights move in a period of one video")  # fmt: skip
     add("--motion", metavar="LIST",
         help="strengths such as shift=0.2,zoom=0.1,speed=2 instead of the run's own; kinds not named don't move; "
         f"speed=0.5 alone keeps them; at speed 1 a period of the motion takes {PERIOD_SECONDS:.2g} s. Kinds: shift, "
@@ -128,10 +134,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from media import find_images, labelled_grid, open_video, scale_for, tile_images
+from media import find_images, labelled_grid, open_video, save_image, scale_for, tile_images
+from run_report import own_style, write_page
 from sampling import BATCH, SampleInputs, Sampler, load_sampler, predictions
 from util import atomic_write, command_device, os_errors_as_user_errors, shown_path
-from video_synth import MOTIONS, Clip
+from video_synth import MOTIONS, Clip, catmull_rom
 
 Sample = tuple[str, dict[str, Tensor]]  # a name, and the image as `x_base`, `x_fake` and perhaps `input`: (1, C, H, W)
 PROGRESS = {"disable": None, "dynamic_ncols": True}  # None: no bar where standard error is no terminal
@@ -143,6 +150,7 @@ USES = {
     "weights": {"image", "rollout", "rollout_after"} | _COMMON | _MOVING,
     "synthetic": {"image"} | _COMMON | _MOVING,
     "latent": {"keyframes"} | _COMMON | _MOVING,
+    "page": set[str](),
 }
 """What is made -> the options that have an effect on it."""
 
@@ -151,31 +159,35 @@ def generate(options: Namespace) -> str:
     """Does what the options say; returns a line about what was written. Raises UserError: options that don't fit, no
     usable checkpoint, a file that can't be read or written.
     """
-    is_video = Path(options.out).suffix.lower() in VIDEO_ENDINGS or options.rollout or options.rollout_after
-    kind = options.video or ("weights" if is_video else "images")
+    is_video = options.out and Path(options.out).suffix.lower() in VIDEO_ENDINGS
+    kind = options.video or ("weights" if is_video or options.rollout or options.rollout_after else "images")
+    kind = "page" if options.page else kind
+    names = {user: user if user in ("images", "page") else f"--video {user}" for user in USES}
     for name, value in vars(options).items():
-        users = [f"--video {user}" if user != "images" else user for user in USES if name in USES[user]]
+        users = [names[user] for user in USES if name in USES[user]]
         if users and name not in USES[kind] and value not in (None, False):
-            made = f"--video {kind}" if kind != "images" else "images"
+            made = f"a {kind}" if options.page else names[kind]
             raise UserError(f"--{name.replace('_', '-')} means nothing for {made}; it is for {', '.join(users)}")
     if options.seed is not None and options.seeds is not None:
         raise UserError("--seed and --seeds both choose the images: give one of them")
+    if options.page:
+        return write_page(options.source, options.page)
     sampler = load_sampler(options.source, command_device(options.device), options.best)
     if options.motion is not None and sampler.tuned and sampler.tuned.clip:
         raise UserError(f"--motion: {shown_path(sampler.path)} moves as the clip does that it was tuned to")
     if options.motion is not None:
-        sampler.set_motion(*read_motion(options.motion, sampler.generator.synthesizer.strengths))
+        sampler.set_motion(*read_motion(options.motion, sampler))
     return make_images(options, sampler) if kind == "images" else make_video(options, sampler, kind)
 
 
-def read_motion(text: str, own: dict[str, float]) -> tuple[dict[str, float], float]:
-    """`shift=0.2,zoom=0.1,speed=2` -> strengths, all others 0, and the speed. Speed alone keeps the run's own."""
+def read_motion(text: str, sampler: Sampler) -> tuple[dict[str, float], float]:
+    """`shift=0.2,zoom=0.1,speed=2` -> strengths, all others 0, and the speed. Speed alone keeps the sampler's own."""
     values = dict.fromkeys(MOTIONS, 0.0) | {"speed": 1.0}
-    limits: dict[str, Any] = {setting.name: setting.metadata for setting in fields(VideoConfig)}
+    limits: dict[str, Any] = {setting.name: setting.metadata for setting in fields(sampler.config.video)}
     limits["speed"] = {"low": 0.01, "high": 100.0, "range": "0.01 to 100"}
     parts = [[piece.strip() for piece in part.partition("=")] for part in text.split(",")]
     if all(name == "speed" for name, _, _ in parts):
-        values |= own
+        values |= sampler.generator.synthesizer.strengths
     for name, _, value in parts:
         if name not in values:
             close = difflib.get_close_matches(name, values, 1, 0.5)
@@ -200,10 +212,15 @@ def make_images(options: Namespace, sampler: Sampler) -> str:
         others = ", ".join(VIDEO_ENDINGS)
         raise UserError(f"{options.out}: images go into a .png or a folder (no ending), videos also into {others}")
     show = options.show or ("triples" if options.image else "base")  # own images are best seen beside the results
-    if options.grid and (as_folder or show == "triples"):
-        raise UserError("--grid means nothing for a folder or for --show triples, which has rows of its own")
+    if options.grid and (as_folder or show in ("triples", "layers")):
+        raise UserError("--grid means nothing for a folder, or with --show triples or layers, whose rows are their own")
     count = default_count(sampler, TRIPLES if show == "triples" and not as_folder else IMAGES)
-    seeds, files = choose_seeds(options, False, count)
+    seeds, files = choose_seeds(options, False, 1 if show == "layers" else count)
+    if show == "layers" and (as_folder or len(seeds) > 1):
+        raise UserError("--show layers is of one image, into a .png: choose it by --seed, or one file by --image")
+    if show == "layers":
+        save_image(options.out, draw_layers(sampler, sampler.inputs(seeds, files)))
+        return f"wrote {options.out}: how far each layer moves, of {describe_source(sampler, seeds, files)}"
     grid = choose_grid(options.grid, len(seeds))
     samples = tqdm(sample_images(sampler, seeds, files), total=len(seeds), unit=" images", **PROGRESS)
     made = pluralize(len(seeds), "image")
@@ -262,10 +279,7 @@ def amplification(difference: Tensor) -> int:
 def make_video(options: Namespace, sampler: Sampler, kind: str) -> str:
     fps = options.fps or FPS
     # At speed 1: more frames than the GRU predicts are decoded with weights between two predictions, also in a rollout.
-    seconds, settings = sampler.tuned.seconds if sampler.tuned else PERIOD_SECONDS, sampler.config.video
-    if sampler.generator.synthesizer.fields is not None:
-        seconds = settings.frames / settings.fps  # as the clips
-    sampler.speed *= min(1.0, sampler.generator.synthesizer.frames / (seconds * fps))
+    sampler.speed *= min(1.0, sampler.generator.synthesizer.frames / (period_seconds(sampler) * fps))
     rollout_after = options.rollout_after or (max(1, round(sampler.period)) if options.rollout else None)
     if rollout_after and options.loop:
         raise UserError("--loop: a rollout never comes back to its first frame; leave out one of them")
@@ -313,6 +327,13 @@ def make_video(options: Namespace, sampler: Sampler, kind: str) -> str:
     return f"wrote {options.out}: {size}, {fps:g} a second, {kind}, of {describe_source(sampler, seeds, files)}"
 
 
+def period_seconds(sampler: Sampler) -> float:
+    """How long a period of the motion takes at speed 1: of motions learned from clips as long as the clips'."""
+    video = sampler.config.video
+    learned = video.frames / video.fps if sampler.generator.synthesizer.fields is not None else PERIOD_SECONDS
+    return sampler.tuned.seconds if sampler.tuned else learned
+
+
 def moving_columns(
     sampler: Sampler, kind: str, inputs: SampleInputs, count: int, rollout_after: int | None, options: Namespace
 ) -> Iterator[dict[str, Tensor]]:
@@ -339,7 +360,7 @@ def draw_sheet(sampler: Sampler, inputs: SampleInputs, images: Tensor, count: in
     features, prepared = generator.features(inputs.z), generator.prepare()
     columns = {"input": images, "still": generator.decode_base(features)}
     states = predictions(generator, lambda state: state, columns["still"], inputs.motion, 2 * period, math.inf)
-    seconds = (sampler.tuned.seconds if sampler.tuned else PERIOD_SECONDS) / period
+    seconds = period_seconds(sampler) / period
     shown = {k * period // count for k in range(count)}
     for number, (state, _) in enumerate(itertools.islice(states, 1, 1 + period)):
         if number in shown:
@@ -347,6 +368,42 @@ def draw_sheet(sampler: Sampler, inputs: SampleInputs, images: Tensor, count: in
             label = f"{number * seconds:.2f} s, update {update.mean_square().sqrt().item():.1%}"
             columns[label] = generator.decode(features, update)
     return labelled_grid(columns)
+
+
+@torch.no_grad()
+def layer_sizes(sampler: Sampler, inputs: SampleInputs, count: int) -> Tensor:
+    """How far the predicted update moves each of the decoder's tensors, as a fraction of the size of its weights (RMS
+    of Δ / rms θ), at `count` moments of a period of the first video: (count, tensors), in the order of `spec.tensors`.
+    """
+    generator, period = sampler.generator, sampler.generator.synthesizer.frames
+    x_base, prepared = generator.decode_base(generator.features(inputs.z)), generator.prepare()
+    found = predictions(generator, lambda state: state, x_base, inputs.motion, 2 * period, math.inf)
+    states = [state[:1] for state, _ in itertools.islice(found, period + 3)]  # of the frames -1 to `period` + 1
+    sizes = list[Tensor]()
+    for moment in range(count):  # between predictions as videos are drawn
+        number, fraction = divmod(moment * period / count, 1)
+        update = generator.predict(catmull_rom(states[int(number) : int(number) + 4], fraction), prepared=prepared)
+        parts = generator.spec.split(update.dense().numbers[:1]).values()
+        sizes.append(torch.stack([part.square().mean().sqrt() for part in parts]))
+    return torch.stack(sizes)
+
+
+def draw_layers(sampler: Sampler, inputs: SampleInputs) -> Image.Image:
+    """`layer_sizes` as a picture: a row a tensor, from z to the image, and a period from left to right."""
+    tensors = [tensor.decoder_name for tensor in sampler.generator.spec.tensors]
+    with own_style():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6.5, 1.2 + 0.28 * len(tensors)), layout="constrained")
+        axis, seconds = figure.subplots(), period_seconds(sampler) / sampler.speed
+        shown = axis.imshow(layer_sizes(sampler, inputs, 120).T.cpu(), aspect="auto", cmap="magma", vmin=0,
+                            interpolation="nearest", extent=(0, seconds, len(tensors) - 0.5, -0.5))  # fmt: skip
+        axis.set_yticks(range(len(tensors)), tensors, fontsize=9)
+        axis.set_title("how far each layer's weights move: Δ over their own size", fontsize=10)
+        axis.set_xlabel("seconds of one period")
+        figure.colorbar(shown, format=lambda size, _: f"{size:.0%}")
+        figure.savefig(buffer := io.BytesIO(), dpi=110)
+    return Image.open(buffer)
 
 
 def choose_seeds(options: Namespace, is_video: bool, default: int) -> tuple[list[int], list[str] | None]:

@@ -14,7 +14,6 @@ import errno
 import gc
 import itertools
 import json
-import logging
 import os
 import platform
 import subprocess
@@ -32,9 +31,10 @@ import torch
 from tqdm import tqdm
 
 from checkpoints import Checkpoints, check_settings, differences
-from configuration import Config, UserError, config_to_yaml
+from configuration import Config, config_to_yaml
 from media import Pixels, labelled_frames, labelled_grid, save_image, write_video
-from util import atomic_write, one_line, os_errors_as_user_errors
+from run_report import plot_losses, read_records
+from util import UserError, atomic_write, one_line, os_errors_as_user_errors
 
 
 class RunDirectory:
@@ -181,9 +181,7 @@ class RunDirectory:
         path = self.path / "loss_curves.png"
 
         def write() -> None:
-            text = (self.path / "metrics.jsonl").read_text(encoding="utf-8")
-            whole, _, _ = text.rpartition("\n")  # a line after it is being written
-            plot_losses({self.path.name: [json.loads(line) for line in whole.splitlines()]}, path)
+            plot_losses({self.path.name: read_records(self.path)}, path)
             gc.collect()  # a figure is a cycle of references: tens of megabytes lived on until Python collected it
 
         self._attempt("loss_curves.png", write)
@@ -351,76 +349,3 @@ def _git(*arguments: str) -> str | None:
     with suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.rstrip("\n")
     return None
-
-
-# ---------------------------------------------------------------------------------------------------------- the plot
-
-Records = list[dict[str, float]]  # lines of a metrics.jsonl: metrics by name, and `step`
-
-# Panel title -> the metrics plotted in it, and whether its axis is logarithmic.
-_PANELS = {
-    "critic: Wasserstein estimate\n(real minus generated score)": (["critic/gap"], False),
-    "scores (their zero is arbitrary)": (["score/real", "score/updated", "score/base"], False),
-    "gradient penalty": (["critic/penalty"], True),
-    "reconstruction error\n(sum of squares per image)": (["generator/reconstruction"], True),
-    "KL divergence (nats per image)": (["generator/kl"], False),
-    "weight-driven video's error\n(sum of squares per frame)": (["generator/video"], True),
-    "size of the update\nrelative to the weights (RMS)": (["update/relative_size"], False),
-    "saturated fraction\nof the update": (["update/saturated_fraction"], False),
-    "gradient norms": (["gradient_norm/critic", "gradient_norm/vae", "gradient_norm/predictor"], True),
-    "images per second": (["speed/images_per_second"], False),
-    # Where a run has measured them:
-    "kernel distance (KID, raw)\nof updated and base images": (["quality/kid", "quality/kid_base"], True),
-    "the critic's gap on training\nand on held-out images": (["quality/train_gap", "quality/heldout_gap"], False),
-}
-
-
-def plot_losses(runs: dict[str, Records], path: Path) -> None:
-    """Writes `loss_figure` as a PNG, whole or not at all. Raises UserError where it cannot be written."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # what it says of a user's matplotlibrc doesn't matter here
-    import matplotlib
-
-    with matplotlib.rc_context(), os_errors_as_user_errors(path), atomic_write(path) as part:
-        matplotlib.rcdefaults()  # a user's own style, such as fonts that are missing, doesn't reach it
-        loss_figure(runs).savefig(part, dpi=110, format="png")
-
-
-def loss_figure(runs: dict[str, Records]) -> Any:
-    """A figure of runs (name -> records), one panel per question. Of several, colour is the run, style the metric.
-    All places are fixed: to find them, matplotlib would lay out every text several times, in twice the time.
-    """
-    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
-    from matplotlib.lines import Line2D
-
-    measured = any("quality/kid" in record for records in runs.values() for record in records)
-    panels = [(title, *panel) for title, panel in _PANELS.items() if measured or "quality/" not in panel[0][0]]
-    columns = len(panels) // 2
-    legend_height = 0.25 * -(-len(runs) // 6) if len(runs) > 1 else 0.0
-    width, height = 3.5 * columns, 6.5 + legend_height  # inches
-    figure = Figure(figsize=(width, height))
-    figure.subplots_adjust(left=0.75 / width, right=1 - 0.1 / width, bottom=0.5 / height, hspace=0.35,
-                           top=1 - (0.45 + legend_height) / height, wspace=0.3)  # fmt: skip
-    for (title, names, logarithmic), axis in zip(panels, figure.subplots(2, columns).flat, strict=True):
-        for number, records in enumerate(runs.values()):
-            for name, linestyle in zip(names, ("-", "--", ":"), strict=False):
-                values = [(record["step"], record[name]) for record in records if name in record]
-                if points := [point for point in values if point[1] > 0 or not logarithmic]:
-                    label = name.rpartition("/")[2]
-                    known = [line.get_label() for line in axis.lines]  # one entry a metric, whichever run is first
-                    style: Any = {} if len(runs) == 1 else {"color": f"C{number}", "linestyle": linestyle}
-                    axis.plot(*zip(*points, strict=True), label=None if label in known else label, lw=1.3, **style)
-        axis.set_title(title, fontsize=10, y=1.0)
-        axis.set_xlabel("step", fontsize=8)
-        axis.xaxis.set_label_coords(0.5, -0.1)
-        axis.yaxis.get_offset_text().set_fontsize(8)
-        axis.tick_params(which="both", labelsize=8)
-        axis.grid(alpha=0.25)
-        axis.set_yscale("log" if logarithmic and axis.lines else "linear")
-        if len(names) > 1 and axis.lines:
-            axis.legend(fontsize=8, frameon=False)
-    if len(runs) > 1:
-        lines = [Line2D([], [], color=f"C{number}") for number in range(len(runs))]
-        legend = figure.legend(lines, list(runs), loc="upper center", ncols=min(6, len(runs)), frameon=False)
-        for text in legend.get_texts():
-            text.set_parse_math(False)  # a run's name may hold $
-    return figure

@@ -4,6 +4,7 @@ The pass is most of a step's work, so it alone is replayed from a CUDA graph. Av
 moving average stay outside.
 """
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -148,3 +149,17 @@ def build_steps(
     if kind == "eager":
         return EagerSteps(state, world, log)
     return CudaGraphSteps(state, world, log, required=state.config.runtime.step == kind)
+
+
+def describe_device(device: torch.device, asked: str = "cpu") -> str:
+    """A line for the log; where `asked` was auto, it says why a GPU that the machine seems to have is not used."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory / 1e9
+        return f"device: {device}, {torch.cuda.get_device_name(device)}, {memory:.0f} GB"
+    line = f"device: CPU, {torch.get_num_threads()} threads"
+    if asked == "auto" and os.path.exists("/proc/driver/nvidia/version"):
+        if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+            return f"{line}; CUDA_VISIBLE_DEVICES hides the GPU"
+        needs = f"needs a driver for CUDA {torch.version.cuda}" if torch.version.cuda else "was built without CUDA"
+        line += f"\nWARNING: PyTorch cannot use this machine's GPU: {torch.__version__} {needs}; see nvidia-smi"
+    return line + ("; Apple's GPU is not used" if asked == "auto" and torch.backends.mps.is_available() else "")

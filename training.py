@@ -64,20 +64,10 @@ from model_definitions import Discriminator
 from quality import QualityCheck, calibrate, calibration_images
 from run_directory import RunDirectory, free_name
 from sampling import clip_frames, take_weights
-from step_runners import EagerSteps, build_steps, choose_step
+from step_runners import EagerSteps, build_steps, choose_step, describe_device
 from training_log import CheckpointManager, FixedSamples, Log, StopRequest, describe_time, step_profiler
 from training_step import NoiseSampler, TrainingState
-from util import (
-    Sample,
-    absolute,
-    choose_device,
-    describe_device,
-    names_digest,
-    one_line,
-    prepare_device,
-    shown_path,
-    split_held_out,
-)
+from util import Sample, absolute, choose_device, names_digest, one_line, prepare_device, shown_path, split_held_out
 from video_synth import ClipFrames, TrainingClips
 
 

@@ -165,6 +165,7 @@ def print_error(message: str, status: int) -> int:
     return status
 
 
+MEMORY_HINT = "make fewer images or videos at once, or try --device cpu"
 # Libraries have many words and types for what the system refuses. (Pattern, what it is, the fix; "": memory's.)
 _LIMITS = (
     ("shared memory|/dev/shm|[Bb]us error", "shared memory is full",
@@ -177,8 +178,23 @@ _LIMITS = (
 )  # fmt: skip
 
 
+def explain(error: Exception, memory_hint: str = MEMORY_HINT) -> str | None:
+    """The one line about a mistake of the user's or a limit of the system; None: it is a mistake of ours."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    if isinstance(error, UserError):
+        return str(error)
+    for words, what, fix in _LIMITS:
+        if re.search(words, reason):
+            return f"{what} ({reason[:120]}); {fix or memory_hint}"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"the package {error.name} is missing; pip install -r requirements.txt"
+    if isinstance(error, OSError) and error.filename is not None:  # a disk or a permission, not our mistake
+        return f"{shown_path(error.filename)}: {error.strerror or error}"
+    return None
+
+
 def run_command(work: Callable[[], str | int], report: Callable[[str, int], int] = print_error,
-                memory_hint: str = "make fewer images or videos at once, or try --device cpu") -> int:  # fmt: skip
+                memory_hint: str = MEMORY_HINT) -> int:  # fmt: skip
     """Does the work of a command; returns 0, or what `work` did, 2 after a line about an error, or 130 after Ctrl-C.
 
     SIGTERM is turned into an exception meanwhile, so that it leaves nothing half written either.
@@ -200,20 +216,12 @@ def run_command(work: Callable[[], str | int], report: Callable[[str, int], int]
             print_line(result)
             return 0
         return result
-    except UserError as error:
-        return report(str(error), 2)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        for words, what, fix in _LIMITS:
-            if re.search(words, reason):
-                return report(f"{what} ({reason[:120]}); {fix or memory_hint}", 2)
-        if isinstance(error, ModuleNotFoundError) and error.name:
-            return report(f"the package {error.name} is missing; pip install -r requirements.txt", 2)
-        if isinstance(error, OSError) and error.filename is not None:  # a disk or a permission, not our mistake
-            return report(f"{shown_path(error.filename)}: {error.strerror or error}", 2)
-        raise
+        if (message := explain(error, memory_hint)) is None:
+            raise
+        return report(message, 2)
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
@@ -283,7 +291,7 @@ def prepare_device(device: torch.device) -> None:
             torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # on by default
         torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.deterministic = True  # the same numbers in each run; on an H200 as fast as without
+        torch.backends.cudnn.deterministic = True  # the same numbers in each run, perhaps more slowly (docs/speed.md)
     else:
         keep_freed_memory()
 
@@ -326,22 +334,6 @@ def channels_last_on(device: torch.device | str, network: Network) -> Network:
 
     # torch documents both arguments together, but its overloads know no such call.
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def describe_device(device: torch.device, asked: str = "cpu") -> str:
-    """A line for the log; where `asked` was auto, it says why a GPU that the machine seems to have is not used."""
-    import torch
-
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory / 1e9
-        return f"device: {device}, {torch.cuda.get_device_name(device)}, {memory:.0f} GB"
-    line = f"device: CPU, {torch.get_num_threads()} threads"
-    if asked == "auto" and os.path.exists("/proc/driver/nvidia/version"):
-        if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-            return f"{line}; CUDA_VISIBLE_DEVICES hides the GPU"
-        needs = f"needs a driver for CUDA {torch.version.cuda}" if torch.version.cuda else "was built without CUDA"
-        line += f"\nWARNING: PyTorch cannot use this machine's GPU: {torch.__version__} {needs}; see nvidia-smi"
-    return line + ("; Apple's GPU is not used" if asked == "auto" and torch.backends.mps.is_available() else "")
 
 
 # --------------------------------------------------------------------------------------------- ----- paths and files

@@ -225,7 +225,9 @@ def rollouts() -> None:
             seconds = time.perf_counter() - started
         note(videos=count, frames=frames, frames_per_second=count * frames / seconds)
     run_tool("generate.py", run, "--rollout", "--frames", "100", "--out", str(OUT / "rollout.mp4"))
-    run_tool("evaluate.py", run, "--images", "40" if IS_SMALL else "1000", "--sheet", str(WORK / "evaluation.png"))
+    run_tool(
+        "-m", "studies.evaluate", run, "--images", "40" if IS_SMALL else "1000", "--sheet", str(WORK / "evaluation.png")
+    )
 
 
 def kernels() -> None:

@@ -17,11 +17,9 @@ from util import CommandParser, UserError, choose_device, int_between, print_lin
 
 # isort: split
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from animate import INCLUDED, join_clips, read_input, tune
-from model_definitions import VAE
 from sampling import Sampler, begin_sampler, weight_driven_frames
 
 ROLLED, LAST = 1000, 100  # frames of a rollout, and how many of its end count
@@ -53,34 +51,6 @@ def measure(sampler: Sampler, right: Tensor, begin: dict[str, Any]) -> tuple[dic
     }, rolled  # fmt: skip
 
 
-def latent_walk(sampler: Sampler, right: Tensor) -> float:
-    """dB of frames decoded from a latent of each frame's own, with the weights that were tuned but don't move."""
-    z = sampler.inputs([0]).z.repeat(len(right), 1).requires_grad_()
-    optimizer = torch.optim.Adam([z], lr=0.02)
-    for _ in range(300):
-        optimizer.zero_grad()
-        functional.mse_loss(sampler.generator.vae.decode(z), right).backward()
-        optimizer.step()
-    return decibels(sampler.generator.vae.decode(z.detach()), right)
-
-
-def time_as_input(vae: VAE, right: Tensor, seconds: float) -> tuple[float, float]:
-    """dB and `share` of the same decoder with time as its input (NeRV, Chen et al. 2021), tuned for as long."""
-    turns = torch.outer(torch.arange(len(right)) / len(right), 2 * torch.pi * torch.arange(1, 9)).to(right.device)
-    time_code = torch.cat([turns.sin(), turns.cos()], dim=1)
-    to_latent = nn.Sequential(nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, vae.latent_dim)).to(right.device)
-    groups = [{"params": network.parameters()} for network in (to_latent, vae.decoder.requires_grad_())]
-    optimizer, began = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True), time.monotonic()
-    while (fraction := (time.monotonic() - began) / seconds) < 1:
-        for group, rate in zip(optimizer.param_groups, (0.001, 0.003), strict=True):
-            group["lr"] = rate * min(1.0, max(0.02, 2 * (1 - fraction)))
-        optimizer.zero_grad()
-        (vae.decoder(to_latent(time_code)) - right).square().sum().div(len(right)).backward()
-        optimizer.step()
-    drawn = vae.decoder(to_latent(time_code)).detach()
-    return decibels(drawn, right), share(drawn, right)
-
-
 def report(options: Any) -> int:
     files = sorted(str(path) for path in Path(options.folder).rglob("*") if path.is_file() and path.suffix != ".txt")
     if not files:
@@ -104,10 +74,6 @@ def report(options: Any) -> int:
         found, rolled = measure(sampler, right, begin)
         still = sampler.decode(sampler.inputs([0])).x_base
         row |= {"still_db": decibels(still, image), "frames": len(right)} | found
-        if options.kind == "clips":
-            row["walk_db"] = latent_walk(sampler, right)
-            other = begin_sampler(INCLUDED, device, options.size)[0].generator.vae
-            row["time_db"], row["time_motion"] = time_as_input(other, right, row["seconds"])
         ends.append(rolled)
         images.append(image)
         figures[file] = row

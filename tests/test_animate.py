@@ -12,12 +12,12 @@ from conftest import Done, assert_one_line, frames_of, moving_square, read_video
 from PIL import Image
 
 import animate
-import evaluate
 import generate
 from animate import ClipTarget, ImageTarget, Progress, join_clips, read_input, tune
 from configuration import load_config
 from image_data import read_frames
 from sampling import Sampler, begin_sampler, load_sampler, weight_driven_frames
+from studies import evaluate
 from video_synth import Clip, Motion, VideoSynthesizer
 
 CPU = torch.device("cpu")

@@ -246,22 +246,6 @@ def test_a_bad_clip_is_one_line_or_skipped_and_listed(tmp_path: Path, name: str,
         opened(tmp_path, "data.on_broken=skip")
 
 
-def test_of_many_skipped_clips_three_are_named(tmp_path: Path) -> None:
-    for name in ("a\nb", "c", "d", "e"):
-        (tmp_path / f"{name}.gif").write_text("no")
-        write_clip(tmp_path / f"{name}.webp", moving_square(6))
-    line = opened(tmp_path, "data.on_broken=skip").lines[-1]
-    assert line.startswith("skipped 4 broken: '")
-    assert line.count("its content is not a") + line.count("no image, animation") == 3
-    assert line.endswith(", ...")
-    assert line.isprintable()
-    for path in tmp_path.glob("*.webp"):
-        path.unlink()
-    with pytest.raises(UserError, match="none of 4 clips can be read") as error:
-        opened(tmp_path, "data.on_broken=skip")
-    assert str(error.value).isprintable()
-
-
 def test_the_systems_limits_are_no_fault_of_a_clip(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def too_many(*_: object) -> None:
         raise OSError(errno.EMFILE, "Too many open files")

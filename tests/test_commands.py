@@ -38,7 +38,7 @@ MISTAKES = [  # (command and its run or checkpoint, arguments, what the line hol
     ("generate", "--out x.png --seeds 1 --seed 2", "--seed and --seeds"),
     ("generate", "--out x.png --grid 0x4", "--grid must look like 4x6"),
     ("generate", "--out x.png --grid 2x2 --images 5", "has 4 places for 5 images; try --grid 2x3"),
-    ("generate", "--out x.png --grid 2x2 --show triples", "--grid means nothing for a folder or for --show triples"),
+    ("generate", "--out x.png --grid 2x2 --show triples", "--grid means nothing for a folder, or with --show triples"),
     ("generate", "--out x.mp4 --grid 9x9", "64 are the most"),
     ("generate", "--out x.mp4 --motion shfit=1", "did you mean 'shift'?"),
     ("generate", "--out x.mp4 --motion zoom=2", "zoom must be a number, 0 to 0.9, but is '2'"),
@@ -62,13 +62,15 @@ MISTAKES = [  # (command and its run or checkpoint, arguments, what the line hol
     ("generate text.jpg", "--out x.png", "no checkpoint of this project"),
     ("generate other/latest.pt", "--out x.png", "not of this project's networks"),
     ("generate runs/old", "--out x.png", "by an older version of this project (format 2, here 5)"),
-    ("evaluate", "--sheet x.jpg", "--sheet x.jpg: images are written as .png"),
-    ("evaluate", "--best --image 10", "unknown argument '--image', did you mean --images?"),
-    ("evaluate", "--images 3", "--images must be a whole number, 10 to 100,000"),
-    ("evaluate", "--sheet /proc/none/a.png", "cannot write /proc/none/a.png: "),
-    ("evaluate", "--json .", ". is a folder: name a file to write"),
-    ("evaluate", "--data nowhere", "nowhere does not exist (looked for jpg"),
-    ("studies.loss_curves odd", "--out x.png", "odd/metrics.jsonl: not the metrics of a run"),
+    ("studies.evaluate", "--sheet x.jpg", "--sheet x.jpg: images are written as .png"),
+    ("studies.evaluate", "--sheet /proc/none/a.png", "cannot write /proc/none/a.png: "),
+    ("studies.evaluate", "--json .", ". is a folder: name a file to write"),
+    ("studies.evaluate", "--data nowhere", "nowhere does not exist (looked for jpg"),
+    ("generate", "--out layers.png --show layers --seeds 1-2", "--show layers is of one image"),
+    ("generate", "--page run.pdf", "--page must be an .html"),
+    ("generate", "--page run.html --frames 3", "--frames means nothing for a page"),
+    ("generate odd", "--page run.html", "odd/metrics.jsonl: not the metrics of a run"),
+    ("generate full", "--page run.html", "full has no samples or no metrics yet"),
 ]
 
 
@@ -80,6 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, sample_run: Path) -> Path:
         (folder / name).mkdir(parents=True)
     (folder / "quick.yaml").touch()
     (folder / "odd" / "metrics.jsonl").write_text('{"loss": 1}\n')
+    (folder / "full" / "metrics.jsonl").write_text('{"step": 1}\n{"st')
     (folder / "text.jpg").write_text("no image")
     for name in ("broken", "old"):
         shutil.copytree(sample_run, folder / "runs" / name)
@@ -103,7 +106,7 @@ def test_a_mistake_is_one_line_and_status_2_and_leaves_nothing(
     command, *first = command.split()
     if command == "training":
         first = small(Path(), image_folder, "training.steps=1")
-    elif command in ("generate", "evaluate"):
+    elif command in ("generate", "studies.evaluate"):
         first = [*(first or [str(sample_run)]), "--device", "cpu"]
     done = Done(importlib.import_module(command).main([*first, *arguments.split()]), *capsys.readouterr())
     assert_one_line(done, [words])
@@ -111,7 +114,7 @@ def test_a_mistake_is_one_line_and_status_2_and_leaves_nothing(
     assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("command", ["training", "generate", "evaluate"])
+@pytest.mark.parametrize("command", ["training", "generate", "animate"])
 def test_help_shows_how_the_command_is_called(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         importlib.import_module(command).main(["--help"])
@@ -120,7 +123,7 @@ def test_help_shows_how_the_command_is_called(command: str, capsys: pytest.Captu
     assert f"python {command}.py " in shown.out
 
 
-@pytest.mark.parametrize("arguments", ["training.py --help", "generate.py --hlep", "evaluate.py --nothing"])
+@pytest.mark.parametrize("arguments", ["training.py --help", "generate.py --hlep", "animate.py --nothing"])
 def test_help_and_mistakes_come_before_torch_is_imported(arguments: str) -> None:
     code = "import runpy, sys\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
     code = f"import sys; sys.argv[:] = {arguments.split()}\n{code}finally: print('torch' in sys.modules, flush=True)"

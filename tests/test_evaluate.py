@@ -1,4 +1,4 @@
-"""The generators, the real images to compare with; evaluate.py as a command."""
+"""The generators, the real images to compare with; studies.evaluate as a command."""
 
 import json
 import math
@@ -11,12 +11,12 @@ import torch
 from conftest import Colours, fast_outputs, small, train, write_image
 from PIL import Image
 
-import evaluate
 import quality
 from checkpoints import load_checkpoint, write_checkpoint
 from image_data import open_images
 from quality import as_bytes, evaluation_seeds
 from sampling import Sampler, load_sampler
+from studies import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_what_cannot_be_written_costs_no_other_result(run: Path, tmp_path: Path,
     assert f"error: {sheet} is a folder" in errors.splitlines()[-1]
     assert json.loads(numbers.read_text())["images"] == 12
     sheet.rmdir()
-    monkeypatch.setattr("evaluate.print_line", Mock(side_effect=OSError("no space")))
+    monkeypatch.setattr("studies.evaluate.print_line", Mock(side_effect=OSError("no space")))
     assert evaluate.main(arguments) == 2
     assert sheet.exists()
     assert "error: cannot write the tables: " in capsys.readouterr().err

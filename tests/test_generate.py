@@ -1,6 +1,7 @@
 """generate.py as a command: images and videos of every kind, the same for the same command; errors in one line."""
 
 import shutil
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ from PIL import Image
 import generate
 import sampling
 from configuration import UserError
-from generate import read_grid, read_motion, read_seeds
+from generate import layer_sizes, read_grid, read_motion, read_seeds
 from media import to_pixels
-from sampling import Sampler
+from sampling import Sampler, predictions
 from video_synth import MOTIONS
+from weight_updates import DenseUpdate, Prepared
 
 
 @pytest.fixture
@@ -165,9 +167,24 @@ def test_an_error_in_the_middle_keeps_the_old_file(command, monkeypatch, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["x.mp4"]
 
 
-def test_option_texts() -> None:
+def test_option_texts(sampler: Sampler) -> None:
     assert read_seeds("3, 0-2,1") == [3, 0, 1, 2]
     assert read_grid("2×3") == (2, 3)
-    own = {name: 0.01 * number for number, name in enumerate(MOTIONS, 1)}
-    assert read_motion("shift=0.2, speed=2", own) == (dict.fromkeys(MOTIONS, 0) | {"shift": 0.2}, 2)
-    assert read_motion("speed=0.33", own) == (own, 0.33)  # nothing else is said: the run's own motion, slower
+    own = sampler.generator.synthesizer.strengths
+    assert read_motion("shift=0.2, speed=2", sampler) == (dict.fromkeys(MOTIONS, 0) | {"shift": 0.2}, 2)
+    assert read_motion("speed=0.33", sampler) == (own, 0.33)  # nothing else is said: the run's own motion, slower
+
+
+def test_the_size_of_a_layers_update_is_its_own_and_that_of_its_moment(sampler: Sampler, monkeypatch) -> None:
+    generator, inputs, states = sampler.generator, sampler.inputs([3]), list[torch.Tensor]()
+    tensors = torch.arange(len(generator.spec.tensors)) + 1.0
+    signs = 2 * (torch.arange(generator.spec.total_size) % 3 > 0) - 1  # a mean would be another
+    found = predictions(generator, lambda state: state, sampler.decode(inputs).x_base, inputs.motion, 2 * T, np.inf)
+
+    def update(state: torch.Tensor, prepared: Prepared) -> DenseUpdate:
+        states.append(state)
+        return DenseUpdate(generator.spec, len(states) * (signs * generator.spec.expand(tensors))[None], prepared)
+
+    monkeypatch.setattr(generator, "predict", update)
+    assert torch.allclose(layer_sizes(sampler, inputs, T), torch.outer(torch.arange(T) + 1.0, tensors))
+    assert all(torch.equal(own, state) for own, (state, _) in zip(states, islice(found, 1, 1 + T), strict=True))

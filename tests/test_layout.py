@@ -14,7 +14,7 @@ MODULES = {path.stem: path for path in ROOT.glob("*.py")}
 PROJECT = [*MODULES.values(), *ROOT.glob("data/*.py")]
 ALL = [*PROJECT, *ROOT.glob("studies/*.py"), *ROOT.glob("tests/*.py")]
 IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml"}  # where - and _ are not all the difference
-COMMANDS = {"pytest-xdist", "ruff", "mypy"}  # are run, not imported
+COMMANDS = {"pytest-xdist", "ruff", "mypy", "playwright"}  # are run, not imported, or only where they are there
 
 
 def imported(path: Path) -> set[str]:
@@ -54,16 +54,18 @@ def test_examples_in_docstrings_do_what_they_say() -> None:
 
 def test_commands_start_without_what_they_may_not_need() -> None:
     slow = {"torch_fidelity", "torchmetrics", "torchvision", "torch._dynamo", "matplotlib", "tensorboard"}  # 0.5 to 3 s
-    code = f"import sys, training, generate, evaluate, animate; print({slow} & set(sys.modules))"
+    code = f"import sys, training, generate, animate; print({slow} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.strip() == "set()", result.stderr
 
 
 def test_requirements_are_what_is_imported() -> None:
     own, listed = {"studies", *(path.stem for path in ALL)}, set[str]()
-    for paths, file in ((PROJECT, "requirements.txt"), (ALL, "requirements-dev.txt")):
+    all_but_the_page = [path for path in ALL if path.name != "app.py" and path.parent.name != "tests"]
+    for paths, files in ((all_but_the_page, [""]), (ALL, ["-app", "-dev"])):
         # torch.utils.tensorboard imports another package, and does not bring it.
         names = {name.replace("torch.utils.tensorboard", "tensorboard") for path in paths for name in imported(path)}
         packages = {name.partition(".")[0] for name in names} - own - sys.stdlib_module_names
-        listed |= {*re.findall(r"^[\w-]+", (ROOT / file).read_text(), re.MULTILINE)} - {"-r", *COMMANDS}
-        assert packages == {IMPORTED_AS.get(name, name.replace("-", "_")) for name in listed}, file
+        for text in ((ROOT / f"requirements{name}.txt").read_text() for name in files):
+            listed |= {*re.findall(r"^[\w-]+", text, re.MULTILINE)} - {"-r", *COMMANDS}
+        assert packages == {IMPORTED_AS.get(name, name.replace("-", "_")) for name in listed}, files

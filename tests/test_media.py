@@ -146,27 +146,6 @@ def test_the_slowest_and_oddest_rates_are_exact(tmp_path: Path, ending: str, rat
         assert durations == pytest.approx([1 / fps] * 2, rel=2e-4)
 
 
-def test_an_mp4_is_what_browsers_play(tmp_path: Path) -> None:
-    path = tmp_path / "clip.mp4"
-    write_video(path, moving(5), fps=29.97)
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        codec = stream.codec_context
-        assert (codec.name, codec.pix_fmt, float(stream.average_rate)) == ("h264", "yuv420p", pytest.approx(29.97))
-        # 1 is BT.709 for all of these, and the limited ("television") range
-        assert (codec.colorspace, codec.color_range, codec.color_primaries, codec.color_trc) == (1, 1, 1, 1)
-    data = path.read_bytes()
-    assert data.index(b"moov") < data.index(b"mdat"), "the index must come first, to play before all has arrived"
-    write_video(path, [np.full((32, 32, 3), colour) for colour in COLOURS], fps=4)
-    assert np.abs(read_video(path).astype(int) - COLOURS[:, None, None]).max() <= 3
-
-
-def test_the_same_frames_give_the_same_bytes(tmp_path: Path) -> None:
-    for index in range(8):  # what earlier videos left in memory once changed a file
-        write_video(tmp_path / f"{index}.mp4", moving(12), fps=8)
-    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
-
-
 def test_odd_sizes_and_single_pixels_are_videos(tmp_path: Path) -> None:
     for height, width, name in ((height, width, name) for height, width in ((15, 17), (1, 1)) for name in NAMES):
         path = tmp_path / f"{height}" / name

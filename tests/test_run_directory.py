@@ -19,7 +19,8 @@ import checkpoints
 import training
 from checkpoints import load_checkpoint
 from configuration import load_config
-from run_directory import Records, RunDirectory, loss_figure, plot_losses
+from run_directory import RunDirectory
+from run_report import Records, loss_figure, plot_losses
 
 # ------------------------------------------------------------------------------------------------------- a hostile disk
 

@@ -2,14 +2,12 @@
 
 import importlib
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
-from studies import gpu_acceptance, loss_curves
+from studies import gpu_acceptance
 
 WRONG = {
     "benchmark": [
@@ -17,14 +15,13 @@ WRONG = {
         (["--quick", "data.root=nowhere"], "nowhere"), (["training.diffaugment=[color]"], "training.diffaugment"),
     ],
     "clip_motion": [(["nowhere"], "nowhere"), (["run", "--videos=3"], "20 to 4")],
+    "evaluate": [(["run", "--images=3"], "--images must be"), (["nowhere"], "nowhere")],
     "fake_cuda": [(["image.size=33"], "image.size must be a power of two"), (["--what"], "--what")],
     "gpu_acceptance": [(["--out=x", "--only=speed"], "unknown part 'speed'"), (["--small"], "--out")],
     "hostile_images": [(["folder", "--what"], "--what")],
     "living": [(["images", "nowhere"], "nowhere holds no files"), (["walks", "x"], "invalid choice"),
                (["images", "x", "--size=8"], "--size must be")],
-    "loss_curves": [(["run"], "--out"), (["--out", "x.png"], "RUN"), (["run", "--out", "x.pdf"], "must be a .png")],
     "motion_report": [(["nowhere"], "nowhere"), (["run", "--video=3"], "--videos"), (["run", "--videos=1"], "2 to 4")],
-    "torture": [(["--sleep"], "--sleep"), (["--kills=0"], "--kills")],
 }  # fmt: skip
 """Study -> arguments that it refuses, and what its one line holds."""
 
@@ -49,37 +46,6 @@ def test_a_study_helps_and_refuses_in_one_line(name: str, image: str, tmp_path: 
         assert lines[0].startswith("error: ")
         assert words in lines[0]
     assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
-    for name, steps in (("one", 4), ("two", 3)):
-        (tmp_path / name).mkdir()
-        records = [json.dumps({"step": step, "critic/gap": 2.0 * step}) for step in range(1, steps + 1)]
-        (tmp_path / name / "metrics.jsonl").write_text("\n".join([*records, '{"st']))  # a line is being written
-    return tmp_path
-
-
-def test_loss_curves_compares_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = runs / "new" / "curves.png"
-    assert loss_curves.main([str(runs / "one"), f"{runs / 'two'}/", "--out", str(out)]) == 0
-    assert "one to step 4, two to step 3" in capsys.readouterr().out
-    assert Image.open(out).size[0] > 1000
-
-
-def test_loss_curves_names_the_run_that_cannot_be_plotted(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.copytree(runs / "one", runs / "damaged")
-    (runs / "damaged" / "metrics.jsonl").write_text('{"step": 1}\n{"st\n')
-    shutil.copytree(runs / "one", runs / "empty")
-    (runs / "empty" / "metrics.jsonl").write_text("")
-    for names, words in ((["."], "No such file"), (["damaged"], "is damaged"), (["empty"], "is empty"),
-                         (["one", "two/../one"], "given twice")):  # fmt: skip
-        assert loss_curves.main([*(str(runs / name) for name in names), "--out", str(runs / "x.png")]) == 2
-        line = capsys.readouterr().err
-        assert line.startswith("error: ")
-        assert line.count("\n") == 1
-        assert words in line
-    assert not (runs / "x.png").exists()
 
 
 def test_a_part_of_the_gpu_acceptance_notes_what_it_finds(tmp_path: Path) -> None:

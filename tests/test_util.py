@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from configuration import UserError
+from step_runners import describe_device
 from util import (
     CommandParser,
     absolute,
     atomic_write,
     choose_device,
-    describe_device,
     expanded,
     os_errors_as_user_errors,
     prepare_device,

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import evaluate
 from configuration import UserError, WeightPredictorConfig
 from generator import build_generator, motion_rows
 from model_definitions import VAE
 from step_runners import EagerSteps
+from studies import evaluate
 from training_step import TrainingState
 from weight_updates import HEADS, DenseUpdate, UpdateHead, bounded_update, build_update_spec, check_update_size
 

@@ -1,8 +1,8 @@
 """Measures the images of a run: how near to real ones, copied or invented, and how large the predicted update is.
 
-python evaluate.py runs/quick                                   tables in Markdown; images: runs/quick/evaluation.png
-python evaluate.py runs/quick --json evaluation.json            the same numbers for programs
-python evaluate.py runs/quick/checkpoints/best.pt --data photos --sheet photos.png
+python -m studies.evaluate runs/quick                            tables in Markdown; images: runs/quick/evaluation.png
+python -m studies.evaluate runs/quick --json evaluation.json     the same numbers for programs
+python -m studies.evaluate runs/quick/checkpoints/best.pt --data photos --sheet photos.png
 
 Both generators decode the same fixed seeds, so that two runs are compared on the same latents and motions:
   base      θ       what the update is added to
@@ -25,29 +25,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parent))  # under PYTHONSAFEPATH too
+from util import CommandParser, UserError, int_between, print_line, run_command
 
-from util import CommandParser, UserError, answer_early, int_between, print_line, run_command
-
-
-def build_parser() -> argparse.ArgumentParser:
-    first, _, rest = (__doc__ or "").partition("\n\n")
-    parser = CommandParser(description=first, epilog=rest)
-    add = parser.add_argument
-    add("run", metavar="RUN", help="a run's folder, or a checkpoint file")
-    add("--best", action="store_true", help="the run's best checkpoint instead of its newest")
-    add("--data", metavar="FOLDER", help="real images to compare with (the run's own)")
-    number = int_between("images", 10, 100_000)
-    add("--images", type=number, default=1000, metavar="N", help="images decoded (1000)")
-    add("--json", metavar="FILE", help="also write the numbers as JSON")
-    add("--sheet", metavar="FILE", help="images, a .png (evaluation.png in the run's folder)")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:<number>")
-    return parser
-
-
-# Mistakes and --help are answered before torch is imported, which takes seconds.
-EARLY = answer_early(build_parser().parse_args) if __name__ == "__main__" else None
-
+# isort: split
 import numpy as np
 import torch
 from torch import Tensor
@@ -342,7 +322,17 @@ def work(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return run_command(lambda: work(EARLY or build_parser().parse_args(arguments)))
+    parser = CommandParser("python -m studies.evaluate", description=__doc__)
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run's folder, or a checkpoint file")
+    add("--best", action="store_true", help="the run's best checkpoint instead of its newest")
+    add("--data", metavar="FOLDER", help="real images to compare with (the run's own)")
+    number = int_between("images", 10, 100_000)
+    add("--images", type=number, default=1000, metavar="N", help="images decoded (1000)")
+    add("--json", metavar="FILE", help="also write the numbers as JSON")
+    add("--sheet", metavar="FILE", help="images, a .png (evaluation.png in the run's folder)")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:<number>")
+    return run_command(lambda: work(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":
