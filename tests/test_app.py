@@ -53,6 +53,7 @@ class Opened(NamedTuple):
         self.tab("Your own")
         self.page.locator("input[type=file]").first.set_input_files(file)
         self.page.get_by_text(file.name[:3]).first.wait_for()
+        self.page.get_by_label("32", exact=True).check()
         self.set_number("Seconds to tune", "1")
         self.page.get_by_role("button", name="Tune", exact=True).click()
 

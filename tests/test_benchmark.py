@@ -69,7 +69,7 @@ def test_a_process_that_was_killed_was_out_of_memory() -> None:
 def test_quick_writes_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(benchmark, "GRADIENTS", 1)
-    assert benchmark.main(["--quick", "--rounds=2", "--device=cpu", "--json=new/q.json", "--out=out"]) == 0
+    assert benchmark.main(["--quick", "--rounds=1", "--device=cpu", "--json=new/q.json", "--out=out"]) == 0
     results = json.loads((tmp_path / "new" / "q.json").read_text())["results"]
     assert [line["runner"] for line in results][:2] == ["textbook", "eager"]
     for line in results:
