@@ -61,7 +61,7 @@ def build_parser() -> ArgumentParser:
     add("--fps", metavar="F", help="frames a second (24)")
     add("--scale", metavar="K", help="show each pixel as K x K (small images are enlarged to be seen)")
     add("--compare", action="store_true", help="beside what it follows")
-    add("--preview", metavar="FILE", help="a .png of the images as they are drawn by now, again and again")
+    add("--preview", metavar="FILE", help="a .png, written again and again: the images as they are drawn by now")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:<number> (%(default)s)")
     add("--force", action="store_true", help="replace the three files of an earlier one")
     return parser
@@ -371,11 +371,11 @@ def animate(options: Namespace) -> str:
     """
     out, names = Path(options.out), ("fps", "scale", "frames")
     sheet, tuned = out.with_name(f"{out.stem}_sheet.png"), out.with_name(f"{out.stem}.pt")
-    for path in (out, sheet, tuned):
+    for path in (out, sheet, tuned, *([Path(options.preview)] if options.preview else [])):
         if os.path.exists(path) and not options.force:
-            raise UserError(f"{path} is there already: --force replaces it, or give another --out")
+            raise UserError(f"{path} is there already: --force replaces it, or give another name")
         if any(os.path.exists(path) and os.path.exists(one) and path.samefile(one) for one in options.inputs):
-            raise UserError(f"{path} is an INPUT: give another --out")
+            raise UserError(f"{path} is an INPUT: give another name")
         with suppress(InterruptedError), atomic_write(path, folder=path == out and not out.suffix):
             raise InterruptedError  # it can be written: better known now than after the tuning
     passed_on = [f"--{name}={value}" for name in names if (value := getattr(options, name)) is not None]

@@ -264,7 +264,8 @@ def test_images_loop_clips_go_on_and_the_file_draws_more(command, capsys: pytest
     ("nowhere.gif", "cannot read nowhere.gif: No such file"), ("text.gif", "no image, animation or video"),
     ("list.mp4", "no image, animation or video"), ("sound.mp4", "no video stream"), ("empty", "holds no images"),
     ("still.png --out clip.gif", "--force replaces it"), ("clip.gif --out clip.gif --force", "is an INPUT"),
-    ("still.png --out x.txt", "videos end in"),
+    ("still.png --out x.txt", "videos end in"), ("still.png --preview still.png --force", "is an INPUT"),
+    ("still.png --preview clip.gif", "--force replaces it"), ("still.png --preview now.jpg", "written as .png"),
     ("still.png --size 33", "--size must be one of"), ("still.png --seconds 0", "--seconds must be a number"),
     ("still.png --motion bounce=1", "unknown kind 'bounce'"), ("clip.gif --motion zoom=0.1", "--motion moves images"),
     ("still.png --drive still.png", "must be a clip"), ("clip.gif --drive clip.gif", "must be a clip"),
@@ -284,7 +285,7 @@ def test_mistakes_get_one_line_and_lose_nothing(arguments: str, words: str, comm
     if "tuned.pt" in arguments:
         tune(begun, as_tensor(moving_square(1))).save("tuned.pt")
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-    assert_one_line(command(arguments), words)
+    assert_one_line(command(arguments), [words])
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
 
 
