@@ -118,7 +118,7 @@ class Progress(NamedTuple):
     stage: str
     psnr: float  # of the still image, dB
     motion: float  # 1 - squared error of the frames drawn / squared distance of the right ones from the image
-    images: Tensor  # (N, C, H, W), as they are drawn by now
+    images: Callable[[], Tensor]  # decodes them as they are drawn by now, (N, C, H, W)
 
 
 class _Tuning:
@@ -235,9 +235,12 @@ class _Tuning:
     def progress(self, fraction: float, stage: str) -> Progress:
         """Waits for the device."""
         mean = self.still.item() / self.target.images[0].numel()
-        with torch.no_grad():
-            images = self.generator.vae.decode(self.z)
-        return Progress(fraction, stage, -10 * math.log10(max(mean, 1e-10)), self.motion.item(), images)
+        return Progress(fraction, stage, -10 * math.log10(max(mean, 1e-10)), self.motion.item(), self.images)
+
+    @torch.no_grad()
+    def images(self) -> Tensor:
+        """The still images, (N, C, H, W)."""
+        return self.generator.vae.decode(self.z)
 
 
 def tune(sampler: Sampler, videos: Tensor, names: list[str] | None = None, *, between: int = 1,
@@ -424,7 +427,7 @@ def tune_with_bar(
 ) -> Sampler:
     """`tune`, with a bar on a terminal, a line about what was reached, and a `preview` that gets a line each time."""
     form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-    began, last = time.monotonic(), Progress(0, "", math.nan, math.nan, videos)
+    began, last = time.monotonic(), Progress(0, "", math.nan, math.nan, lambda: videos)
     with tqdm(total=1.0, bar_format=form, disable=None, dynamic_ncols=True) as bar:
 
         def report(progress: Progress) -> None:
@@ -434,7 +437,7 @@ def tune_with_bar(
             bar.update(progress.fraction - bar.n)
             last = progress
             if preview:
-                save_image(preview, tile_images(progress.images, 1, len(names), scale_for(*videos.shape[-2:])))
+                save_image(preview, tile_images(progress.images(), 1, len(names), scale_for(*videos.shape[-2:])))
                 print_line(f"{progress.stage}: {progress.fraction:.0%} done, {progress.psnr:.1f} dB")
 
         sampler = tune(sampler, videos, names, report=report, **more)
